@@ -1,0 +1,47 @@
+"""StepBatch: one engine step as the tensors that the model and its kernels read.
+
+Shapes: T tokens of the step, B requests (table rows), P of them prefilling, N table entries, L state layers, R rows
+whose logits are wanted.
+
+Requests are ordered decode first: rows ``0 .. num_decode - 1`` have exactly one token each, which are tokens
+``0 .. num_decode - 1``; the prefilling rows follow, their tokens contiguous in row order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class StepBatch:
+    """All tensors on the model's device."""
+
+    token_ids_T: torch.Tensor
+    """int64."""
+    position_T: torch.Tensor
+    """int64; position of each token in its request."""
+    row_T: torch.Tensor
+    """int32; table row of each token."""
+    kv_table_BN: torch.Tensor
+    """int32; -1 beyond a request's last entry."""
+    state_table_BL: torch.Tensor
+    """int32."""
+    context_len_B: torch.Tensor
+    """int32; tokens of each request after this step (the new ones included)."""
+    prefill_cu_seqlens: torch.Tensor
+    """int32 ``[P + 1]``; offsets of the prefilling rows' tokens, counted from token ``num_decode``."""
+    logit_index_R: torch.Tensor
+    """int64; indices into T."""
+    num_decode: int
+    max_prefill_len: int
+    """Longest prefilling row of this step, in tokens (0 where none prefills)."""
+    max_context_len: int
+    """Longest ``context_len_B``."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.context_len_B.shape[0]

@@ -1,0 +1,60 @@
+"""Memory-sharing strategies behind one contract. ``build`` makes one by name; ``docs/strategies.md`` compares them."""
+
+from importlib import import_module
+from typing import Any
+
+from hybridcache.errors import bad
+from hybridcache.spec import CacheSpec
+from hybridcache.strategies.base import Kind, Move, Span, Strategy, Tables, Usage
+
+_CLASSES = {
+    "shared_pool": "SharedPool",
+    "large_block": "LargeBlock",
+    "padded_page": "PaddedPage",
+    "static_split": "StaticSplit",
+    "two_ended": "TwoEnded",
+    "lcm_carve": "LcmCarve",
+    "byte_exact": "ByteExact",
+}
+STRATEGIES = tuple(_CLASSES)
+"""Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
+
+__all__ = ["STRATEGIES", "Kind", "Move", "Span", "Strategy", "Tables", "Usage", "build", "strategy_class"]
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The class of that name, or of that dotted path (``my_package.my_module.MyStrategy``)."""
+    if name in _CLASSES:
+        return getattr(import_module(f"hybridcache.strategies.{name}"), _CLASSES[name])
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise bad("strategy", name, f"choose one of {', '.join(STRATEGIES)}, or give the dotted path of a class")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise bad("strategy", name, f"cannot be imported ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise bad("strategy", name, "is no subclass of hybridcache.strategies.Strategy")
+    return found
+
+
+def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = False, **options: Any) -> Strategy:
+    """Make a strategy.
+
+    Args:
+        name: one of :data:`STRATEGIES`, or the dotted path of a class.
+        spec: what the model stores.
+        budget_bytes: the whole budget.
+        physical: for real inference (see :class:`Strategy`).
+        options: the strategy's own options, as its class documents them.
+
+    Raises:
+        UserError: an unknown name or option, or a budget that cannot hold one request.
+    """
+    cls = strategy_class(name)
+    try:
+        return cls(spec, budget_bytes, physical=physical, **options)
+    except TypeError as error:
+        if "keyword argument" in str(error):
+            raise bad("options", sorted(options), f"{name}: {str(error).split(') ')[-1]}") from error
+        raise

@@ -1,0 +1,299 @@
+"""The contract of a memory-sharing strategy.
+
+A strategy owns one byte budget and decides which bytes hold what. It is integer bookkeeping only (no torch): the same
+object drives the simulator and real inference. Requests are named by integer ids that the caller chooses.
+
+Accounting identity, checked by :meth:`Strategy.check_integrity`:
+
+    useful + padding + reserved + free = budget,   held = useful + padding
+
+*useful* is the exact 3-column state plus ``t`` bytes per token of every resident; *padding* is what residents hold
+beyond that; *reserved* can never hold a request's bytes (null blocks, the remainder below one block); *free* is the
+rest. ``docs/metrics.md`` defines every metric.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.errors import UserError, bad
+from hybridcache.layout import Layout
+from hybridcache.spec import CacheSpec
+
+
+class Kind(IntEnum):
+    """What a span of the pool holds; also the colour index of the pool map."""
+
+    FREE = 0
+    STATE = 1
+    KV = 2
+    RESERVED = 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """``num_bytes`` bytes from ``offset`` that one request holds."""
+
+    offset: int
+    num_bytes: int
+    kind: Kind
+    seq_id: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """A relocation that must happen before the tables are used again: copy ``num_bytes`` from ``src`` to ``dst``.
+
+    Source and destination of one move never overlap; moves of one drain are executed in order.
+    """
+
+    src: int
+    dst: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes of the budget by what they do. ``state_bytes + kv_bytes = held`` splits the same bytes by owner kind."""
+
+    budget: int
+    useful: int
+    padding: int
+    reserved: int
+    free: int
+    state_bytes: int
+    kv_bytes: int
+    residents: int
+
+    @property
+    def held(self) -> int:
+        return self.useful + self.padding
+
+    @property
+    def utilization(self) -> float:
+        """Useful bytes over budget."""
+        return self.useful / self.budget
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What kernels read: rows are requests, in the order asked for.
+
+    ``kv`` is int32 ``[B, entries]``, padded with -1; ``state`` is int32 ``[B, state layers]``.
+    """
+
+    kv: np.ndarray
+    state: np.ndarray
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes allocated to residents, by kind."""
+
+    state: int
+    kv: int
+
+
+class Strategy(ABC):
+    """Base of all strategies. Subclasses implement the underscored methods; callers use the public ones.
+
+    Args:
+        spec: what the model stores.
+        budget_bytes: the whole budget, reserved rows included.
+        physical: allot what real inference with our kernels needs beyond the peer's own accounting (the conv ring's
+            last column where the layout has no slack for it, 64-token pages where the peer accounts single tokens), and
+            offer ``layout`` and ``tables``.
+
+    Raises:
+        UserError: the budget cannot hold one request of one token.
+    """
+
+    name: ClassVar[str]
+    supports_physical: ClassVar[bool] = False
+
+    def __init__(self, spec: CacheSpec, budget_bytes: int, *, physical: bool = False) -> None:
+        if not isinstance(budget_bytes, int) or budget_bytes <= 0:
+            raise bad("budget_bytes", budget_bytes, "give a positive whole number of bytes")
+        if spec.state is None or spec.attention is None:
+            raise bad("spec", spec.model_type, "strategies share memory of hybrid models: attention KV and states")
+        if physical and not self.supports_physical:
+            raise bad("strategy", self.name, "is accounting only; for inference choose a physical strategy")
+        self.spec = spec
+        self.budget_bytes = budget_bytes
+        self.physical = physical
+        self.bytes_moved = 0
+        """Bytes relocated by compaction since construction."""
+        self.table_entries_appended = 0
+        """int32 entries appended to KV tables since construction."""
+        self._tokens: dict[int, int] = {}
+        self._total_tokens = 0
+
+    # -- public contract -------------------------------------------------------------------------------------------
+
+    def admit(self, seq_id: int, num_tokens: int, prompt_tokens: int | None = None) -> bool:
+        """Make a request resident with memory for its state and its first ``num_tokens`` tokens.
+
+        ``prompt_tokens`` is the whole prompt's length where only a chunk is admitted; a strategy may refuse if the
+        whole prompt would not fit now, though it allocates the chunk only. Returns False, and changes nothing, where
+        memory is short.
+        """
+        if seq_id in self._tokens:
+            raise bad("seq_id", seq_id, "is resident already; release it first")
+        if num_tokens < 1:
+            raise bad("num_tokens", num_tokens, "a request has at least one token")
+        if prompt_tokens is not None and prompt_tokens < num_tokens:
+            raise bad("prompt_tokens", prompt_tokens, f"is below the chunk of {num_tokens} tokens")
+        if not self._admit(seq_id, num_tokens, prompt_tokens or num_tokens):
+            return False
+        self._tokens[seq_id] = num_tokens
+        self._total_tokens += num_tokens
+        return True
+
+    def grow(self, seq_id: int, num_tokens: int) -> bool:
+        """Extend a resident request to ``num_tokens`` tokens in all. False, and no change, where memory is short."""
+        held = self.num_tokens(seq_id)
+        if num_tokens < held:
+            raise bad("num_tokens", num_tokens, f"request {seq_id} holds {held} tokens; a request never shrinks")
+        if num_tokens == held:
+            return True
+        if not self._grow(seq_id, num_tokens):
+            return False
+        self._tokens[seq_id] = num_tokens
+        self._total_tokens += num_tokens - held
+        return True
+
+    def release(self, seq_id: int) -> None:
+        """Return everything that the request holds."""
+        held = self.num_tokens(seq_id)
+        self._release(seq_id)
+        del self._tokens[seq_id]
+        self._total_tokens -= held
+
+    def num_tokens(self, seq_id: int) -> int:
+        """Tokens that the resident request holds memory for."""
+        try:
+            return self._tokens[seq_id]
+        except KeyError:
+            raise bad("seq_id", seq_id, "is not resident; admit it first") from None
+
+    @property
+    def residents(self) -> Sequence[int]:
+        """Ids of the resident requests, in order of admission."""
+        return tuple(self._tokens)
+
+    def usage(self) -> Usage:
+        """The budget's bytes by what they do, now."""
+        useful = len(self._tokens) * self.spec.state_bytes + self._total_tokens * self.spec.kv_bytes_per_token
+        held, reserved = self._held(), self._reserved()
+        total = held.state + held.kv
+        return Usage(
+            budget=self.budget_bytes,
+            useful=useful,
+            padding=total - useful,
+            reserved=reserved,
+            free=self.budget_bytes - total - reserved,
+            state_bytes=held.state,
+            kv_bytes=held.kv,
+            residents=len(self._tokens),
+        )
+
+    def request_limit(self) -> int:
+        """Tokens of the longest request that an empty pool can hold; the engine refuses longer ones at submit."""
+        return self._request_limit()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where bookkeeping is inconsistent: the usage identity, spans without overlap, and the
+        strategy's own invariants."""
+        usage = self.usage()
+        assert usage.useful >= 0, usage
+        assert usage.padding >= 0, usage
+        assert usage.reserved >= 0, usage
+        assert usage.free >= 0, usage
+        assert usage.useful + usage.padding + usage.reserved + usage.free == usage.budget, usage
+        assert self._total_tokens == sum(self._tokens.values())
+        end = 0
+        by_kind = {Kind.STATE: 0, Kind.KV: 0}
+        for span in sorted(self.spans(), key=lambda s: s.offset):
+            assert span.num_bytes > 0, span
+            assert span.offset >= end, f"{span} overlaps a span that ends at {end}"
+            assert span.seq_id in self._tokens, f"{span} belongs to no resident"
+            end = span.offset + span.num_bytes
+            by_kind[span.kind] += span.num_bytes
+        assert end <= self.budget_bytes, f"a span ends at {end}, beyond the budget of {self.budget_bytes}"
+        if self.has_addresses:
+            assert by_kind == {Kind.STATE: usage.state_bytes, Kind.KV: usage.kv_bytes}, (by_kind, usage)
+        self._check()
+
+    has_addresses: ClassVar[bool] = True
+    """False for a bound that counts bytes without placing them."""
+
+    @abstractmethod
+    def spans(self) -> Iterator[Span]:
+        """Every span that a resident holds, in any order (nothing for a strategy without addresses)."""
+
+    # -- physical memory -------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """How kernels find KV and states. Only of a strategy built with ``physical=True``."""
+        if not self.physical:
+            raise bad("physical", False, f"build {self.name} with physical=True to run inference on it")
+        return self._layout()
+
+    def tables(self, seq_ids: Sequence[int]) -> Tables:
+        """Block tables of resident requests, a row each, in the order given."""
+        rows = [self._kv_table(seq_id) for seq_id in seq_ids]
+        kv = np.full((len(rows), max((len(row) for row in rows), default=0)), -1, dtype=np.int32)
+        for i, row in enumerate(rows):
+            kv[i, : len(row)] = row
+        states = [self._state_table(seq_id) for seq_id in seq_ids]
+        state = np.array(states, dtype=np.int32).reshape(len(states), len(self.spec.state_layers))
+        return Tables(kv=kv, state=state)
+
+    def drain_moves(self) -> list[Move]:
+        """Relocations decided since the last drain, to be executed in order before any kernel reads the tables."""
+        return []
+
+    # -- for subclasses --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool: ...
+
+    @abstractmethod
+    def _grow(self, seq_id: int, num_tokens: int) -> bool: ...
+
+    @abstractmethod
+    def _release(self, seq_id: int) -> None: ...
+
+    @abstractmethod
+    def _held(self) -> Held: ...
+
+    @abstractmethod
+    def _reserved(self) -> int: ...
+
+    @abstractmethod
+    def _request_limit(self) -> int: ...
+
+    def _check(self) -> None:
+        """The strategy's own invariants."""
+
+    def _layout(self) -> Layout:
+        raise TypeError(f"{self.name} has no physical layout")
+
+    def _kv_table(self, seq_id: int) -> Sequence[int]:
+        raise TypeError(f"{self.name} has no block tables")
+
+    def _state_table(self, seq_id: int) -> Sequence[int]:
+        raise TypeError(f"{self.name} has no state tables")
+
+    def _require_one_request(self, needed_bytes: int) -> None:
+        """Called at the end of a constructor: refuse a budget that holds no request, naming the bytes it would take."""
+        if self._request_limit() < 1:
+            raise UserError(
+                f"budget_bytes={self.budget_bytes}: {self.name} cannot hold one request in it; "
+                f"give at least {needed_bytes} bytes"
+            )

@@ -1,0 +1,42 @@
+"""FreeList: the free block numbers of one pool, last in first out, optionally shuffled."""
+
+import random
+
+
+class FreeList:
+    """Free numbers ``first .. first + count - 1``; ``pop`` hands out ascending numbers until some come back.
+
+    Args:
+        count: how many numbers.
+        first: the lowest of them.
+        placement_seed: shuffle the order once, so that tests meet scattered blocks from the start.
+    """
+
+    def __init__(self, count: int, first: int = 0, placement_seed: int | None = None) -> None:
+        self._free = list(range(first + count - 1, first - 1, -1))
+        if placement_seed is not None:
+            random.Random(placement_seed).shuffle(self._free)
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def __iter__(self):
+        return iter(self._free)
+
+    def pop(self) -> int:
+        return self._free.pop()
+
+    def take(self, count: int) -> list[int]:
+        """``count`` numbers; the caller has checked that they are there."""
+        assert count <= len(self._free), (count, len(self._free))
+        if count == 0:
+            return []
+        taken = self._free[-count:][::-1]
+        del self._free[-count:]
+        return taken
+
+    def put(self, number: int) -> None:
+        self._free.append(number)
+
+    def put_all(self, numbers: list[int]) -> None:
+        self._free.extend(reversed(numbers))

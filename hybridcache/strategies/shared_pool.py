@@ -1,0 +1,288 @@
+"""shared_pool: one pool of uniform manager blocks; any block holds states or KV. hybridcache's own strategy.
+
+The pool is block-major: ``N`` manager blocks of ``M`` bytes. A KV block is ``[kernel block][attention layer][K|V][token]
+[head][dim]``; a state block holds the states of ``n`` layers of one request. A request of ``L`` tokens holds
+``ceil(layers / n) + ceil(L / Tm)`` blocks. It grew out of lmdeploy PR 4421, which decoupled the block size of the block
+manager from that of the kernels.
+
+Modes:
+
+* ``exclusive``: a manager block belongs to one request. Kernels read the manager table as it is.
+* ``carve``: the kernel blocks of a manager block may belong to several requests. Whole manager blocks are taken for
+  whole manager blocks' worth of tokens; the rest comes from partly used parents, fullest first. The table then has an
+  entry per kernel block.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+from typing import ClassVar
+
+from hybridcache.errors import bad
+from hybridcache.geometry import Geometry, geometry, plan
+from hybridcache.layout import Layout, attention_layout, state_layout
+from hybridcache.spec import CacheSpec
+from hybridcache.strategies.base import Held, Kind, Span, Strategy
+from hybridcache.strategies.free_list import FreeList
+
+MODES = ("exclusive", "carve")
+
+
+@dataclass
+class _Request:
+    states: list[int]
+    """Manager blocks that hold this request's states."""
+    state_table: list[int]
+    kv: list[int] = field(default_factory=list)
+    """Table entries: manager blocks (``exclusive``) or kernel blocks (``carve``)."""
+
+
+class SharedPool(Strategy):
+    """One pool of uniform manager blocks.
+
+    Args:
+        mode: ``exclusive`` or ``carve``.
+        kernel_block_tokens, kernel_blocks_per_manager_block, states_per_manager_block: a geometry chosen by hand, all
+            three together; the planner's first choice otherwise.
+        placement_seed: shuffle the free blocks first (tests).
+    """
+
+    name: ClassVar[str] = "shared_pool"
+    supports_physical: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        budget_bytes: int,
+        *,
+        physical: bool = False,
+        mode: str = "exclusive",
+        kernel_block_tokens: int | None = None,
+        kernel_blocks_per_manager_block: int | None = None,
+        states_per_manager_block: int | None = None,
+        placement_seed: int | None = None,
+    ) -> None:
+        super().__init__(spec, budget_bytes, physical=physical)
+        if mode not in MODES:
+            raise bad("mode", mode, f"choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.geometry = _geometry(spec, kernel_block_tokens, kernel_blocks_per_manager_block, states_per_manager_block)
+        self._block_bytes = self.geometry.manager_block_bytes
+        self._children = self.geometry.kernel_blocks_per_manager_block
+        self._entry_tokens = (
+            self.geometry.manager_block_tokens if mode == "exclusive" else self.geometry.kernel_block_tokens
+        )
+        self._slot_bytes, self._state_unit = _state_slots(spec, self.geometry)
+        self.num_blocks = budget_bytes // self._block_bytes
+        self._free = FreeList(self.num_blocks, placement_seed=placement_seed)
+        self._requests: dict[int, _Request] = {}
+        self._state_blocks = 0
+        self._kv_entries = 0
+        self._parents = _Parents(self._children)
+        self._require_one_request((self.geometry.state_blocks_per_request + 1) * self._block_bytes)
+
+    # -- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _entries(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._entry_tokens)
+
+    def _fits(self, entries: int, blocks: int = 0) -> bool:
+        """Whether ``blocks`` manager blocks and then ``entries`` table entries can be had now."""
+        free = len(self._free) - blocks
+        if self.mode == "exclusive":
+            return entries <= free
+        return free >= 0 and entries <= free * self._children + self._parents.free_children
+
+    def _take(self, entries: int) -> list[int]:
+        if self.mode == "exclusive":
+            return self._free.take(entries)
+        whole = min(entries // self._children, len(self._free))
+        taken: list[int] = []
+        for block in self._free.take(whole):
+            taken += self._parents.open(block, self._children)
+        for _ in range(entries - len(taken)):
+            child = self._parents.take_from_fullest()
+            taken += self._parents.open(self._free.pop(), 1) if child is None else [child]
+        return taken
+
+    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
+        states = self.geometry.state_blocks_per_request
+        if not self._fits(self._entries(prompt_tokens), states):
+            return False
+        blocks = self._free.take(states)
+        request = _Request(states=blocks, state_table=self._state_entries(blocks))
+        request.kv = self._take(self._entries(num_tokens))
+        self._requests[seq_id] = request
+        self._state_blocks += states
+        self._count(len(request.kv))
+        return True
+
+    def _grow(self, seq_id: int, num_tokens: int) -> bool:
+        request = self._requests[seq_id]
+        more = self._entries(num_tokens) - len(request.kv)
+        if more <= 0:
+            return True
+        if not self._fits(more):
+            return False
+        request.kv += self._take(more)
+        self._count(more)
+        return True
+
+    def _count(self, entries: int) -> None:
+        self._kv_entries += entries
+        self.table_entries_appended += entries
+
+    def _release(self, seq_id: int) -> None:
+        request = self._requests.pop(seq_id)
+        if self.mode == "exclusive":
+            self._free.put_all(request.kv)
+        else:
+            for child in request.kv:
+                emptied = self._parents.put(child)
+                if emptied is not None:
+                    self._free.put(emptied)
+        self._free.put_all(request.states)
+        self._state_blocks -= len(request.states)
+        self._kv_entries -= len(request.kv)
+
+    def _held(self) -> Held:
+        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
+        return Held(state=self._state_blocks * self._block_bytes, kv=self._kv_entries * entry_bytes)
+
+    def _reserved(self) -> int:
+        return self.budget_bytes - self.num_blocks * self._block_bytes
+
+    def _request_limit(self) -> int:
+        return max(self.num_blocks - self.geometry.state_blocks_per_request, 0) * self.geometry.manager_block_tokens
+
+    def spans(self) -> Iterator[Span]:
+        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
+        for seq_id, request in self._requests.items():
+            for block in request.states:
+                yield Span(block * self._block_bytes, self._block_bytes, Kind.STATE, seq_id)
+            for entry in request.kv:
+                yield Span(entry * entry_bytes, entry_bytes, Kind.KV, seq_id)
+
+    def _check(self) -> None:
+        used = {block for request in self._requests.values() for block in request.states}
+        kv = [entry for request in self._requests.values() for entry in request.kv]
+        parents = set(kv) if self.mode == "exclusive" else {entry // self._children for entry in kv}
+        free = list(self._free)
+        assert len(set(free)) == len(free), "a block is free twice"
+        assert not (used & parents), "a block holds states and KV"
+        assert not ((used | parents) & set(free)), "a held block is free"
+        assert len(used | parents) + len(free) == self.num_blocks, "a block is lost"
+        if self.mode == "carve":
+            self._parents.check(kv)
+        for seq_id, request in self._requests.items():
+            assert len(request.kv) == self._entries(self._tokens[seq_id])
+
+    # -- physical memory -------------------------------------------------------------------------------------------
+
+    def _state_entries(self, blocks: Sequence[int]) -> list[int]:
+        n = self.geometry.states_per_manager_block
+        return [
+            (blocks[i // n] * self._block_bytes + (i % n) * self._slot_bytes) // self._state_unit
+            for i in range(len(self.spec.state_layers))
+        ]
+
+    def _kv_table(self, seq_id: int) -> Sequence[int]:
+        return self._requests[seq_id].kv
+
+    def _state_table(self, seq_id: int) -> Sequence[int]:
+        return self._requests[seq_id].state_table
+
+    def _layout(self) -> Layout:
+        kb, layers = self.geometry.kernel_block_tokens, len(self.spec.attention_layers)
+        layer_bytes = kb * self.spec.kv_bytes_per_token_per_layer
+        return Layout(
+            pool_bytes=self.num_blocks * self._block_bytes,
+            attention=attention_layout(
+                self.spec,
+                base=tuple(i * layer_bytes for i in range(layers)),
+                tokens_per_entry=self._entry_tokens,
+                kernel_block_tokens=kb,
+                manager_stride=self._entry_tokens * self.spec.kv_bytes_per_token,
+                kernel_stride=kb * self.spec.kv_bytes_per_token,
+            ),
+            state=state_layout(self.spec, base=(0,) * len(self.spec.state_layers), stride=self._state_unit),
+        )
+
+
+def _geometry(spec: CacheSpec, kb: int | None, m: int | None, n: int | None) -> Geometry:
+    given = {
+        "kernel_block_tokens": kb,
+        "kernel_blocks_per_manager_block": m,
+        "states_per_manager_block": n,
+    }
+    if all(value is None for value in given.values()):
+        return plan(spec)[0]
+    for name, value in given.items():
+        if value is None:
+            raise bad(name, value, f"give all of {', '.join(given)}, or none for the planner's choice")
+    assert kb is not None
+    assert m is not None
+    assert n is not None
+    return geometry(spec, kb, m, n)
+
+
+def _state_slots(spec: CacheSpec, chosen: Geometry) -> tuple[int, int]:
+    """``(slot bytes, table unit bytes)``: states of one block lie a slot apart; state tables count in units."""
+    even, rest = divmod(chosen.manager_block_bytes, chosen.states_per_manager_block)
+    slot = even if rest == 0 and even % 128 == 0 else spec.stored_state_bytes_per_layer
+    return slot, gcd(chosen.manager_block_bytes, slot)
+
+
+class _Parents:
+    """Manager blocks bound to KV in ``carve`` mode, bucketed by how many of their children are used."""
+
+    def __init__(self, children: int) -> None:
+        self.children = children
+        self.free_children = 0
+        self._free: dict[int, list[int]] = {}
+        """Free children of every parent, as kernel block numbers."""
+        self._by_used: list[dict[int, None]] = [{} for _ in range(children + 1)]
+
+    def open(self, block: int, count: int) -> list[int]:
+        """Bind an empty manager block and take its first ``count`` children."""
+        children = list(range(block * self.children, (block + 1) * self.children))
+        self._free[block] = children[count:][::-1]
+        self._by_used[count][block] = None
+        self.free_children += self.children - count
+        return children[:count]
+
+    def take_from_fullest(self) -> int | None:
+        """A free child of the fullest parent that has one; None where there is none."""
+        for used in range(self.children - 1, 0, -1):
+            if self._by_used[used]:
+                block = next(reversed(self._by_used[used]))
+                del self._by_used[used][block]
+                self._by_used[used + 1][block] = None
+                self.free_children -= 1
+                return self._free[block].pop()
+        return None
+
+    def put(self, child: int) -> int | None:
+        """Give a child back. Returns its manager block if that is empty now (and no longer bound)."""
+        block = child // self.children
+        used = self.children - len(self._free[block])
+        del self._by_used[used][block]
+        if used == 1:
+            del self._free[block]
+            self.free_children -= self.children - 1
+            return block
+        self._free[block].append(child)
+        self._by_used[used - 1][block] = None
+        self.free_children += 1
+        return None
+
+    def check(self, held: Sequence[int]) -> None:
+        """Every child of a bound parent is held once or free once."""
+        free = [child for children in self._free.values() for child in children]
+        assert len(free) == self.free_children
+        assert len(set(held)) == len(held), "a kernel block has two owners"
+        assert not set(held) & set(free)
+        assert len(held) + len(free) == self.children * len(self._free)
+        for used, blocks in enumerate(self._by_used):
+            for block in blocks:
+                assert self.children - len(self._free[block]) == used
