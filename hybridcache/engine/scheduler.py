@@ -1,0 +1,249 @@
+"""Scheduler: which tokens of which requests run in the next step. One scheduler for every strategy, real or simulated.
+
+Continuous batching with chunked prefill under one token budget per step. Running requests go first, in order of
+admission; then waiting ones are admitted first come, first served. A running request that finds no memory preempts
+another (or itself): all its memory is released, and it is recomputed from its tokens when it is admitted again, from the
+front of the queue. Prompts are cut only at multiples of ``chunk_multiple`` or at their end, so that a recurrent state
+exists at those positions.
+"""
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.errors import UserError, bad
+from hybridcache.strategies.base import Strategy
+
+ADMISSIONS = ("whole_prompt", "chunk")
+VICTIMS = ("last", "least_computed")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Policies of the scheduler.
+
+    Args:
+        max_running: most requests that may be resident at once.
+        max_tokens_per_step: token budget of one step, prefill and decode together.
+        chunk_multiple: prompts are cut at multiples of this position.
+        admission: ``whole_prompt`` admits only what the strategy can hold as a whole prompt now (vLLM 0.25's rule, which
+            still allocates by chunk); ``chunk`` admits as soon as the first chunk fits.
+        victim: ``last`` preempts the most recently admitted request; ``least_computed`` the one with the fewest computed
+            tokens.
+        watermark: fraction of the budget that must stay free after an admission.
+    """
+
+    max_running: int = 256
+    max_tokens_per_step: int = 8192
+    chunk_multiple: int = 64
+    admission: str = "whole_prompt"
+    victim: str = "last"
+    watermark: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_tokens_per_step", "chunk_multiple"):
+            if getattr(self, name) < 1:
+                raise bad(name, getattr(self, name), "give a positive whole number")
+        if self.max_tokens_per_step < self.chunk_multiple:
+            raise bad(
+                "max_tokens_per_step",
+                self.max_tokens_per_step,
+                f"must hold one chunk of chunk_multiple={self.chunk_multiple} tokens",
+            )
+        if self.admission not in ADMISSIONS:
+            raise bad("admission", self.admission, f"choose one of {', '.join(ADMISSIONS)}")
+        if self.victim not in VICTIMS:
+            raise bad("victim", self.victim, f"choose one of {', '.join(VICTIMS)}")
+        if not 0.0 <= self.watermark < 1.0:
+            raise bad("watermark", self.watermark, "give a fraction of the budget, from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class ScheduledTokens:
+    """Tokens ``start .. start + num_tokens - 1`` of one request."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """One token on top of a cache that exists."""
+        return self.num_tokens == 1 and self.start > 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether this computes the last known token, so that the next one is sampled."""
+        return self.end == self.seq.num_known
+
+
+@dataclass
+class Step:
+    """One step: decodes first, then prefill chunks. ``preempted`` lost their memory to make it possible."""
+
+    items: list[ScheduledTokens] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def num_decode(self) -> int:
+        return sum(item.is_decode for item in self.items)
+
+
+class Scheduler:
+    """Holds the queue and the running set; the strategy holds the memory.
+
+    The caller loops: :meth:`submit` what has arrived, :meth:`schedule` a step, run it, :meth:`complete` it.
+    """
+
+    def __init__(self, strategy: Strategy, config: SchedulerConfig | None = None) -> None:
+        self.strategy = strategy
+        self.config = config or SchedulerConfig()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def submit(self, seq: Sequence) -> None:
+        """Queue a request.
+
+        Raises:
+            UserError: it is longer than the strategy's budget can ever hold; the message names the limit.
+        """
+        if seq.prompt_len < 1:
+            raise bad("prompt_len", seq.prompt_len, "a prompt has at least one token")
+        if seq.max_tokens < 1:
+            raise bad("max_tokens", seq.max_tokens, "ask for at least one output token")
+        limit = self.strategy.request_limit()
+        if seq.max_stored_tokens > limit:
+            raise UserError(
+                f"request {seq.seq_id} needs {seq.max_stored_tokens} tokens of cache (prompt {seq.prompt_len} + output "
+                f"{seq.max_tokens} - 1) but {self.strategy.name} holds at most {limit} for one request in "
+                f"budget_bytes={self.strategy.budget_bytes}: shorten it or raise the budget"
+            )
+        seq.status = Status.WAITING
+        self.waiting.append(seq)
+
+    def schedule(self) -> Step:
+        """Choose the next step and take memory for it. Empty only where there is no work."""
+        step = Step()
+        chosen: dict[int, ScheduledTokens] = {}
+        budget = self._grow_running(step, chosen)
+        if not step.preempted:
+            self._admit_waiting(chosen, budget)
+        step.items = sorted(chosen.values(), key=lambda item: not item.is_decode)
+        if not step.items and self.has_work:
+            raise RuntimeError(
+                f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
+                f"{self.strategy.usage()})"
+            )
+        return step
+
+    def _chunk(self, seq: Sequence, budget: int) -> int:
+        """Tokens of ``seq`` that fit a budget, cut only where a prompt may be cut."""
+        remaining = seq.num_known - seq.num_computed
+        if remaining <= budget:
+            return remaining
+        multiple = self.config.chunk_multiple
+        return max((seq.num_computed + budget) // multiple * multiple - seq.num_computed, 0)
+
+    def _grow_running(self, step: Step, chosen: dict[int, ScheduledTokens]) -> int:
+        budget = self.config.max_tokens_per_step
+        for seq in tuple(self.running):
+            if seq.status is not Status.RUNNING:
+                continue
+            tokens = self._chunk(seq, budget)
+            if tokens == 0:
+                continue
+            while seq.status is Status.RUNNING and not self.strategy.grow(seq.seq_id, seq.num_computed + tokens):
+                victim = self._victim(seq)
+                lost = chosen.pop(victim.seq_id, None)
+                budget += lost.num_tokens if lost else 0
+                self._preempt(victim)
+                step.preempted.append(victim)
+            if seq.status is Status.RUNNING:
+                chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
+                budget -= tokens
+        return budget
+
+    def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int) -> None:
+        while self.waiting and len(self.running) < self.config.max_running:
+            seq = self.waiting[0]
+            tokens = self._chunk(seq, budget)
+            if tokens == 0 or not self._admit(seq, tokens):
+                return
+            self.waiting.popleft()
+            seq.status = Status.RUNNING
+            self.running.append(seq)
+            chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
+            budget -= tokens
+
+    def _admit(self, seq: Sequence, tokens: int) -> bool:
+        whole = seq.num_known if self.config.admission == "whole_prompt" else None
+        if not self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole):
+            return False
+        if self.config.watermark and self.running:
+            free = self.strategy.usage().free
+            if free < self.config.watermark * self.strategy.budget_bytes:
+                self.strategy.release(seq.seq_id)
+                return False
+        return True
+
+    def _victim(self, seq: Sequence) -> Sequence:
+        """Who makes room for ``seq``: possibly ``seq`` itself."""
+        if self.config.victim == "least_computed":
+            return min(reversed(self.running), key=lambda other: other.num_computed)
+        return self.running[-1]
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.strategy.release(seq.seq_id)
+        self.running.remove(seq)
+        seq.status = Status.WAITING
+        seq.num_preemptions += 1
+        seq.recomputed_tokens += seq.num_computed
+        seq.num_computed = 0
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def complete(self, step: Step, now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
+        """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
+        finished = []
+        for item in step.items:
+            seq = item.seq
+            samples = item.samples
+            seq.num_computed = item.end
+            if not samples:
+                continue
+            seq.num_output += 1
+            if seq.first_token_s is None:
+                seq.first_token_s = now_s
+            if seq.seq_id in stopped or seq.num_output >= seq.max_tokens:
+                self._finish(seq, now_s, "stop" if seq.seq_id in stopped else "length")
+                finished.append(seq)
+        return finished
+
+    def abort(self, seq: Sequence, now_s: float) -> None:
+        """End a request before its time, wherever it stands; its memory is free at once."""
+        if seq.status is Status.FINISHED:
+            return
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+            seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, "abort"
+        else:
+            self._finish(seq, now_s, "abort")
+
+    def _finish(self, seq: Sequence, now_s: float, reason: str) -> None:
+        self.strategy.release(seq.seq_id)
+        self.running.remove(seq)
+        seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason
