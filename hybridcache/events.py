@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -33,18 +33,20 @@ class EventWriter:
         except OSError as error:
             raise bad("path", str(path), f"cannot be written ({error.strerror})") from error
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event. Values may be numpy scalars and arrays; keys are kept in the order given.
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Append one event, a mapping whose ``event`` key names its type. Values may be numpy scalars and arrays.
 
         Raises:
-            UserError: a value that JSON cannot hold, or a writer that is closed.
+            UserError: no ``event`` name, a value that JSON cannot hold, or a writer that is closed.
         """
         if self._file.closed:
             raise bad("path", str(self.path), "the event file is closed; write inside the writer's with block")
+        if not isinstance(event.get("event"), str):
+            raise bad("event", event.get("event"), "give the type of the event, for example 'sample'")
         try:
-            line = json.dumps(_plain({"event": event, **fields}), allow_nan=False, separators=(",", ":"))
+            line = json.dumps(_plain(event), allow_nan=False, separators=(",", ":"))
         except TypeError as error:
-            raise bad("event", event, f"{error}; events hold numbers, text, lists and mappings") from error
+            raise bad("event", event["event"], f"{error}; events hold numbers, text, lists and mappings") from error
         self._file.write(line + "\n")
         self._file.flush()
 
@@ -74,7 +76,7 @@ def read_events(path: str | PathLike[str]) -> dict[str, pd.DataFrame]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        file = path.open(encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
         raise bad("path", str(path), f"cannot be read ({error.strerror})") from error
     with file:
@@ -94,7 +96,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """``value`` with numpy types as Python's own and without the floats that JSON lacks."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
