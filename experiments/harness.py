@@ -1,0 +1,74 @@
+"""What every experiment shares: the run directory, its records, tracking, and the final table."""
+
+import json
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from hybridcache.environment import environment
+from hybridcache.errors import UserError, bad
+from hybridcache.tracking import make_tracker
+
+CONSOLE = Console(highlight=False)
+
+
+def experiment_names() -> list[str]:
+    """Names of the experiments that ``+experiment=`` takes."""
+    conf = Path(__file__).resolve().parent.parent / "conf" / "experiment"
+    return sorted(path.stem for path in conf.glob("*.yaml"))
+
+
+def run_experiment(cfg: DictConfig, run_dir: Path) -> None:
+    """Run ``cfg.experiment_name`` and write everything that a run leaves behind into ``run_dir``.
+
+    The results table and the events are on disk before the report is drawn, and before tracking ends.
+    """
+    if OmegaConf.is_missing(cfg, "experiment_name"):
+        raise UserError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(experiment_names())}")
+    name = cfg.experiment_name
+    try:
+        module = import_module(f"experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"experiments.{name}":
+            raise
+        raise bad("experiment_name", name, f"choose one of {', '.join(experiment_names())}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    started = time.perf_counter()
+    env = environment()
+    write_json(run_dir / "environment.json", env)
+    tracker = make_tracker(cfg.tracking, run_dir, OmegaConf.to_container(cfg, resolve=True))
+    try:
+        results: pd.DataFrame = module.run(cfg, run_dir)
+        tracker.log_run(run_dir, results)
+    finally:
+        tracker.finish()
+    env["duration_s"] = round(time.perf_counter() - started, 1)
+    write_json(run_dir / "environment.json", env)
+    CONSOLE.print(f"\n[bold]run directory[/]  {_shown(run_dir)}   ({env['duration_s']} s)")
+    if (run_dir / "report.html").exists():
+        CONSOLE.print(f"[bold]report[/]         {_shown(run_dir / 'report.html')}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_results(rows: Iterable[dict[str, Any]], run_dir: Path) -> pd.DataFrame:
+    """``results.parquet``: one row per phase x strategy x workload x repetition."""
+    results = pd.DataFrame(list(rows))
+    results.to_parquet(run_dir / "results.parquet", index=False)
+    return results
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
