@@ -11,9 +11,8 @@ bytes a request is expected to waste,
 
 from dataclasses import dataclass
 
-from hybridcache.dtypes import itemsize
 from hybridcache.errors import bad
-from hybridcache.layout import KV_ROW_ALIGNMENT
+from hybridcache.layout import check_kv_rows
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 
 KERNEL_BLOCK_TOKENS = (8, 16, 32, 64)
@@ -114,11 +113,7 @@ def plan(spec: CacheSpec) -> list[Geometry]:
     """
     if spec.state is None or spec.attention is None:
         raise bad("spec", spec.model_type, "the planner needs a model with attention KV and recurrent states")
-    size = itemsize(spec.attention.dtype)
-    for field in ("k_dim", "v_dim"):
-        row = getattr(spec.attention, field) * size
-        if row % KV_ROW_ALIGNMENT:
-            raise bad(field, getattr(spec.attention, field), f"a row of {row} B does not start on {KV_ROW_ALIGNMENT} B")
+    check_kv_rows(spec)
     found: list[Geometry] = []
     for kb in KERNEL_BLOCK_TOKENS:
         kernel_block_bytes = kb * spec.kv_bytes_per_token

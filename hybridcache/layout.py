@@ -19,6 +19,7 @@ of the element size.
 from dataclasses import dataclass
 
 from hybridcache.dtypes import itemsize
+from hybridcache.errors import bad
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 
 KV_ROW_ALIGNMENT = 16
@@ -96,6 +97,20 @@ class Layout:
             )
         if any(base % STATE_ALIGNMENT for base in st.base) or st.stride % STATE_ALIGNMENT:
             raise ValueError(f"state.base/stride={st.base[:2]}.../{st.stride}: a state starts on {STATE_ALIGNMENT} B")
+
+
+def check_kv_rows(spec: CacheSpec) -> None:
+    """What every kernel needs of a model: K and V rows that start on 16 bytes.
+
+    Raises:
+        UserError: a row of one head has another length.
+    """
+    kv = spec.attention
+    assert kv is not None
+    for field, dim in (("k_dim", kv.k_dim), ("v_dim", kv.v_dim)):
+        row = dim * itemsize(kv.dtype)
+        if row % KV_ROW_ALIGNMENT:
+            raise bad(field, dim, f"a row of {row} B does not start on {KV_ROW_ALIGNMENT} B; choose a wider dtype or head")
 
 
 def attention_layout(

@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.errors import UserError, bad
-from hybridcache.layout import Layout
+from hybridcache.layout import Layout, check_kv_rows
 from hybridcache.spec import CacheSpec
 
 
@@ -120,8 +120,12 @@ class Strategy(ABC):
             raise bad("budget_bytes", budget_bytes, "give a positive whole number of bytes")
         if spec.state is None or spec.attention is None:
             raise bad("spec", spec.model_type, "strategies share memory of hybrid models: attention KV and states")
+        if spec.state_bytes == 0 or spec.kv_bytes_per_token == 0:
+            raise bad("spec", spec.model_type, "its states or its KV have no bytes; check the shapes")
         if physical and not self.supports_physical:
             raise bad("strategy", self.name, "is accounting only; for inference choose a physical strategy")
+        if physical:
+            check_kv_rows(spec)
         self.spec = spec
         self.budget_bytes = budget_bytes
         self.physical = physical
