@@ -7,8 +7,12 @@ looks at a model configuration. Sizes are those of one tensor-parallel rank.
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.dtypes import itemsize
+
+if TYPE_CHECKING:
+    import torch
 
 STATE_ALIGNMENT = 128
 """Bytes on which a stored state starts (one L2 line, and what bulk copies and vector loads need)."""
@@ -103,6 +107,34 @@ class CacheSpec:
     model_type: str
     layers: tuple[LayerSpec, ...]
     tp_size: int = 1
+
+    @classmethod
+    def from_config(
+        cls,
+        hf_config: Any,
+        kv_dtype: "str | torch.dtype" = "bfloat16",
+        state_dtype: "str | torch.dtype" = "float32",
+        tp_size: int = 1,
+        conv_dtype: "str | torch.dtype | None" = None,
+    ) -> "CacheSpec":
+        """The caches of a Hugging Face model.
+
+        Args:
+            hf_config: a Transformers config, or a mapping of its fields with ``model_type``. Architectures:
+                :data:`hybridcache.architectures.ARCHITECTURES`.
+            kv_dtype: element type of K and V.
+            state_dtype: element type of the recurrent states.
+            tp_size: tensor-parallel ranks; the sizes are those of one rank.
+            conv_dtype: element type of the convolutions' inputs; ``kv_dtype`` where it is None, or bfloat16 where
+                ``kv_dtype`` has one byte (nobody keeps them in fp8).
+
+        Raises:
+            UserError: the architecture is not a supported hybrid one, a field is impossible, or ``tp_size`` does not
+                divide the heads.
+        """
+        from hybridcache.architectures import cache_spec
+
+        return cache_spec(hf_config, kv_dtype, state_dtype, tp_size, conv_dtype)
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
