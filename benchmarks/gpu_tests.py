@@ -1,0 +1,51 @@
+"""Run the GPU tests and record the outcome: ``python benchmarks/gpu_tests.py --out benchmarks/results/gpu-tests.json``.
+
+The record names device, versions and commit, and holds one line per test. Exit status is pytest's.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hybridcache.environment import environment  # noqa: E402
+
+
+class _Outcomes:
+    """pytest plugin: collects the outcome and duration of every test."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, dict[str, object]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            entry: dict[str, object] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+            if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+                entry["reason"] = report.longrepr[2]
+            self.tests[report.nodeid] = entry
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the record goes (JSON)")
+    parser.add_argument("pytest_args", nargs="*", help="further arguments of pytest")
+    args = parser.parse_args()
+    outcomes = _Outcomes()
+    status = pytest.main(["-m", "gpu", str(ROOT / "tests"), *args.pytest_args], plugins=[outcomes])
+    counts: dict[str, int] = {}
+    for entry in outcomes.tests.values():
+        counts[str(entry["outcome"])] = counts.get(str(entry["outcome"]), 0) + 1
+    record = {"environment": environment(), "exit_status": int(status), "counts": counts, "tests": outcomes.tests}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{args.out}: {counts}")
+    return int(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

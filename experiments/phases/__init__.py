@@ -1,0 +1,1 @@
+"""Phases of experiments: each turns a configuration into result rows and events."""

@@ -1,0 +1,169 @@
+"""Inference phase: the model runs the stream, cut to size, on every physical strategy under one tight budget."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from experiments.strategies import StrategyChoice
+from hybridcache.dtypes import dtype_name
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.environment import device_name
+from hybridcache.errors import bad
+from hybridcache.kernels.backend import make_backend
+from hybridcache.llm import load_for_inference
+from hybridcache.metrics import EventSink, Recorder
+from hybridcache.spec import CacheSpec
+from hybridcache.workloads.base import Workload
+
+AUTO: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "model": "tiny",
+        "dtype": "float64",
+        "state_dtype": "float64",
+        "budget_requests": 4.0,
+        "num_requests": 24,
+        "max_prompt": 192,
+        "max_output": 32,
+        "max_tokens_per_step": 128,
+    },
+    "cuda": {
+        "model": "qwen3_next_8l",
+        "dtype": "bfloat16",
+        "state_dtype": "float32",
+        "budget_requests": 24.0,
+        "num_requests": 256,
+        "max_prompt": 2048,
+        "max_output": 128,
+        "max_tokens_per_step": 8192,
+    },
+}
+"""What ``auto`` means on each kind of device."""
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """``cfg.inference`` with every ``auto`` resolved."""
+
+    device: str
+    backend: str
+    model: str
+    dtype: str
+    state_dtype: str
+    budget_bytes: int | None
+    budget_requests: float
+    repetitions: int
+    num_requests: int
+    max_prompt: int
+    max_output: int
+    max_tokens_per_step: int
+
+    @classmethod
+    def resolve(cls, cfg: DictConfig) -> "InferenceSettings":
+        """Raises UserError for CUDA where there is none."""
+        device = cfg.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device not in AUTO:
+            raise bad("inference.device", device, "choose auto, cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise bad("inference.device", device, "no CUDA device is here; choose auto or cpu")
+        values = {key: AUTO[device].get(key) if value == "auto" else value for key, value in cfg.items()}
+        values |= {"device": device, "backend": cfg.backend}
+        values["dtype"] = dtype_name(values["dtype"], "inference.dtype")
+        values["state_dtype"] = dtype_name(values["state_dtype"], "inference.state_dtype")
+        for key in ("repetitions", "num_requests", "max_prompt", "max_output", "max_tokens_per_step"):
+            if not isinstance(values[key], int) or values[key] < 1:
+                raise bad(f"inference.{key}", values[key], "give a positive whole number, or auto")
+        return cls(**values)
+
+    def budget(self, spec: CacheSpec, workload: Workload) -> int:
+        """The one budget of all strategies: given, or ``budget_requests`` times the stream's longest request."""
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        longest = max(request.prompt_tokens + request.output_tokens for request in workload.requests)
+        return int(self.budget_requests * spec.request_bytes(longest))
+
+
+class InferencePhase:
+    """One model on one device, run under each strategy in turn."""
+
+    def __init__(self, settings: InferenceSettings, seed: int) -> None:
+        self.settings = settings
+        self.model, self.tokenizer = load_for_inference(
+            settings.model, dtype=settings.dtype, device=settings.device, seed=seed
+        )
+        self.spec = CacheSpec.from_config(self.model.config, kv_dtype=settings.dtype, state_dtype=settings.state_dtype)
+
+    def rows(
+        self,
+        choices: Iterable[StrategyChoice],
+        budget_bytes: int,
+        workload: Workload,
+        scheduler: SchedulerConfig,
+        events: EventSink,
+        advance: Callable[[str], None],
+    ) -> Iterator[dict[str, Any]]:
+        """One row per physical strategy and repetition."""
+        for choice in choices:
+            if self.settings.device == "cuda":
+                self._warm_up(choice, budget_bytes, workload, scheduler)
+            for repetition in range(self.settings.repetitions):
+                labels = {
+                    "phase": "inference",
+                    "strategy": choice.label,
+                    "workload": workload.name,
+                    "repetition": repetition,
+                }
+                yield self._run(choice, budget_bytes, workload, scheduler, Recorder(labels, events))
+                advance(choice.label)
+
+    def _engine(
+        self, choice: StrategyChoice, budget_bytes: int, scheduler: SchedulerConfig, recorder: Recorder | None
+    ) -> Engine:
+        strategy = choice.build(self.spec, budget_bytes, physical=True)
+        backend = make_backend(self.settings.backend, self.settings.device)
+        return Engine(self.model, strategy, scheduler, backend, recorder=recorder)
+
+    def _warm_up(
+        self, choice: StrategyChoice, budget_bytes: int, workload: Workload, scheduler: SchedulerConfig
+    ) -> None:
+        """Compile this strategy's kernels before its time is taken."""
+        engine = self._engine(choice, budget_bytes, scheduler, None)
+        for request in workload.requests[:4]:
+            engine.add_request(list(request.prompt_ids or ()), SamplingParams(max_tokens=3, ignore_eos=True))
+        engine.run()
+
+    def _run(
+        self,
+        choice: StrategyChoice,
+        budget_bytes: int,
+        workload: Workload,
+        scheduler: SchedulerConfig,
+        recorder: Recorder,
+    ) -> dict[str, Any]:
+        engine = self._engine(choice, budget_bytes, scheduler, recorder)
+        for request in workload.requests:
+            params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+            engine.add_request(list(request.prompt_ids or ()), params)
+        duration_s = engine.run()
+        row = recorder.finish(engine.sequences, duration_s, engine.strategy)
+        engine.strategy.check_integrity()
+        return {
+            **row,
+            "device": device_name() if self.settings.device == "cuda" else "cpu",
+            "backend": engine.backend.name,
+            "launches": json.dumps(dict(sorted(engine.backend.launches.items()))),
+            "dtype": self.settings.dtype,
+            "state_dtype": self.settings.state_dtype,
+        }
+
+
+def tokens_agree(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether all rows sampled the same tokens."""
+    return len({row["tokens_sha256"] for row in rows}) <= 1

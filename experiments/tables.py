@@ -1,0 +1,82 @@
+"""Result tables on the terminal."""
+
+import math
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def print_capacity(console: Console, results: pd.DataFrame) -> None:
+    """Residents by strategy and length, and the charge of the shortest request."""
+    rows = results[results["phase"] == "capacity"]
+    if rows.empty:
+        return
+    budget = rows["budget_bytes"].iloc[0]
+    table = Table(
+        title=f"capacity: resident requests in {budget / GIB:g} GiB, by length in tokens", box=box.SIMPLE_HEAD
+    )
+    table.add_column("strategy")
+    workloads = list(dict.fromkeys(rows["workload"]))
+    lengths = [name.removeprefix("length=") for name in workloads]
+    for length in lengths:
+        table.add_column(f"{int(length):,}", justify="right")
+    table.add_column(f"MiB for one of {lengths[0]}", justify="right")
+    for strategy, group in rows.groupby("strategy", sort=False):
+        by_workload = group.set_index("workload")
+        counts = [f"{int(by_workload.loc[name, 'residents_peak']):,}" for name in workloads]
+        charge = by_workload.loc[workloads[0], "held_bytes_per_request"] / MIB
+        table.add_row(str(strategy), *counts, f"{charge:.2f}")
+    console.print(table)
+
+
+def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
+    """One line per strategy and repetition of a phase that ran requests."""
+    rows = results[results["phase"] == phase]
+    if rows.empty:
+        return
+    first = rows.iloc[0]
+    title = (
+        f"{phase}: {first['workload']}, {first['model']}, {first['requests']} requests, "
+        f"{_bytes(first['budget_bytes'])} budget, {first['device']}"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("strategy")
+    for name in ("residents", "useful %", "held %", "preempted", "recomputed", "tok/s", "TTFT p50", "p99", "TPOT p50"):
+        table.add_column(name, justify="right")
+    real = phase == "inference"
+    if real:
+        table.add_column("backend")
+        table.add_column("tokens")
+    best = rows["output_tokens_per_s"].max()
+    for row in rows.itertuples():
+        rate = f"{row.output_tokens_per_s:,.0f}"
+        cells = [
+            str(row.strategy),
+            f"{row.residents_peak:.0f}",
+            f"{100 * row.utilization_mean:.1f}",
+            f"{100 * row.held_bytes_mean / row.budget_bytes:.1f}",
+            f"{row.preemptions:.0f}",
+            f"{row.recomputed_tokens:,.0f}",
+            f"[bold]{rate}[/]" if row.output_tokens_per_s == best else rate,
+            _seconds(row.ttft_p50_s),
+            _seconds(row.ttft_p99_s),
+            _seconds(row.tpot_p50_s),
+        ]
+        if real:
+            cells += [str(row.backend), str(row.tokens_sha256)[:8]]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def _bytes(value: float) -> str:
+    return f"{value / GIB:.3g} GiB" if value >= GIB else f"{value / MIB:.3g} MiB"
+
+
+def _seconds(value: float) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
