@@ -1,0 +1,63 @@
+"""Workloads: streams of requests, made from a seed or read from public traces. ``build_workload`` makes one by name."""
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from hybridcache.errors import bad
+from hybridcache.workloads.base import Request, Workload
+from hybridcache.workloads.resize import cut_to_size, with_text_prompts
+
+_READERS = {
+    "synthetic_chat": "hybridcache.workloads.synthetic",
+    "azure": "hybridcache.workloads.azure",
+    "mooncake": "hybridcache.workloads.mooncake",
+    "burstgpt": "hybridcache.workloads.burstgpt",
+}
+WORKLOADS = tuple(_READERS)
+"""Names that ``build_workload`` knows; a function of your own goes in by its dotted path."""
+
+__all__ = ["WORKLOADS", "Request", "Workload", "build_workload", "cut_to_size", "with_text_prompts"]
+
+
+def workload_builder(name: str) -> Callable[..., Workload]:
+    """The function of that name, or the callable of that dotted path (``my_package.my_module.my_workload``).
+
+    Raises:
+        UserError: an unknown name, or a path that cannot be imported or called.
+    """
+    if name in _READERS:
+        return getattr(import_module(_READERS[name]), name)
+    module, _, attribute = name.rpartition(".")
+    if not module:
+        raise bad("workload", name, f"choose one of {', '.join(WORKLOADS)}, or give the dotted path of a callable")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise bad("workload", name, f"cannot be imported ({error})") from error
+    if not callable(found):
+        raise bad("workload", name, "is not callable; give a function or class that returns a Workload")
+    return found
+
+
+def build_workload(name: str, **options: Any) -> Workload:
+    """Make a workload.
+
+    Args:
+        name: one of :data:`WORKLOADS`, or the dotted path of a callable that returns a :class:`Workload`.
+        options: the keyword arguments of that callable, as it documents them.
+
+    Raises:
+        UserError: an unknown name or option, a value out of range, or a trace file that is missing or malformed.
+    """
+    builder = workload_builder(name)
+    parameters = inspect.signature(builder).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for option, value in options.items():
+        if option not in parameters and not takes_any:
+            raise bad(option, value, f"workload {name} has no such option; choose from {', '.join(parameters)}")
+    workload = builder(**options)
+    if not isinstance(workload, Workload):
+        raise bad("workload", name, f"returned a {type(workload).__name__}; return a hybridcache.workloads.Workload")
+    return workload

@@ -1,0 +1,101 @@
+"""mooncake: the traces of Mooncake (Qin et al., FAST 2025), lengths and the hashes of every 512-token block of a prompt."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hybridcache.errors import UserError
+from hybridcache.workloads.base import Request, Workload
+from hybridcache.workloads.options import whole
+from hybridcache.workloads.trace_file import Line, Row, Window, open_text, trace_path
+
+BLOCK_TOKENS = 512
+"""Tokens that one hash id stands for (the last block of a prompt may be shorter)."""
+_MASK = (1 << 64) - 1
+
+
+def mooncake(
+    *,
+    path: str | Path | None = None,
+    max_requests: int | None = None,
+    start_s: float = 0.0,
+    time_scale: float = 1.0,
+    with_prompt_ids: bool = False,
+    vocab_size: int = 151_936,
+) -> Workload:
+    """Read a Mooncake trace (JSON lines with ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``).
+
+    Args:
+        path: ``conversation_trace.jsonl``, ``toolagent_trace.jsonl``, ``synthetic_trace.jsonl`` or ``mooncake_trace.jsonl``.
+        max_requests, start_s, time_scale: see :class:`Window`.
+        with_prompt_ids: give every request its token ids (8 bytes a token and more: combine with ``max_requests``).
+            Equal hashes become equal ids and different ones different ids, so the trace's prefix sharing survives.
+        vocab_size: the ids lie in ``0 .. vocab_size - 1``.
+
+    Raises:
+        UserError: no such file, a malformed line (named), or a value out of range.
+    """
+    window = Window(max_requests, start_s, time_scale)
+    vocab_size = whole("vocab_size", vocab_size, 2)
+    found = trace_path(path, "Mooncake trace", "the GitHub repository kvcache-ai/Mooncake (FAST25-release/traces)")
+    rows = [_row(line, with_prompt_ids) for line in _lines(found)]
+    chosen = window.choose(rows, found)
+    blocks: dict[int, tuple[int, ...]] = {}
+    requests = []
+    for i, (arrival_s, row) in enumerate(chosen):
+        ids = _prompt_ids(row, vocab_size, blocks) if with_prompt_ids else None
+        requests.append(Request(i, arrival_s, row.prompt_tokens, row.output_tokens, ids))
+    return Workload("mooncake", str(found), tuple(requests))
+
+
+def block_ids(hash_id: int, vocab_size: int) -> tuple[int, ...]:
+    """The token ids that stand for one hashed block: splitmix64 of ``hash_id * 512 + position``, modulo the vocabulary."""
+    first = (hash_id * BLOCK_TOKENS) & _MASK
+    x = np.uint64(first) + np.arange(1, BLOCK_TOKENS + 1, dtype=np.uint64)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return tuple(int(value) for value in (x ^ (x >> np.uint64(31))) % np.uint64(vocab_size))
+
+
+def _prompt_ids(row: Row, vocab_size: int, blocks: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+    assert row.hash_ids is not None
+    ids: list[int] = []
+    for hash_id in row.hash_ids:
+        if hash_id not in blocks:
+            blocks[hash_id] = block_ids(hash_id, vocab_size)
+        ids += blocks[hash_id]
+    return tuple(ids[: row.prompt_tokens])
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    with open_text(path) as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                fields = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is no JSON ({error}); expected one object a line") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{path}, line {number}: is {text.strip()[:40]!r}; expected a JSON object")
+            yield Line(path, number, fields)
+
+
+def _row(line: Line, with_hashes: bool) -> Row:
+    prompt, output = line.tokens("input_length"), line.tokens("output_length")
+    hashes = _hashes(line, prompt) if with_hashes else None
+    return Row(line.seconds("timestamp") / 1000.0, prompt, output, hashes)
+
+
+def _hashes(line: Line, prompt_tokens: int) -> tuple[int, ...]:
+    count = -(-prompt_tokens // BLOCK_TOKENS)
+    expected = f"{count} whole numbers (input_length={prompt_tokens} in blocks of {BLOCK_TOKENS})"
+    value = line.get("hash_ids", expected)
+    if not isinstance(value, list) or not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+        raise line.bad("hash_ids", value, expected)
+    if len(value) != count:
+        raise line.bad("hash_ids", f"{len(value)} ids", expected)
+    return tuple(value)
