@@ -104,24 +104,30 @@ def transformers_config(fields: Mapping[str, Any]) -> Any:
         UserError: ``model_type`` is missing or unknown to the installed Transformers, or it refuses a field.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     model_type = fields.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not known_to_transformers(model_type):
         raise bad("model_type", model_type, f"Transformers {transformers.__version__} has no such model; upgrade it")
     rest = {key: value for key, value in fields.items() if key != "model_type"}
     try:
         return transformers.AutoConfig.for_model(model_type, **rest)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         # Transformers validates some fields and merely computes with others, so a bad value may surface as any of these.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise bad("hf_config", model_type, f"Transformers refuses these fields: {reason}") from error
 
 
-def _config_from_mapping(fields: Mapping[str, Any]) -> Any:
-    import transformers
+def known_to_transformers(model_type: str | None) -> bool:
+    """Whether the installed Transformers has a config of that type."""
+    from transformers import CONFIG_MAPPING
 
+    return model_type in CONFIG_MAPPING
+
+
+def _config_from_mapping(fields: Mapping[str, Any]) -> Any:
     _require_supported(fields.get("model_type"))
-    if fields["model_type"] in transformers.CONFIG_MAPPING:
+    if known_to_transformers(fields["model_type"]):
         return transformers_config(fields)
     return SimpleNamespace(**{**fields, **fields.get("text_config", {})})
 
