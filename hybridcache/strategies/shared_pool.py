@@ -24,6 +24,7 @@ from hybridcache.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
 from hybridcache.strategies.free_list import FreeList
+from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")
 
@@ -78,7 +79,7 @@ class SharedPool(Strategy):
         self._requests: dict[int, _Request] = {}
         self._state_blocks = 0
         self._kv_entries = 0
-        self._parents = _Parents(self._children)
+        self._parents = Parents(self._children)
         self._require_one_request((self.geometry.state_blocks_per_request + 1) * self._block_bytes)
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
@@ -100,9 +101,12 @@ class SharedPool(Strategy):
         taken: list[int] = []
         for block in self._free.take(whole):
             taken += self._parents.open(block, self._children)
-        for _ in range(entries - len(taken)):
-            child = self._parents.take_from_fullest()
-            taken += self._parents.open(self._free.pop(), 1) if child is None else [child]
+        while (missing := entries - len(taken)) > 0:
+            parent = self._parents.fullest()
+            if parent is None:
+                taken += self._parents.open(self._free.pop(), min(missing, self._children))
+            else:
+                taken += self._parents.take(parent, missing)
         return taken
 
     def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
@@ -231,58 +235,3 @@ def _state_slots(spec: CacheSpec, chosen: Geometry) -> tuple[int, int]:
     even, rest = divmod(chosen.manager_block_bytes, chosen.states_per_manager_block)
     slot = even if rest == 0 and even % 128 == 0 else spec.stored_state_bytes_per_layer
     return slot, gcd(chosen.manager_block_bytes, slot)
-
-
-class _Parents:
-    """Manager blocks bound to KV in ``carve`` mode, bucketed by how many of their children are used."""
-
-    def __init__(self, children: int) -> None:
-        self.children = children
-        self.free_children = 0
-        self._free: dict[int, list[int]] = {}
-        """Free children of every parent, as kernel block numbers."""
-        self._by_used: list[dict[int, None]] = [{} for _ in range(children + 1)]
-
-    def open(self, block: int, count: int) -> list[int]:
-        """Bind an empty manager block and take its first ``count`` children."""
-        children = list(range(block * self.children, (block + 1) * self.children))
-        self._free[block] = children[count:][::-1]
-        self._by_used[count][block] = None
-        self.free_children += self.children - count
-        return children[:count]
-
-    def take_from_fullest(self) -> int | None:
-        """A free child of the fullest parent that has one; None where there is none."""
-        for used in range(self.children - 1, 0, -1):
-            if self._by_used[used]:
-                block = next(reversed(self._by_used[used]))
-                del self._by_used[used][block]
-                self._by_used[used + 1][block] = None
-                self.free_children -= 1
-                return self._free[block].pop()
-        return None
-
-    def put(self, child: int) -> int | None:
-        """Give a child back. Returns its manager block if that is empty now (and no longer bound)."""
-        block = child // self.children
-        used = self.children - len(self._free[block])
-        del self._by_used[used][block]
-        if used == 1:
-            del self._free[block]
-            self.free_children -= self.children - 1
-            return block
-        self._free[block].append(child)
-        self._by_used[used - 1][block] = None
-        self.free_children += 1
-        return None
-
-    def check(self, held: Sequence[int]) -> None:
-        """Every child of a bound parent is held once or free once."""
-        free = [child for children in self._free.values() for child in children]
-        assert len(free) == self.free_children
-        assert len(set(held)) == len(held), "a kernel block has two owners"
-        assert not set(held) & set(free)
-        assert len(held) + len(free) == self.children * len(self._free)
-        for used, blocks in enumerate(self._by_used):
-            for block in blocks:
-                assert self.children - len(self._free[block]) == used
