@@ -1,0 +1,188 @@
+"""Paged attention in PyTorch: store, decode and prefill over the pool's strided views.
+
+Shapes: T tokens, B rows, N table entries, H query heads, K KV heads, D head dim; inside a group of rows, R rows padded to
+Q queries and L positions.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, kv_slots, kv_views
+from hybridcache.layout import AttentionLayout
+
+GROUP_SCORES = 1 << 22
+"""Query-key pairs of one padded group of rows, at most (its mask has that many bytes)."""
+GROUP_POSITIONS = 1 << 18
+"""Gathered positions of one padded group of rows, at most."""
+MASK_QUERIES = 1024
+"""Queries per call where the causal mask of a long row has to be written out."""
+
+
+def kv_store(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    row_T: torch.Tensor,
+    position_T: torch.Tensor,
+) -> None:
+    """Write K and V of every token whose table entry is not -1."""
+    entry_T = kv_table_BN[row_T.long(), position_T.long() // layout.tokens_per_entry].long()
+    position_T = position_T.long()
+    stored = (entry_T >= 0).nonzero().squeeze(1)
+    if stored.numel() < entry_T.numel():
+        entry_T, position_T, k_TKD, v_TKD = (x[stored] for x in (entry_T, position_T, k_TKD, v_TKD))
+    slots = kv_slots(layout, entry_T, position_T)
+    for view, value in zip(kv_views(buffer, layout, layer), (k_TKD, v_TKD)):
+        view[slots] = value.to(view.dtype)
+
+
+def paged_decode(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    q_BHD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    context_len_B: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """A prefill of one query per row."""
+    offsets = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
+    return paged_prefill(buffer, layout, layer, q_BHD, kv_table_BN, offsets, context_len_B, scale)
+
+
+def paged_prefill(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    q_THD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_len_B: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each row's queries, the row's last positions, over its whole stored context.
+
+    Rows of like lengths are padded into groups; a long row is a group of its own and needs no mask where it starts at
+    position 0. Padding rows get zeros.
+    """
+    out_THD = q_THD.new_zeros(q_THD.shape[0], q_THD.shape[1], layout.v_dim)
+    rows = context_len_B.shape[0]
+    host = torch.cat([cu_seqlens.int(), context_len_B.int(), kv_table_BN[:, 0].int()]).tolist()
+    begin, end, context, first = host[:rows], host[1 : rows + 1], host[rows + 1 : 2 * rows + 1], host[2 * rows + 1 :]
+    live = [(context[b], end[b] - begin[b], begin[b], b) for b in range(rows) if first[b] >= 0 and end[b] > begin[b]]
+    views = kv_views(buffer, layout, layer)
+    for group in _groups(live):
+        if len(group) == 1:
+            length, queries, at, row = group[0]
+            tables = kv_table_BN[row : row + 1]
+            k_RKLD, v_RKLD = _gather(views, layout, tables, [length], q_THD)
+            q_RHQD = q_THD[at : at + queries].transpose(0, 1).unsqueeze(0).to(k_RKLD.dtype)
+            out_RHQD = _attend_row(q_RHQD, k_RKLD, v_RKLD, scale)
+            out_THD[at : at + queries] = out_RHQD[0].transpose(0, 1).to(out_THD.dtype)
+        else:
+            _attend_group(out_THD, q_THD, views, layout, kv_table_BN, group, scale)
+    return out_THD
+
+
+def _groups(rows: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
+    """Rows ``(context, queries, first token, row)`` in groups that padding at most doubles, within the module's bounds."""
+    group: list[tuple[int, int, int, int]] = []
+    queries = 0
+    for row in sorted(rows, reverse=True):
+        wider = max(queries, row[1])
+        if group:
+            longest, count = group[0][0], len(group) + 1
+            uneven = longest > 128 and (2 * row[0] < longest or 2 * min(row[1], queries) < wider)
+            full = count * longest > GROUP_POSITIONS or count * longest * wider > GROUP_SCORES
+            if uneven or full:
+                yield group
+                group, wider = [], row[1]
+        group.append(row)
+        queries = wider
+    if group:
+        yield group
+
+
+def _gather(
+    views: tuple[torch.Tensor, torch.Tensor],
+    layout: AttentionLayout,
+    tables_RN: torch.Tensor,
+    lengths: list[int],
+    like: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V ``[R, K, L, D]`` of positions ``0 .. max(lengths) - 1``, zeros beyond a row's length (what lies there may
+    be NaN), in the dtype to compute in: at least float32 on a CPU, the common type of query and pool elsewhere."""
+    position_L = torch.arange(max(lengths), device=like.device)
+    entry_RL = tables_RN[:, position_L // layout.tokens_per_entry].long()
+    beyond_RL = None
+    if len(set(lengths)) > 1:
+        beyond_RL = position_L >= torch.tensor(lengths, device=like.device).unsqueeze(1)
+        entry_RL = entry_RL.masked_fill(beyond_RL, 0)
+    slots = kv_slots(layout, entry_RL, position_L.expand_as(entry_RL))
+    found = []
+    for view in views:
+        x_RLKD = view[slots]
+        dtype = like.dtype if x_RLKD.dtype.itemsize == 1 else torch.promote_types(like.dtype, x_RLKD.dtype)
+        x_RLKD = x_RLKD.to(accumulation_dtype(dtype) if like.device.type == "cpu" else dtype)
+        if beyond_RL is not None:
+            x_RLKD = x_RLKD.masked_fill_(beyond_RL[..., None, None], 0)
+        found.append(x_RLKD.transpose(1, 2))
+    return found[0], found[1]
+
+
+def _attend_row(q_RHQD: torch.Tensor, k_RKLD: torch.Tensor, v_RKLD: torch.Tensor, scale: float) -> torch.Tensor:
+    """One row: its Q queries are the last of L positions."""
+    queries, length = q_RHQD.shape[2], k_RKLD.shape[2]
+    gqa = q_RHQD.shape[1] != k_RKLD.shape[1]
+    if queries == 1 or queries == length:
+        return F.scaled_dot_product_attention(
+            q_RHQD, k_RKLD, v_RKLD, is_causal=queries > 1, scale=scale, enable_gqa=gqa
+        )
+    if q_RHQD.is_cuda and q_RHQD.dtype.itemsize == 2 and k_RKLD.shape[-1] == v_RKLD.shape[-1]:
+        bias = causal_lower_right(queries, length)
+        return F.scaled_dot_product_attention(q_RHQD, k_RKLD, v_RKLD, attn_mask=bias, scale=scale, enable_gqa=gqa)
+    key = torch.arange(length, device=q_RHQD.device)
+    parts = []
+    for at in range(0, queries, MASK_QUERIES):
+        part = q_RHQD[:, :, at : at + MASK_QUERIES]
+        last = torch.arange(length - queries + at, length - queries + at + part.shape[2], device=q_RHQD.device)
+        mask = key <= last.unsqueeze(1)
+        parts.append(F.scaled_dot_product_attention(part, k_RKLD, v_RKLD, attn_mask=mask, scale=scale, enable_gqa=gqa))
+    return torch.cat(parts, dim=2)
+
+
+def _attend_group(
+    out_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    views: tuple[torch.Tensor, torch.Tensor],
+    layout: AttentionLayout,
+    kv_table_BN: torch.Tensor,
+    group: list[tuple[int, int, int, int]],
+    scale: float,
+) -> None:
+    """Several rows, padded to one number of queries and of positions."""
+    lengths, counts, begins, rows = (list(column) for column in zip(*group))
+    length_R, count_R, begin_R, row_R = torch.tensor([lengths, counts, begins, rows], device=q_THD.device)
+    k_RKLD, v_RKLD = _gather(views, layout, kv_table_BN[row_R], lengths, q_THD)
+    query_Q = torch.arange(max(counts), device=q_THD.device)
+    real_RQ = query_Q < count_R.unsqueeze(1)
+    token_RQ = begin_R.unsqueeze(1) + torch.minimum(query_Q, count_R.unsqueeze(1) - 1)
+    position_RQ = (length_R - count_R).unsqueeze(1) + query_Q
+    position_RQ = torch.minimum(position_RQ, length_R.unsqueeze(1) - 1)
+    mask_RQL = torch.arange(max(lengths), device=q_THD.device) <= position_RQ.unsqueeze(2)
+    q_RHQD = q_THD[token_RQ].transpose(1, 2).to(k_RKLD.dtype)
+    gqa = q_RHQD.shape[1] != k_RKLD.shape[1]
+    out_RHQD = F.scaled_dot_product_attention(
+        q_RHQD, k_RKLD, v_RKLD, attn_mask=mask_RQL.unsqueeze(1), scale=scale, enable_gqa=gqa
+    )
+    # One token per row needs no selection, which would stop the host for its size.
+    if len(query_Q) == 1:
+        out_THD[token_RQ[:, 0]] = out_RHQD[:, :, 0].to(out_THD.dtype)
+    else:
+        out_THD[token_RQ[real_RQ]] = out_RHQD.transpose(1, 2)[real_RQ].to(out_THD.dtype)

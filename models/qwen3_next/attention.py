@@ -1,0 +1,96 @@
+"""Full attention: q/k norm, partial rotary, paged KV, and an output gate.
+
+Shapes: T tokens, D hidden, H query heads, K KV heads, E head dim.
+"""
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3NextConfig
+
+from models.qwen3_next.layers import RMSNorm, rotate
+from models.qwen3_next.parameters import Slot, Slots, parameter
+from models.qwen3_next.step import Step
+
+
+class Attention(nn.Module):
+    """One attention layer; ``ordinal`` numbers it among the attention layers, as the KV layout does.
+
+    ``qkv`` stacks the rows of ``q_proj`` (``[query | gate]`` per head), ``k_proj`` and ``v_proj``.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, ordinal: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.ordinal = ordinal
+        self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
+        self.scale = config.head_dim**-0.5
+        self.sizes = [
+            2 * config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        ]
+        hidden, attended = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.qkv = parameter(sum(self.sizes), hidden, dtype=dtype, device=device)
+        self.out = parameter(hidden, attended, dtype=dtype, device=device)
+        self.qkv_bias = self.out_bias = None
+        if config.attention_bias:
+            self.qkv_bias = parameter(sum(self.sizes), dtype=dtype, device=device)
+            self.out_bias = parameter(hidden, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+
+    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        """Stores the step's K and V, then attends: decode rows first, prefilling rows behind them."""
+        qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
+        q_THE, gate_THE = qg.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=2)
+        k_TKE, v_TKE = (x.unflatten(1, (self.kv_heads, self.head_dim)) for x in (k, v))
+        q_THE = rotate(self.q_norm(q_THE), step.cos, step.sin).to(x_TD.dtype)
+        k_TKE = rotate(self.k_norm(k_TKE), step.cos, step.sin).to(x_TD.dtype)
+        attended_THE = self._attend(q_THE, k_TKE, v_TKE, step)
+        return F.linear((attended_THE * gate_THE.sigmoid()).flatten(1), self.out, self.out_bias)
+
+    def _attend(self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, step: Step) -> torch.Tensor:
+        batch, n = step.batch, step.batch.num_decode
+        pool = (step.buffer, step.layout.attention, self.ordinal)
+        step.backend.kv_store(*pool, k_TKE, v_TKE, batch.kv_table_BN, batch.row_T, batch.position_T)
+        parts = []
+        if n:
+            parts.append(
+                step.backend.paged_decode(*pool, q_THE[:n], batch.kv_table_BN[:n], batch.context_len_B[:n], self.scale)
+            )
+        if step.has_prefill:
+            parts.append(
+                step.backend.paged_prefill(
+                    *pool,
+                    q_THE[n:],
+                    batch.kv_table_BN[n:],
+                    batch.prefill_cu_seqlens,
+                    batch.context_len_B[n:],
+                    self.scale,
+                    batch.max_prefill_len,
+                    batch.max_context_len,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        for name, rows in zip("qkv", self.qkv.split(self.sizes)):
+            yield f"{prefix}{name}_proj.weight", Slot.of(rows)
+        yield f"{prefix}o_proj.weight", Slot.of(self.out)
+        if self.qkv_bias is not None and self.out_bias is not None:
+            for name, rows in zip("qkv", self.qkv_bias.split(self.sizes)):
+                yield f"{prefix}{name}_proj.bias", Slot.of(rows)
+            yield f"{prefix}o_proj.bias", Slot.of(self.out_bias)
+        yield from self.q_norm.slots(f"{prefix}q_norm.", names)
+        yield from self.k_norm.slots(f"{prefix}k_norm.", names)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        for weight in (self.qkv, self.out):
+            weight.normal_(0.0, std, generator=generator)
+        for bias in (self.qkv_bias, self.out_bias):
+            if bias is not None:
+                bias.zero_()
+        self.q_norm.init_weights(std, generator)
+        self.k_norm.init_weights(std, generator)

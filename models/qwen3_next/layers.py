@@ -1,0 +1,102 @@
+"""Norms, rotary positions and the dense MLP.
+
+Shapes: T tokens, D hidden or head dim, I intermediate, P rotated pairs (half the rotated dims).
+"""
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3NextConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * (1 + weight)``: the weight is centred on zero. Computes and keeps its weight in float32 or more."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(dim, dtype=at_least_float32(dtype), device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises the last dimension. Returns the weight's dtype, for the caller to round."""
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, 1.0 + self.weight, self.eps)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        yield f"{prefix}weight", Slot.of(self.weight)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        self.weight.zero_()
+
+
+class GatedRMSNorm(nn.Module):
+    """``x / rms(x) * weight * silu(gate)``, in float32 or more. Returns the gate's dtype."""
+
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = parameter(dim, dtype=at_least_float32(dtype), device=device)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        dtype = self.weight.dtype
+        normed = F.rms_norm(x.to(dtype), self.weight.shape, self.weight, self.eps)
+        return (normed * F.silu(gate.to(dtype))).to(gate.dtype)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        yield f"{prefix}weight", Slot.of(self.weight)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        self.weight.fill_(1.0)
+
+
+class Rotary(nn.Module):
+    """Rotary positions of the first ``2 P`` dims of a head; the others pass."""
+
+    def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        rope, dtype = config.rope_parameters, at_least_float32(dtype)
+        dim = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        if rope["rope_type"] == "default":
+            frequency_P, self.scaling = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=dtype) / dim), 1.0
+        else:
+            frequency_P, self.scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        self.register_buffer("frequency_P", frequency_P.to(device, dtype), persistent=False)
+
+    def forward(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[T, 1, P]``, in float32 or more."""
+        angle = position_T.to(self.frequency_P.dtype)[:, None, None] * self.frequency_P
+        return angle.cos() * self.scaling, angle.sin() * self.scaling
+
+
+def rotate(x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
+    """Rotate dims ``(i, i + P)`` of every head; dims from ``2 P`` on pass."""
+    pairs = cos_T1P.shape[-1]
+    first, second, rest = x_THD.split([pairs, pairs, x_THD.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P, rest], dim=-1)
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.intermediate = intermediate
+        self.gate_up = parameter(2 * intermediate, hidden, dtype=dtype, device=device)
+        self.down = parameter(hidden, intermediate, dtype=dtype, device=device)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x_TD, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        yield f"{prefix}gate_proj.weight", Slot.of(self.gate_up[: self.intermediate])
+        yield f"{prefix}up_proj.weight", Slot.of(self.gate_up[self.intermediate :])
+        yield f"{prefix}down_proj.weight", Slot.of(self.down)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        for weight in (self.gate_up, self.down):
+            weight.normal_(0.0, std, generator=generator)

@@ -1,0 +1,109 @@
+"""Linear attention: projections and the output norm around the backend's gated delta net.
+
+Shapes: T tokens, D hidden, C conv channels (``q | k | v``), K key heads, V value heads, E key dim, F value dim, W conv
+width.
+"""
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3NextConfig
+
+from models.qwen3_next.layers import GatedRMSNorm
+from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
+from models.qwen3_next.step import Step
+
+
+class LinearAttention(nn.Module):
+    """One gated delta net; ``ordinal`` numbers it among the linear layers, as the state layout does.
+
+    ``in_proj`` stacks the rows of every input projection as ``q | k | v | z | b | a``, heads in order within each, so that
+    the conv's input is a slice of its output. Checkpoints interleave them by key head (Transformers'
+    ``fix_query_key_value_ordering``); the slots sort them once, at loading.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, ordinal: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.ordinal = ordinal
+        self.key_heads, self.key_dim = config.linear_num_key_heads, config.linear_key_head_dim
+        self.value_heads, self.value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        self.channels = 2 * keys + values
+        self.sizes = [self.channels, values, self.value_heads, self.value_heads]
+        exact = at_least_float32(dtype)
+        self.in_proj = parameter(sum(self.sizes), config.hidden_size, dtype=dtype, device=device)
+        self.conv = parameter(self.channels, config.linear_conv_kernel_dim, dtype=dtype, device=device)
+        self.a_log = parameter(self.value_heads, dtype=exact, device=device)
+        self.dt_bias = parameter(self.value_heads, dtype=exact, device=device)
+        self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps, dtype, device)
+        self.out = parameter(config.hidden_size, values, dtype=dtype, device=device)
+
+    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        """Advances the state of every row: decode rows first, prefilling rows behind them."""
+        x_TC, z, b_TV, a_TV = F.linear(x_TD, self.in_proj).split(self.sizes, dim=1)
+        batch, n = step.batch, step.batch.num_decode
+        pool = (step.buffer, step.layout.state, self.ordinal)
+        gates = (self.a_log, self.dt_bias)
+        parts = []
+        if n:
+            parts.append(
+                step.backend.gdn_decode(
+                    *pool,
+                    x_TC[:n],
+                    self.conv,
+                    a_TV[:n],
+                    b_TV[:n],
+                    *gates,
+                    batch.state_table_BL[:n],
+                    batch.position_T[:n],
+                )
+            )
+        if step.has_prefill:
+            parts.append(
+                step.backend.gdn_prefill(
+                    *pool,
+                    x_TC[n:],
+                    self.conv,
+                    a_TV[n:],
+                    b_TV[n:],
+                    *gates,
+                    batch.state_table_BL[n:],
+                    batch.prefill_cu_seqlens,
+                    step.prefill_start_P,
+                )
+            )
+        o_TVF = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return F.linear(self.norm(o_TVF, z.unflatten(1, (self.value_heads, self.value_dim))).flatten(1), self.out)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        hidden = self.in_proj.shape[1]
+        yield f"{prefix}in_proj_qkvz.weight", Slot((self.channels + self.sizes[1], hidden), self._write_qkvz)
+        yield f"{prefix}in_proj_ba.weight", Slot((2 * self.value_heads, hidden), self._write_ba)
+        yield f"{prefix}conv1d.weight", Slot.of(self.conv.unsqueeze(1))
+        yield f"{prefix}A_log", Slot.of(self.a_log)
+        yield f"{prefix}dt_bias", Slot.of(self.dt_bias)
+        yield from self.norm.slots(f"{prefix}norm.", names)
+        yield f"{prefix}out_proj.weight", Slot.of(self.out)
+
+    def _write_qkvz(self, source: torch.Tensor) -> None:
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        self._write_by_key_head(source, self.in_proj[: self.channels + values], [keys, keys, values, values])
+
+    def _write_ba(self, source: torch.Tensor) -> None:
+        self._write_by_key_head(source, self.in_proj[-2 * self.value_heads :], [self.value_heads, self.value_heads])
+
+    def _write_by_key_head(self, source: torch.Tensor, rows: torch.Tensor, sizes: list[int]) -> None:
+        """Rows grouped by key head, sections of every group in order, to whole sections with key heads in order."""
+        groups = source.unflatten(0, (self.key_heads, -1)).split([size // self.key_heads for size in sizes], dim=1)
+        for section, group in zip(rows.split(sizes), groups):
+            section.copy_(group.flatten(0, 1))
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        for weight in (self.in_proj, self.conv, self.out):
+            weight.normal_(0.0, std, generator=generator)
+        # Kept away from 0, whose logarithm is -inf.
+        self.a_log.uniform_(0.01, 16.0, generator=generator).log_()
+        self.dt_bias.fill_(1.0)
+        self.norm.init_weights(std, generator)

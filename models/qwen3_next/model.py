@@ -1,0 +1,130 @@
+"""Qwen3-Next, whole: embedding, hybrid decoder layers, final norm, language model head.
+
+The model keeps weights only. K, V and recurrent states live in the pool's buffer, which the layers reach through the
+operations of a :class:`~hybridcache.kernels.backend.Backend` and the layout of whatever strategy owns the memory.
+
+Shapes: T tokens of the step, R tokens whose logits are wanted, D hidden, V vocabulary.
+"""
+
+from collections.abc import Container
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3NextConfig
+
+from hybridcache.batch import StepBatch
+from hybridcache.kernels.backend import Backend
+from hybridcache.layout import Layout
+from models.qwen3_next.attention import Attention
+from models.qwen3_next.layers import MLP, RMSNorm, Rotary
+from models.qwen3_next.linear_attention import LinearAttention
+from models.qwen3_next.moe import SparseMoe
+from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
+from models.qwen3_next.step import Step
+
+
+def has_experts(config: Qwen3NextConfig, index: int) -> bool:
+    """Whether that layer's MLP is a mixture of experts (Transformers' rule)."""
+    return (
+        index not in config.mlp_only_layers and config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
+    )
+
+
+class DecoderLayer(nn.Module):
+    """Token mixer (full or linear attention), then MLP or experts, each behind a norm and added to the stream."""
+
+    def __init__(self, config: Qwen3NextConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        kind = config.layer_types[index]
+        ordinal = config.layer_types[:index].count(kind)
+        self.mixer_name = "self_attn" if kind == "full_attention" else "linear_attn"
+        self.mixer: Attention | LinearAttention
+        if kind == "full_attention":
+            self.mixer = Attention(config, ordinal, dtype, device)
+        else:
+            self.mixer = LinearAttention(config, ordinal, dtype, device)
+        self.mlp: SparseMoe | MLP
+        if has_experts(config, index):
+            self.mlp = SparseMoe(config, dtype, device)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype, device)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+
+    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD).to(x_TD.dtype), step)
+        return x_TD + self.mlp(self.mlp_norm(x_TD).to(x_TD.dtype))
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        yield from self.mixer_norm.slots(f"{prefix}input_layernorm.", names)
+        yield from self.mixer.slots(f"{prefix}{self.mixer_name}.", names)
+        yield from self.mlp_norm.slots(f"{prefix}post_attention_layernorm.", names)
+        yield from self.mlp.slots(f"{prefix}mlp.", names)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        for module in (self.mixer_norm, self.mixer, self.mlp_norm, self.mlp):
+            module.init_weights(std, generator)
+
+
+class Qwen3Next(nn.Module):
+    """The model. Make one with ``build_model`` (random weights) or ``load_model`` (a checkpoint).
+
+    Args:
+        config: Transformers' config; ``check_config`` has accepted it.
+        dtype: of weights and activations. Norms, softmax, gates and logits are float32, or float64 with float64.
+        device: where the weights are allocated, uninitialised.
+    """
+
+    def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.rotary = Rotary(config, dtype, device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, dtype, device) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.head = (
+            self.embedding
+            if config.tie_word_embeddings
+            else parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
+        """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
+        ``batch.logit_index_R`` names, float32 (float64 where the model is)."""
+        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T))
+        x_TD = F.embedding(batch.token_ids_T, self.embedding)
+        for layer in self.layers:
+            x_TD = layer(x_TD, step)
+        x_RD = self.norm(x_TD[batch.logit_index_R]).to(x_TD.dtype)
+        return F.linear(x_RD, self.head).to(at_least_float32(x_TD.dtype))
+
+    def slots(self, names: Container[str]) -> Slots:
+        """Slots of all checkpoint tensors, by the published names."""
+        yield "model.embed_tokens.weight", Slot.of(self.embedding)
+        for index, layer in enumerate(self.layers):
+            yield from layer.slots(f"model.layers.{index}.", names)
+        yield from self.norm.slots("model.norm.", names)
+        if self.head is not self.embedding:
+            yield "lm_head.weight", Slot.of(self.head)
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights as Transformers would draw them for a new model, drawn on the model's device."""
+        std = self.config.initializer_range
+        generator = torch.Generator(self.device).manual_seed(seed)
+        self.embedding.normal_(0.0, std, generator=generator)
+        for layer in self.layers:
+            layer.init_weights(std, generator)
+        self.norm.init_weights(std, generator)
+        if self.head is not self.embedding:
+            self.head.normal_(0.0, std, generator=generator)

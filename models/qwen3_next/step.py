@@ -1,0 +1,43 @@
+"""Step: what the layers of one forward pass share besides the hidden states."""
+
+from dataclasses import dataclass
+
+import torch
+
+from hybridcache.batch import StepBatch
+from hybridcache.kernels.backend import Backend
+from hybridcache.layout import Layout
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: the batch, the pool and the backend that reaches it, and values computed once for all layers.
+
+    P prefilling rows, T tokens, rotary pairs as in ``layers``.
+    """
+
+    batch: StepBatch
+    buffer: torch.Tensor
+    layout: Layout
+    backend: Backend
+    cos: torch.Tensor
+    sin: torch.Tensor
+    prefill_start_P: torch.Tensor
+    """int32; position of each prefilling row's first token of this step."""
+
+    @classmethod
+    def of(
+        cls,
+        batch: StepBatch,
+        buffer: torch.Tensor,
+        layout: Layout,
+        backend: Backend,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> "Step":
+        offsets = batch.prefill_cu_seqlens
+        start = batch.context_len_B[batch.num_decode :] - (offsets[1:] - offsets[:-1])
+        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], start)
+
+    @property
+    def has_prefill(self) -> bool:
+        return self.batch.num_tokens > self.batch.num_decode

@@ -1,0 +1,142 @@
+"""Making the model: random weights from a seed, or a Hugging Face safetensors checkpoint.
+
+Checkpoint tensors are read one at a time from the memory-mapped file and copied straight into their parameter: no
+second copy of the weights is held on the host.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Qwen3NextConfig
+
+from hybridcache.errors import UserError, bad
+from models.qwen3_next.config import check_config, compute_dtype
+from models.qwen3_next.model import Qwen3Next
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LISTED = 8
+"""Names that an error lists of each kind."""
+
+
+def build_model(
+    config: Qwen3NextConfig, dtype: str | torch.dtype, device: str | torch.device, seed: int = 0
+) -> Qwen3Next:
+    """A model with random weights, drawn on the device itself (the same seed gives the same weights on one device and
+    dtype).
+
+    Raises:
+        UserError: a config or dtype that the model does not support.
+    """
+    check_config(config)
+    model = Qwen3Next(config, compute_dtype(dtype), torch.device(device))
+    model.init_weights(seed)
+    return model.eval()
+
+
+def load_model(folder: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> Qwen3Next:
+    """A model from a checkpoint folder: ``config.json`` and ``model.safetensors``, whole or sharded with its index.
+
+    Experts may be stored one by one (as published) or fused (as Transformers' modules keep them). Tensors named
+    ``mtp.*``, the published multi-token prediction head, are skipped, and the log says so.
+
+    Raises:
+        UserError: no such folder, config or file; a config, dtype or quantisation that the model does not support;
+            tensors missing, unexpected or of another shape (all kinds are listed at once, before anything is allocated).
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    check_config(config)
+    dtype, device = compute_dtype(dtype), torch.device(device)
+    files = _weight_files(folder)
+    shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
+    skipped = _check_tensors(Qwen3Next(config, dtype, torch.device("meta")), shapes, folder)
+    if skipped:
+        log.info("%s: skipped %d tensors that generation does not use (mtp.* ...)", folder, len(skipped))
+    model = Qwen3Next(config, dtype, device)
+    slots = dict(model.slots(shapes))
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
+                if name in slots:
+                    slots[name].write(tensors.get_tensor(name))
+    return model.eval()
+
+
+def read_config(folder: Path) -> Qwen3NextConfig:
+    """The folder's ``config.json``.
+
+    Raises:
+        UserError: it is not there, is no JSON, or is of another architecture.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise bad("model", str(folder), "has no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        fields = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise bad("model", str(path), f"is not JSON ({error})") from error
+    if not isinstance(fields, dict) or fields.get("model_type") != "qwen3_next":
+        found = fields.get("model_type") if isinstance(fields, dict) else None
+        raise bad("model_type", found, f"{path}: only qwen3_next checkpoints can be loaded")
+    return Qwen3NextConfig.from_dict(fields)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files, all present."""
+    if (folder / INDEX).is_file():
+        try:
+            shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise bad("model", str(folder / INDEX), f"is no safetensors index ({error!r})") from error
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise bad("model", str(folder), f"{INDEX} names files that are not there: {_listed(missing)}")
+        return [folder / name for name in shards]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise bad("model", str(folder), f"has neither {SINGLE} nor {INDEX}; only safetensors checkpoints can be loaded")
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors, from its header."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise bad("model", str(file), f"cannot be read ({error})") from error
+
+
+def _check_tensors(model: Qwen3Next, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
+    """Compare a checkpoint's names and shapes with the model's. Returns the names that are skipped on purpose."""
+    slots = dict(model.slots(shapes))
+    skipped = [name for name in shapes if name.startswith("mtp.")]
+    if model.config.tie_word_embeddings and "lm_head.weight" in shapes:
+        skipped.append("lm_head.weight")
+    problems = {
+        "missing": [name for name in slots if name not in shapes],
+        "unexpected": sorted(set(shapes) - set(slots) - set(skipped)),
+        "misshaped": [
+            f"{name} {list(shapes[name])} (the config says {list(slot.shape)})"
+            for name, slot in slots.items()
+            if name in shapes and shapes[name] != slot.shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"model={str(folder)!r}: the checkpoint does not fit its config.json: {found}")
+    return skipped
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
