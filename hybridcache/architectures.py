@@ -106,7 +106,7 @@ def transformers_config(fields: Mapping[str, Any]) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if not known_to_transformers(model_type):
         raise bad("model_type", model_type, f"Transformers {transformers.__version__} has no such model; upgrade it")
     rest = {key: value for key, value in fields.items() if key != "model_type"}
@@ -118,7 +118,7 @@ def transformers_config(fields: Mapping[str, Any]) -> Any:
         raise bad("hf_config", model_type, f"Transformers refuses these fields: {reason}") from error
 
 
-def known_to_transformers(model_type: str | None) -> bool:
+def known_to_transformers(model_type: str) -> bool:
     """Whether the installed Transformers has a config of that type."""
     from transformers import CONFIG_MAPPING
 
