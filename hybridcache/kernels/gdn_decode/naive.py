@@ -1,0 +1,96 @@
+"""Reference of GDN decode: one token of one request at a time, all in float64.
+
+Shapes: B rows, L state layers, C conv channels (``q | k | v``), W conv kernel width, K key heads, V value heads,
+I key dim, J value dim.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from hybridcache.dtypes import torch_dtype
+from hybridcache.kernels.gdn_decode import L2NORM_EPS
+from hybridcache.kernels.memory import at
+from hybridcache.layout import StateLayout
+
+
+def _l2norm(x_KI: torch.Tensor) -> torch.Tensor:
+    return x_KI * torch.rsqrt((x_KI * x_KI).sum(-1, keepdim=True) + L2NORM_EPS)
+
+
+def stored_state(
+    buffer: torch.Tensor, layout: StateLayout, layer: int, entry: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrent part ``[V, I, J]`` and the conv ring ``[W, C]`` of one stored state, as views of the pool."""
+    address = layout.address(layer, entry)
+    state_VIJ = at(buffer, address, layout.recurrent_shape, torch_dtype(layout.recurrent_dtype))
+    shape = (layout.conv_kernel, layout.conv_channels)
+    return state_VIJ, at(buffer, address + layout.conv_offset, shape, torch_dtype(layout.conv_dtype))
+
+
+def step(
+    state_VIJ: torch.Tensor,
+    ring_WC: torch.Tensor,
+    x_C: torch.Tensor,
+    conv_weight_CW: torch.Tensor,
+    a_V: torch.Tensor,
+    b_V: torch.Tensor,
+    a_log_V: torch.Tensor,
+    dt_bias_V: torch.Tensor,
+    position: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token. ``state_VIJ`` is float64; all of it must be 0 at position 0. Writes ``x_C`` to its ring column.
+
+    Returns:
+        The output ``[V, J]`` and the new state ``[V, I, J]``, float64.
+    """
+    v_heads, key_dim, value_dim = state_VIJ.shape
+    k_heads = (x_C.shape[0] - v_heads * value_dim) // (2 * key_dim)
+    width = ring_WC.shape[0]
+
+    conv_C = x_C.double() * conv_weight_CW[:, -1].double()
+    for back in range(1, min(width - 1, position) + 1):
+        conv_C += ring_WC[(position - back) % width].double() * conv_weight_CW[:, width - 1 - back].double()
+    ring_WC[position % width] = x_C.to(ring_WC.dtype)
+
+    q_C, k_C, v_C = F.silu(conv_C).split([k_heads * key_dim, k_heads * key_dim, v_heads * value_dim])
+    group = v_heads // k_heads
+    q_VI = _l2norm(q_C.view(k_heads, key_dim)).repeat_interleave(group, 0) * key_dim**-0.5
+    k_VI = _l2norm(k_C.view(k_heads, key_dim)).repeat_interleave(group, 0)
+    v_VJ = v_C.view(v_heads, value_dim)
+
+    decay_V = torch.exp(-torch.exp(a_log_V.double()) * F.softplus(a_V.double() + dt_bias_V.double()))
+    beta_V = torch.sigmoid(b_V.double())
+    decayed_VIJ = state_VIJ * decay_V[:, None, None]
+    predicted_VJ = torch.einsum("vi,vij->vj", k_VI, decayed_VIJ)
+    delta_VJ = (v_VJ - predicted_VJ) * beta_V[:, None]
+    new_VIJ = decayed_VIJ + k_VI[:, :, None] * delta_VJ[:, None, :]
+    return torch.einsum("vi,vij->vj", q_VI, new_VIJ), new_VIJ
+
+
+def gdn_decode(
+    buffer: torch.Tensor,
+    layout: StateLayout,
+    layer: int,
+    x_BC: torch.Tensor,
+    conv_weight_CW: torch.Tensor,
+    a_BV: torch.Tensor,
+    b_BV: torch.Tensor,
+    a_log_V: torch.Tensor,
+    dt_bias_V: torch.Tensor,
+    state_table_BL: torch.Tensor,
+    position_B: torch.Tensor,
+) -> torch.Tensor:
+    """See :meth:`hybridcache.kernels.backend.Backend.gdn_decode`. Returns float64; padding rows are 0."""
+    v_heads, _, value_dim = layout.recurrent_shape
+    out_BVJ = x_BC.new_zeros((x_BC.shape[0], v_heads, value_dim), dtype=torch.float64)
+    entries = state_table_BL[:, layer].tolist()
+    for b, (entry, position) in enumerate(zip(entries, position_B.tolist())):
+        if entry == -1:
+            continue
+        stored_VIJ, ring_WC = stored_state(buffer, layout, layer, entry)
+        state_VIJ = stored_VIJ.double() if position > 0 else torch.zeros_like(stored_VIJ, dtype=torch.float64)
+        out_BVJ[b], new_VIJ = step(
+            state_VIJ, ring_WC, x_BC[b], conv_weight_CW, a_BV[b], b_BV[b], a_log_V, dt_bias_V, position
+        )
+        stored_VIJ.copy_(new_VIJ)
+    return out_BVJ

@@ -1,0 +1,133 @@
+"""KV store in Triton: K and V of a step's tokens, one launch.
+
+A program writes one token's K and V rows of up to ``BLOCK_H`` heads.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hybridcache.dtypes import torch_dtype
+from hybridcache.kernels.addressing import row_offset, row_strides
+from hybridcache.kernels.memory import elements
+from hybridcache.layout import AttentionLayout
+
+TILE_ELEMENTS = 4096
+"""Elements of K (and of V) that one program writes at most."""
+
+
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "row_ptr", "position_ptr"])
+def kv_store_kernel(
+    pool_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    row_ptr,
+    position_ptr,
+    table_stride: tl.int64,
+    k_stride_t: tl.int64,
+    k_stride_h: tl.int64,
+    v_stride_t: tl.int64,
+    v_stride_h: tl.int64,
+    base: tl.int64,
+    manager_stride: tl.int64,
+    kernel_stride: tl.int64,
+    kv_stride: tl.int64,
+    k_token_stride: tl.int64,
+    v_token_stride: tl.int64,
+    k_head_stride: tl.int64,
+    v_head_stride: tl.int64,
+    TM: tl.constexpr,
+    KB: tl.constexpr,
+    HEADS: tl.constexpr,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    table_row = table_ptr + tl.load(row_ptr + token).to(tl.int64) * table_stride
+    # A padding row's position may be stale and lie beyond the table: its first entry alone says that it is one.
+    if tl.load(table_row) < 0:
+        return
+    position = tl.load(position_ptr + token)
+    entry = tl.load(table_row + position // TM)
+    if entry < 0:
+        return
+
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_offset = head.to(tl.int64)[:, None]
+
+    k_dim = tl.arange(0, BLOCK_K)[None, :]
+    k_inside = (head < HEADS)[:, None] & (k_dim < K_DIM)
+    k = tl.load(k_ptr + token * k_stride_t + head_offset * k_stride_h + k_dim, mask=k_inside, other=0.0)
+    k_row = row_offset(entry, position, base, manager_stride, kernel_stride, k_token_stride, TM, KB)
+    tl.store(pool_ptr + k_row + head_offset * k_head_stride + k_dim, k, mask=k_inside)
+
+    if V_DIM > 0:
+        v_dim = tl.arange(0, BLOCK_V)[None, :]
+        v_inside = (head < HEADS)[:, None] & (v_dim < V_DIM)
+        v = tl.load(v_ptr + token * v_stride_t + head_offset * v_stride_h + v_dim, mask=v_inside, other=0.0)
+        v_row = row_offset(entry, position, base, manager_stride, kernel_stride, v_token_stride, TM, KB)
+        tl.store(pool_ptr + v_row + kv_stride + head_offset * v_head_stride + v_dim, v, mask=v_inside)
+
+
+def constants(layout: AttentionLayout) -> dict[str, int]:
+    """Compile-time parameters of :func:`kv_store_kernel` for a layout."""
+    block_k = triton.next_power_of_2(layout.k_dim)
+    block_v = triton.next_power_of_2(max(layout.v_dim, 1))
+    fits = max(TILE_ELEMENTS // max(block_k, block_v), 1)
+    return {
+        "TM": layout.tokens_per_entry,
+        "KB": layout.kernel_block_tokens,
+        "HEADS": layout.num_kv_heads,
+        "K_DIM": layout.k_dim,
+        "V_DIM": layout.v_dim,
+        "BLOCK_H": min(triton.next_power_of_2(layout.num_kv_heads), fits),
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+    }
+
+
+def options() -> dict[str, Any]:
+    """Launch options."""
+    return {"num_warps": 4}
+
+
+def kv_store(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    row_T: torch.Tensor,
+    position_T: torch.Tensor,
+) -> None:
+    """See :meth:`hybridcache.kernels.backend.Backend.kv_store`. ``k_TKD`` and ``v_TKD`` may have any strides but that of
+    the last dimension, which is 1."""
+    if k_TKD.stride(-1) != 1 or v_TKD.stride(-1) != 1:
+        raise ValueError(f"k, v strides {k_TKD.stride()}, {v_TKD.stride()}: the last dimension must be contiguous")
+    if k_TKD.shape[0] == 0 or kv_table_BN.shape[1] == 0:
+        return
+    constant = constants(layout)
+    grid = (k_TKD.shape[0], triton.cdiv(layout.num_kv_heads, constant["BLOCK_H"]))
+    kv_store_kernel[grid](
+        elements(buffer, torch_dtype(layout.dtype)),
+        k_TKD,
+        v_TKD,
+        kv_table_BN,
+        row_T,
+        position_T,
+        kv_table_BN.stride(0),
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        v_TKD.stride(0),
+        v_TKD.stride(1),
+        **row_strides(layout, layer),
+        **constant,
+        **options(),
+    )

@@ -1,0 +1,1 @@
+"""Paged decode: attention of one query per request over its paged KV."""

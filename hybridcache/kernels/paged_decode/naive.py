@@ -1,0 +1,49 @@
+"""Reference of paged decode: every row of K and V is read from the address that the layout gives, all in float64.
+
+Shapes: B rows, H query heads, K KV heads, D head dim, N table entries, S tokens of one request.
+"""
+
+import torch
+
+from hybridcache.dtypes import itemsize, torch_dtype
+from hybridcache.kernels.memory import elements
+from hybridcache.layout import AttentionLayout
+
+
+def gather(
+    buffer: torch.Tensor, layout: AttentionLayout, layer: int, entries: list[int], num_tokens: int, kv: int, head: int
+) -> torch.Tensor:
+    """K (``kv=0``) or V (``kv=1``) of one head for positions ``0 .. num_tokens - 1``: ``[S, D]``, float64."""
+    size, dim = itemsize(layout.dtype), layout.v_dim if kv else layout.k_dim
+    addresses = [
+        layout.address(layer, entries[position // layout.tokens_per_entry], position, kv, head)
+        for position in range(num_tokens)
+    ]
+    first_S = torch.tensor(addresses, dtype=torch.int64, device=buffer.device) // size
+    index_SD = first_S[:, None] + torch.arange(dim, device=buffer.device)
+    return elements(buffer, torch_dtype(layout.dtype))[index_SD].double()
+
+
+def paged_decode(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    q_BHD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    context_len_B: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """See :meth:`hybridcache.kernels.backend.Backend.paged_decode`. Returns float64; padding rows are 0."""
+    group = q_BHD.shape[1] // layout.num_kv_heads
+    out_BHD = q_BHD.new_zeros((*q_BHD.shape[:2], layout.v_dim), dtype=torch.float64)
+    table = kv_table_BN.tolist()
+    for b, num_tokens in enumerate(context_len_B.tolist()):
+        if num_tokens == 0 or table[b][0] == -1:
+            continue
+        for head in range(layout.num_kv_heads):
+            k_SD = gather(buffer, layout, layer, table[b], num_tokens, 0, head)
+            v_SD = gather(buffer, layout, layer, table[b], num_tokens, 1, head)
+            heads = slice(head * group, (head + 1) * group)
+            p_GS = torch.softmax(q_BHD[b, heads].double() @ k_SD.T * scale, dim=-1)
+            out_BHD[b, heads] = p_GS @ v_SD
+    return out_BHD

@@ -1,0 +1,227 @@
+"""Random layouts, tables and inputs for the tests and benchmarks of kernels.
+
+Pools start poisoned: every byte is 0xFF, which every element type reads as NaN, and only what a kernel may read is written.
+Shapes: T tokens, B rows, N table entries, L layers, H query heads, K key (KV) heads, V value heads, D head dim, C conv
+channels, W conv kernel width, S tokens of one request.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hybridcache.dtypes import itemsize, torch_dtype
+from hybridcache.kernels.memory import elements
+from hybridcache.layout import AttentionLayout, StateLayout, attention_layout, state_layout
+from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
+
+POISON_BYTE = 0xFF
+
+
+def rel_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """``||out - reference|| / ||reference||`` in float64; NaN where either holds one."""
+    out, reference = out.double(), reference.double()
+    return ((out - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+
+
+def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:
+    """A pool of NaN patterns."""
+    return torch.full((num_bytes,), POISON_BYTE, dtype=torch.uint8, device=device)
+
+
+@dataclass
+class AttentionCase:
+    """A paged KV cache with requests in it. A row of length 0 is a padding row: its table is -1, its length stale."""
+
+    buffer: torch.Tensor
+    layout: AttentionLayout
+    kv_table_BN: torch.Tensor
+    context_len_B: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.layout.base)
+
+
+def attention_case(
+    generator: torch.Generator,
+    *,
+    lengths: Sequence[int],
+    order: str = "block_major",
+    layers: int = 2,
+    kernel_block_tokens: int = 8,
+    kernel_blocks: int = 11,
+    kv_heads: int = 2,
+    k_dim: int = 256,
+    v_dim: int = 256,
+    dtype: str = "bfloat16",
+    device: str | torch.device = "cpu",
+    pool_bytes: int = 0,
+    extra_entries: int = 1,
+) -> AttentionCase:
+    """Requests of ``lengths`` tokens in shuffled blocks of a poisoned pool, K and V standard normal in every layer.
+
+    Args:
+        generator: of the CPU.
+        order: ``block_major`` (a manager block holds all layers) or ``layer_major`` (each layer has a region of its own,
+            and blocks of one layer are contiguous).
+        kernel_blocks: kernel blocks of a table entry; 1 makes ``Tm = kb``.
+        pool_bytes: make the pool at least that large and use blocks all over it, the last one included.
+        extra_entries: table columns beyond the longest request.
+    """
+    kv = AttentionKV(kv_heads, k_dim, v_dim, dtype)
+    spec = CacheSpec("kernels", tuple(LayerSpec(i, kv, None) for i in range(layers)))
+    entry_tokens = kernel_block_tokens * kernel_blocks
+    entry_bytes = entry_tokens * kv.bytes_per_token
+    entries = [-(-length // entry_tokens) for length in lengths]
+    blocks = max(sum(entries) + 3, pool_bytes // (entry_bytes * layers))
+    layer_bytes = kernel_block_tokens * kv.bytes_per_token
+    if order == "block_major":
+        base = tuple(i * layer_bytes for i in range(layers))
+        strides = {"manager_stride": entry_bytes * layers, "kernel_stride": layer_bytes * layers}
+    elif order == "layer_major":
+        base = tuple(i * blocks * entry_bytes for i in range(layers))
+        strides = {"manager_stride": entry_bytes, "kernel_stride": layer_bytes}
+    else:
+        raise ValueError(f"order={order!r}: choose block_major or layer_major")
+    layout = attention_layout(
+        spec, base=base, tokens_per_entry=entry_tokens, kernel_block_tokens=kernel_block_tokens, **strides
+    )
+    free = [blocks - 1, *torch.randperm(blocks - 1, generator=generator).tolist()]
+    table_BN = torch.full((len(lengths), max(max(entries), 1) + extra_entries), -1, dtype=torch.int32)
+    for row, count in enumerate(entries):
+        table_BN[row, :count] = torch.tensor(free[:count], dtype=torch.int32)
+        del free[:count]
+    stale = torch.tensor([length or 5 for length in lengths], dtype=torch.int32)
+    buffer = poisoned(blocks * entry_bytes * layers, device)
+    case = AttentionCase(buffer, layout, table_BN.to(device), stale.to(device), tuple(lengths))
+    for layer in range(layers):
+        for row, length in enumerate(lengths):
+            for which in range(2 if length and v_dim else 1 if length else 0):
+                index = row_index(case, layer, row, which)
+                values = torch.randn(index.shape, generator=generator)
+                elements(buffer, torch_dtype(dtype))[index] = values.to(device=device, dtype=torch_dtype(dtype))
+    return case
+
+
+def row_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tensor:
+    """Element index of all of one request's K (``kv=0``) or V: int64 ``[S, K, D]``, by the layout formula."""
+    at, device = case.layout, case.buffer.device
+    position_S = torch.arange(case.lengths[row], device=device)
+    inside_S = position_S % at.tokens_per_entry
+    entry_S = case.kv_table_BN[row][position_S // at.tokens_per_entry].long()
+    start_S = at.base[layer] + entry_S * at.manager_stride + kv * at.kv_stride
+    start_S += inside_S // at.kernel_block_tokens * at.kernel_stride
+    start_S += position_S % at.kernel_block_tokens * at.token_stride[kv]
+    start_SK = start_S[:, None] + torch.arange(at.num_kv_heads, device=device) * at.head_stride[kv]
+    dim_D = torch.arange(at.v_dim if kv else at.k_dim, device=device)
+    return start_SK[:, :, None] // itemsize(at.dtype) + dim_D
+
+
+@dataclass
+class StateCase:
+    """Stored states of B requests and the inputs of one decode step. A row whose table is -1 is a padding row."""
+
+    buffer: torch.Tensor
+    layout: StateLayout
+    state_table_BL: torch.Tensor
+    position_B: torch.Tensor
+    x_BC: torch.Tensor
+    conv_weight_CW: torch.Tensor
+    a_BV: torch.Tensor
+    b_BV: torch.Tensor
+    a_log_V: torch.Tensor
+    dt_bias_V: torch.Tensor
+
+    def step(self, layer: int) -> tuple:
+        """Arguments of ``gdn_decode`` after ``buffer``."""
+        inputs = (self.x_BC, self.conv_weight_CW, self.a_BV, self.b_BV, self.a_log_V, self.dt_bias_V)
+        return (self.layout, layer, *inputs, self.state_table_BL, self.position_B)
+
+
+def state_case(
+    generator: torch.Generator,
+    *,
+    positions: Sequence[int],
+    order: str = "block_major",
+    layers: int = 2,
+    k_heads: int = 16,
+    v_heads: int = 32,
+    key_dim: int = 128,
+    value_dim: int = 128,
+    width: int = 4,
+    state_dtype: str = "float32",
+    conv_dtype: str = "bfloat16",
+    dtype: str = "bfloat16",
+    device: str | torch.device = "cpu",
+    pool_bytes: int = 0,
+) -> StateCase:
+    """States of requests at ``positions`` in shuffled slots of a poisoned pool; position -1 makes a padding row.
+
+    At position 0 the whole state stays poisoned, and so do ring columns of positions that were never seen.
+    """
+    channels = 2 * k_heads * key_dim + v_heads * value_dim
+    state = RecurrentState((v_heads, key_dim, value_dim), state_dtype, channels, width, conv_dtype)
+    spec = CacheSpec("kernels", tuple(LayerSpec(i, None, state) for i in range(layers)))
+    slots = max(len(positions) * layers + 3, pool_bytes // state.stored_bytes)
+    if order == "block_major":
+        base, entries = (0,) * layers, slots
+    elif order == "layer_major":
+        entries = slots // layers + 1
+        base = tuple(i * entries * state.stored_bytes for i in range(layers))
+        slots = entries * layers
+    else:
+        raise ValueError(f"order={order!r}: choose block_major or layer_major")
+    layout = state_layout(spec, base=base, stride=state.stored_bytes)
+    buffer = poisoned(slots * state.stored_bytes, device)
+
+    table_BL = torch.full((len(positions), layers), -1, dtype=torch.int32)
+    shuffled = [[entries - 1, *torch.randperm(entries - 1, generator=generator).tolist()] for _ in range(layers)]
+    for layer in range(layers):
+        for row, position in enumerate(positions):
+            if position < 0:
+                continue
+            entry = shuffled[0 if order == "block_major" else layer].pop(0)
+            table_BL[row, layer] = entry
+            _fill_state(generator, buffer, layout, layout.address(layer, entry), position)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=torch_dtype(dtype))
+
+    rows = len(positions)
+    return StateCase(
+        buffer=buffer,
+        layout=layout,
+        state_table_BL=table_BL.to(device),
+        position_B=torch.tensor([max(position, 0) for position in positions], device=device),
+        x_BC=normal(rows, channels),
+        conv_weight_CW=normal(channels, width) / width**0.5,
+        a_BV=normal(rows, v_heads),
+        b_BV=normal(rows, v_heads),
+        a_log_V=torch.rand(v_heads, generator=generator).mul(16).add(0.01).log().to(device),
+        dt_bias_V=normal(v_heads).float() - 3.0,
+    )
+
+
+def _fill_state(
+    generator: torch.Generator, buffer: torch.Tensor, layout: StateLayout, address: int, position: int
+) -> None:
+    if position == 0:
+        return
+    v_heads, key_dim, value_dim = layout.recurrent_shape
+    dtype = torch_dtype(layout.recurrent_dtype)
+    size, start = v_heads * key_dim * value_dim, address // dtype.itemsize
+    values = torch.randn(size, generator=generator) if size < 1 << 16 else _normal_on(buffer.device, generator, size)
+    elements(buffer, dtype)[start : start + size] = values.to(device=buffer.device, dtype=dtype) * 0.1
+    dtype, channels = torch_dtype(layout.conv_dtype), layout.conv_channels
+    for past in range(max(position - layout.conv_kernel + 1, 0), position):
+        start = (address + layout.conv_offset) // dtype.itemsize + past % layout.conv_kernel * channels
+        values = torch.randn(channels, generator=generator).to(device=buffer.device, dtype=dtype)
+        elements(buffer, dtype)[start : start + channels] = values
+
+
+def _normal_on(device: torch.device, generator: torch.Generator, size: int) -> torch.Tensor:
+    """Large tensors are drawn on the device, seeded from ``generator``."""
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    return torch.randn(size, device=device, generator=torch.Generator(device).manual_seed(seed))
