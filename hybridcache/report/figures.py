@@ -1,0 +1,383 @@
+"""Figures of a run. Each function draws one and returns it with the data that it shows.
+
+Every function takes a :class:`Run` (and a phase and workload where it shows one), returns ``(figure, data)`` and raises
+:class:`NoData` where the run holds nothing to draw. Titles state what is seen and are computed from the data. Series over
+time show the first repetition; distributions pool all of them.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hybridcache.report import style
+from hybridcache.report.load import Run
+from hybridcache.strategies import Kind
+
+Drawn = tuple[Figure, pd.DataFrame]
+P = ParamSpec("P")
+
+MAX_LENGTHS = 12
+"""Columns of the residents' table; more lengths are thinned evenly (its data keeps them all)."""
+
+KIND_LETTERS = str.maketrans("0123", ".SKR")
+"""Pool maps in data files: free, state, KV, reserved. (Digits alone would be read back as a number.)"""
+
+TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}")
+SECONDS = FuncFormatter(lambda value, _: style.seconds_text(value))
+
+
+class NoData(Exception):
+    """The run holds nothing for this figure; the message says what is missing."""
+
+
+def _styled(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
+    @wraps(draw)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> Drawn:
+        with style.styled():
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+# -- capacity ----------------------------------------------------------------------------------------------------------
+
+
+@_styled
+def waste_by_length(run: Run) -> Drawn:
+    """Bytes that one live request holds beyond its useful ones, against its length."""
+    data = _lengths(run, "charge")
+    data["waste_bytes"] = data["held_bytes"] - data["useful_bytes"]
+    names = _present(run, data)
+    styles = style.strategy_styles(run.strategies)
+    divisor, unit = style.byte_unit(data["waste_bytes"].max())
+    figure = style.new_figure(4.3)
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        color, marker = styles[name]
+        rows = data[data["strategy"] == name].sort_values("length")
+        axes.plot(
+            rows["length"],
+            rows["waste_bytes"] / divisor,
+            color=color,
+            marker=marker if len(rows) <= 20 else None,
+            markersize=4 + style.line_width(i, len(names)),
+            linestyle="--" if name == style.BOUND else "-",
+            linewidth=style.line_width(i, len(names)),
+            label=style.label(name),
+        )
+    style.log_axis(axes, data["length"].min(), data["length"].max(), TOKENS)
+    axes.set_xlabel("request length (tokens, log scale)")
+    axes.set_ylabel(f"held - useful per request ({unit})")
+    style.magnitude_axis(axes, (data["waste_bytes"] / divisor).to_numpy())
+    figure.legend(loc="outside right center")
+    shortest = data["length"].min()
+    least, most = _extremes(data[data["length"] == shortest].set_index("strategy")["waste_bytes"])
+    text = f"A request of {_plural(shortest, 'token')} wastes {style.bytes_text(least[1])} under {least[0]}"
+    if most[1] > least[1]:
+        text += f", {style.bytes_text(most[1])} under {most[0]}"
+    style.set_title(figure, text)
+    return figure, data
+
+
+@_styled
+def residents_by_length(run: Run) -> Drawn:
+    """How many requests of one length fit, as a table coloured by the share of the most that any strategy fits."""
+    data = _lengths(run, "capacity")
+    table = data.pivot_table(index="strategy", columns="length", values="residents").reindex(_present(run, data))
+    if table.shape[1] > MAX_LENGTHS:
+        table = table.iloc[:, np.unique(np.linspace(0, table.shape[1] - 1, MAX_LENGTHS).round().astype(int))]
+    share = table / table.max()
+    figure = style.new_figure(1.5 + 0.42 * len(table))
+    axes = figure.subplots()
+    low = min(0.5, float(np.nanmin(share.to_numpy())))
+    colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#BBD8EA", "#7FB3D6"])
+    image = axes.imshow(share, cmap=colors, vmin=low, vmax=1, aspect="auto")
+    for i, j in np.ndindex(table.shape):
+        if np.isfinite(table.iat[i, j]):
+            best = share.iat[i, j] == 1
+            weight = "bold" if best else "normal"
+            axes.text(j, i, f"{table.iat[i, j]:,.0f}", ha="center", va="center", fontweight=weight, color="#111111")
+    axes.set_xticks(range(table.shape[1]), [f"{length:,}" for length in table.columns])
+    axes.set_yticks(range(len(table)), [style.label(name) for name in table.index])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("request length (tokens)")
+    figure.colorbar(image, ax=axes, format=lambda v, _: f"{v:.0%}", pad=0.01, label="share of the most", shrink=0.95)
+    contest = table.loc[style.competitors(list(table.index))]
+    wins = (contest == contest.max()).sum(axis=1)
+    text = f"{_join(wins.index[wins == wins.max()])} fits the most requests at {wins.max()} of {table.shape[1]} lengths"
+    budget = data["budget_bytes"].max()
+    style.set_title(figure, f"{text}, in {style.bytes_text(budget)}")
+    return figure, data
+
+
+# -- memory over time --------------------------------------------------------------------------------------------------
+
+
+@_styled
+def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
+    """The budget over time, stacked by what its bytes do; one panel per strategy."""
+    kinds = list(style.MEMORY_COLORS)
+    columns = [f"{kind}_bytes" for kind in kinds]
+    data = _series(run, "sample", phase, workload)[["strategy", "step", "time_s", *columns]]
+    names = _present(run, data)
+    budget = data[columns].sum(axis=1).max()
+    divisor, unit = style.byte_unit(budget)
+    figure = style.new_figure(0.9 + 2.1 * style.panel_rows(len(names)))
+    mean_useful = {}
+    for axes, name in zip(style.panels(figure, len(names), "time (s)"), names):
+        rows = data[data["strategy"] == name]
+        layers = [rows[column] / divisor for column in columns]
+        axes.stackplot(rows["time_s"], layers, colors=list(style.MEMORY_COLORS.values()), step="post", linewidth=0)
+        axes.set_ylim(0, budget / divisor)
+        axes.margins(x=0)
+        mean_useful[name] = _time_mean(rows, "useful_bytes") / budget
+        style.panel_title(axes, name, f"useful {mean_useful[name]:.0%}")
+        axes.grid(visible=False)
+    figure.supylabel(f"bytes of the budget ({unit})", fontsize=9.5)
+    handles = [Patch(color=style.MEMORY_COLORS[kind], label=kind) for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds))
+    least, most = _extremes(pd.Series(mean_useful))
+    text = f"{phase}, {workload}: on average {most[0]} keeps {most[1]:.0%} of the budget useful"
+    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[0]} {least[1]:.0%}")
+    return figure, data
+
+
+@_styled
+def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
+    """A map of the pool: every column is one moment, every row one slice of addresses, its colour what lies there."""
+    data = _series(run, "pool_map", phase, workload)[["strategy", "step", "time_s", "cells"]].copy()
+    names = _present(run, data)
+    figure = style.new_figure(0.9 + 2.3 * style.panel_rows(len(names)))
+    colors = ListedColormap([style.KIND_COLORS[kind] for kind in Kind])
+    mixed = {}
+    for axes, name in zip(style.panels(figure, len(names), "time (s)"), names):
+        rows = data[data["strategy"] == name]
+        cells = np.array([[int(cell) for cell in text] for text in rows["cells"]]).T
+        edges = _edges(rows["time_s"].to_numpy(dtype=float))
+        bounds = np.linspace(0, 100, len(cells) + 1)
+        axes.pcolormesh(edges, bounds, cells, cmap=colors, vmin=-0.5, vmax=len(Kind) - 0.5, rasterized=True)
+        axes.grid(visible=False)
+        mixed[name] = ((cells == Kind.STATE).any(axis=1) & (cells == Kind.KV).any(axis=1)).mean()
+        style.panel_title(axes, name, f"both in turn {mixed[name]:.0%}")
+    figure.supylabel("address (% of the budget)", fontsize=9.5)
+    texts = {Kind.FREE: "free", Kind.STATE: "recurrent state", Kind.KV: "KV", Kind.RESERVED: "reserved"}
+    shown = sorted({int(cell) for text in data["cells"] for cell in set(text)})
+    handles = [Patch(color=style.KIND_COLORS[Kind(kind)], label=texts[Kind(kind)]) for kind in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    least, most = _extremes(pd.Series(mixed))
+    text = f"{phase}, {workload}: {most[1]:.0%} of {most[0]}'s addresses held states and KV in turn"
+    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[1]:.0%} of {least[0]}'s")
+    data["cells"] = data["cells"].str.translate(KIND_LETTERS)
+    return figure, data
+
+
+@_styled
+def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
+    """Running and waiting requests over time."""
+    data = _series(run, "sample", phase, workload)[["strategy", "step", "time_s", "running", "waiting"]]
+    names = _present(run, data)
+    styles = style.strategy_styles(run.strategies)
+    figure = style.new_figure(5.2)
+    running, waiting = figure.subplots(2, 1, sharex=True)
+    for i, name in enumerate(names):
+        rows = data[data["strategy"] == name]
+        dash = "--" if name == style.BOUND else "-"
+        for axes, column in ((running, "running"), (waiting, "waiting")):
+            axes.step(
+                rows["time_s"],
+                rows[column],
+                where="post",
+                color=styles[name][0],
+                linestyle=dash,
+                linewidth=style.line_width(i, len(names)),
+                label=style.label(name) if column == "running" else None,
+            )
+    for axes, text in ((running, "running requests"), (waiting, "waiting requests")):
+        axes.set_ylabel(text)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    waiting.set_xlabel("time (s)")
+    figure.legend(loc="outside right center")
+    means = pd.Series({name: _time_mean(data[data["strategy"] == name], "running") for name in names})
+    least, most = _extremes(means)
+    text = f"{phase}, {workload}: {most[0]} keeps {most[1]:.3g} requests running on average"
+    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[0]} {least[1]:.3g}")
+    return figure, data
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+THROUGHPUT_COLUMNS = {
+    "output_tokens_per_s": "output tokens/s",
+    "preemptions": "preemptions",
+    "recomputed_tokens": "recomputed tokens",
+}
+
+
+@_styled
+def throughput(run: Run, phase: str) -> Drawn:
+    """Output tokens per second, with preemptions and recomputed tokens beside it: means, and a dot per repetition."""
+    rows = run.rows(phase)
+    missing = [name for name in THROUGHPUT_COLUMNS if name not in rows.columns]
+    if missing:
+        raise NoData(f"results have no {', '.join(missing)}")
+    data = rows[["workload", "strategy", "repetition", *THROUGHPUT_COLUMNS]].dropna(subset="output_tokens_per_s")
+    if data.empty:
+        raise NoData(f"results have no output_tokens_per_s in phase {phase}")
+    names, workloads = _present(run, data), list(dict.fromkeys(data["workload"]))
+    styles = style.strategy_styles(run.strategies)
+    figure = style.new_figure(0.9 + (0.45 + 0.27 * len(names)) * len(workloads))
+    grid = figure.subplots(len(workloads), 3, sharey=True, squeeze=False, width_ratios=(1.5, 1, 1))
+    for line, workload in zip(grid, workloads):
+        of_workload = data[data["workload"] == workload].groupby("strategy")
+        for axes, (column, title) in zip(line, THROUGHPUT_COLUMNS.items()):
+            values = {name: of_workload.get_group(name)[column] for name in names if name in of_workload.groups}
+            _bars(axes, values, styles, counts=column != "output_tokens_per_s")
+            axes.set_title(f"{workload}: {title}" if column == "output_tokens_per_s" else title, loc="left")
+        line[0].set_yticks(range(len(names)), [style.label(name) for name in names])
+        line[0].set_ylim(len(names) - 0.45, -0.55)
+    gains = {}
+    for workload in workloads:
+        means = data[data["workload"] == workload].groupby("strategy")["output_tokens_per_s"].mean()
+        gains[workload] = _extremes(means)
+    text = "; ".join(
+        f"{workload}, {most[0]} {style.number_text(most[1])} tokens/s"
+        + (f" ({most[1] / least[1]:.2f}x {least[0]})" if least[1] > 0 and least[0] != most[0] else "")
+        for workload, (least, most) in gains.items()
+    )
+    style.set_title(figure, f"{phase}: fastest on {text}")
+    return figure, data
+
+
+@_styled
+def latency(run: Run, phase: str, workload: str) -> Drawn:
+    """Time to the first token and per output token: p25 to p75 as a bar, p5 to p95 as a line, p50 and p99 marked."""
+    events = run.select("request", phase, workload)
+    if events.empty:
+        raise NoData(f"no request events of {phase}, {workload}")
+    data = _percentiles(events)
+    names = _present(run, data)
+    styles = style.strategy_styles(run.strategies)
+    figure = style.new_figure(1.5 + 0.34 * len(names))
+    grid = figure.subplots(1, 2, sharey=True)
+    texts = {"ttft_s": "time to first token (TTFT)", "tpot_s": "time per output token (TPOT)"}
+    for axes, (metric, text) in zip(grid, texts.items()):
+        rows = data[data["metric"] == metric].set_index("strategy")
+        axes.set_title(text, loc="left")
+        if rows.empty or rows["p05"].min() <= 0:
+            axes.text(0.5, 0.5, "no request with a second token" if rows.empty else "times of zero", ha="center",
+                      transform=axes.transAxes)  # fmt: skip
+            continue
+        for i, name in enumerate(names):
+            if name in rows.index:
+                _box(axes, i, rows.loc[name], styles[name][0])
+        style.log_axis(axes, rows["p05"].min(), rows["p99"].max(), SECONDS)
+        axes.set_xlabel("time (log scale)")
+    grid[0].set_yticks(range(len(names)), [style.label(name) for name in names])
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
+    first = data[data["metric"] == "ttft_s"].set_index("strategy")["p50"]
+    if first.empty:
+        raise NoData(f"no request of {phase}, {workload} got a token")
+    low, high = _extremes(first)
+    text = f"{phase}, {workload}: median TTFT is {style.seconds_text(low[1])} under {low[0]}"
+    style.set_title(figure, text if low[0] == high[0] else f"{text}, {style.seconds_text(high[1])} under {high[0]}")
+    return figure, data
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _lengths(run: Run, event: str) -> pd.DataFrame:
+    """Events of the capacity phase, one row per strategy and length."""
+    found = run.events.get(event)
+    if found is None or found.empty:
+        raise NoData(f"no {event} events (the capacity phase writes them)")
+    return found.drop_duplicates(["strategy", "length"], keep="last").reset_index(drop=True)
+
+
+def _series(run: Run, event: str, phase: str, workload: str) -> pd.DataFrame:
+    """Events over time of the first repetition."""
+    found = run.select(event, phase, workload)
+    if found.empty:
+        raise NoData(f"no {event} events of {phase}, {workload}")
+    return found[found["repetition"] == found["repetition"].min()].sort_values(["strategy", "step"], kind="stable")
+
+
+def _present(run: Run, data: pd.DataFrame) -> list[str]:
+    found = set(data["strategy"])
+    return [name for name in run.strategies if name in found] + sorted(found - set(run.strategies))
+
+
+def _extremes(values: pd.Series) -> tuple[tuple[str, float], tuple[str, float]]:
+    """``(strategy, value)`` of the least and of the most, the bound left out."""
+    contest = values.loc[style.competitors(list(values.index))]
+    return (contest.idxmin(), contest.min()), (contest.idxmax(), contest.max())
+
+
+def _time_mean(rows: pd.DataFrame, column: str) -> float:
+    """Mean over time of a series that keeps each value until the next sample."""
+    durations = np.diff(rows["time_s"], append=rows["time_s"].iloc[-1])
+    return float(np.average(rows[column], weights=durations)) if durations.sum() > 0 else float(rows[column].mean())
+
+
+def _edges(times: np.ndarray) -> np.ndarray:
+    """Column borders of a map: each moment lasts until the next, the last one as long as the one before."""
+    last = times[-1] - times[-2] if len(times) > 1 and times[-1] > times[-2] else 1.0
+    return np.append(times, times[-1] + last)
+
+
+def _bars(axes: Axes, values: dict[str, pd.Series], styles: dict[str, tuple[str, str]], counts: bool) -> None:
+    means = {name: series.mean() for name, series in values.items()}
+    finite = [series.max() for series in values.values() if np.isfinite(series.max())]
+    top = max(finite, default=0) or 1
+    for i, (name, mean) in enumerate(means.items()):
+        bound = {"hatch": "////", "edgecolor": "white"} if name == style.BOUND else {}
+        axes.barh(i, mean, height=0.66, color=styles[name][0], **bound)
+        series = values[name]
+        if series.nunique() > 1:
+            axes.plot(series, [i] * len(series), "o", markersize=3, color="#222222", markeredgecolor="white", zorder=3)
+        end = series.max() if np.isfinite(series.max()) else 0
+        axes.text(end + 0.025 * top, i, style.number_text(mean), va="center", fontsize=8.5, color="#333333")
+    axes.set_xlim(0, top * 1.2)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=counts))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number_text(value)))
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def _percentiles(events: pd.DataFrame) -> pd.DataFrame:
+    quantiles = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
+    rows = []
+    for strategy, group in events.groupby("strategy", sort=False):
+        for metric in ("ttft_s", "tpot_s"):
+            values = pd.to_numeric(group[metric]).dropna()
+            if len(values):
+                found = {name: values.quantile(q) for name, q in quantiles.items()}
+                rows.append({"strategy": strategy, "metric": metric, "requests": len(values), **found})
+    return pd.DataFrame(rows, columns=["strategy", "metric", "requests", *quantiles])
+
+
+def _box(axes: Axes, i: int, row: pd.Series, color: str) -> None:
+    axes.plot([row["p05"], row["p95"]], [i, i], color=color, linewidth=1.6, solid_capstyle="butt")
+    axes.barh(i, row["p75"] - row["p25"], left=row["p25"], height=0.5, color=color)
+    axes.plot([row["p50"]] * 2, [i - 0.25, i + 0.25], color="white", linewidth=2.2)
+    axes.plot([row["p99"]], [i], marker="|", markersize=9, markeredgewidth=1.8, color=color)
+
+
+def _plural(count: float, noun: str) -> str:
+    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
+
+
+def _join(names: pd.Index) -> str:
+    return " and ".join(names)

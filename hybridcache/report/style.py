@@ -1,0 +1,181 @@
+"""Style: colours, units and the grid of panels that every figure shares."""
+
+import textwrap
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from hybridcache.strategies import Kind
+
+WIDTH = 11.0
+"""Inches of every figure."""
+
+BOUND = "byte_exact"
+"""The strategy that is a bound, not a competitor; titles never name it the best."""
+
+_STRATEGY_COLORS = {
+    "shared_pool": "#0072B2",
+    "shared_pool_carve": "#56B4E9",
+    "padded_page": "#D55E00",
+    "large_block": "#E69F00",
+    "static_split": "#CC79A7",
+    "two_ended": "#009E73",
+    "lcm_carve": "#661100",
+    "byte_exact": "#333333",
+}
+_MORE_COLORS = ("#882255", "#999933", "#44AA99", "#4B0055", "#6699CC", "#AA4466")
+_MARKERS = "osD^vPXh"
+
+MEMORY_COLORS = {"useful": "#2B8C83", "padding": "#E8A33D", "reserved": "#6B5B95", "free": "#DCDCDC"}
+KIND_COLORS = {Kind.FREE: "#DCDCDC", Kind.STATE: "#7B3294", Kind.KV: "#5AAE61", Kind.RESERVED: "#8A8A8A"}
+
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.0,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8A8A8A",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E2E2E2",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "hatch.linewidth": 0.5,
+}
+
+
+def strategy_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every strategy. Known names always get the same; others take spare colours in order."""
+    others = [name for name in names if name not in _STRATEGY_COLORS]
+    known = list(_STRATEGY_COLORS)
+    styles = {}
+    for name in names:
+        if name in _STRATEGY_COLORS:
+            styles[name] = (_STRATEGY_COLORS[name], _MARKERS[known.index(name)])
+        else:
+            i = others.index(name)
+            styles[name] = (_MORE_COLORS[i % len(_MORE_COLORS)], _MARKERS[(i + 3) % len(_MARKERS)])
+    return styles
+
+
+def label(name: str) -> str:
+    return f"{name} (bound)" if name == BOUND else name
+
+
+def competitors(names: Sequence[str]) -> list[str]:
+    """``names`` without the bound, unless nothing else is there."""
+    return [name for name in names if name != BOUND] or list(names)
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Divisor and name of the unit in which ``largest`` bytes read well."""
+    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if largest >= 1024**power:
+            return float(1024**power), name
+    return 1.0, "B"
+
+
+def bytes_text(value: float) -> str:
+    divisor, name = byte_unit(abs(value))
+    return f"{value / divisor:.4g} {name}"
+
+
+def seconds_text(value: float) -> str:
+    if value >= 1:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def number_text(value: float) -> str:
+    """A count or a rate, short enough for the end of a bar."""
+    if not np.isfinite(value):
+        return "none"
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def new_figure(height: float) -> Figure:
+    """A figure of the common width, outside pyplot (nothing to close, no backend to choose)."""
+    return Figure(figsize=(WIDTH, height), dpi=100, layout="constrained")
+
+
+def set_title(figure: Figure, text: str) -> None:
+    wrapped = "\n".join(textwrap.wrap(text, width=100))
+    figure.suptitle(wrapped, x=0.008, ha="left", fontsize=12.5, fontweight="bold", color="#1A1A1A")
+
+
+def panel_columns(count: int) -> int:
+    """Panels in a row: at most three, so that their titles fit."""
+    return 2 if count == 4 else min(count, 3)
+
+
+def panel_rows(count: int) -> int:
+    return -(-count // panel_columns(count))
+
+
+def panels(figure: Figure, count: int, x_label: str) -> list[Axes]:
+    """``count`` panels with shared axes; only the lowest of a column carries the x axis."""
+    columns = panel_columns(count)
+    grid = figure.subplots(panel_rows(count), columns, sharex=True, sharey=True, squeeze=False)
+    flat = list(grid.flat)
+    for i, axes in enumerate(flat):
+        if i >= count:
+            axes.remove()
+        elif i + columns >= count:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel(x_label)
+    return flat[:count]
+
+
+def panel_title(axes: Axes, name: str, note: str) -> None:
+    """The strategy's name on the left, a figure about it on the right."""
+    axes.set_title(textwrap.shorten(label(name), 26, placeholder="..."), loc="left", fontweight="bold")
+    axes.set_title(note, loc="right", fontsize=9, color="#555555")
+
+
+def line_width(i: int, count: int) -> float:
+    """Wider for lines drawn earlier, so that lines which coincide all show."""
+    return 1.4 + 2.2 * (count - 1 - i) / max(count - 1, 1)
+
+
+def magnitude_axis(axes: Axes, values: np.ndarray) -> None:
+    """A y axis for values from zero over several powers of ten: zero at the bottom, logarithmic above the least one."""
+    positive = values[values > 0]
+    if not len(positive) or positive.max() / positive.min() < 20:
+        axes.set_ylim(bottom=0)
+        return
+    low, high = int(np.floor(np.log10(positive.min()))), int(np.ceil(np.log10(positive.max())))
+    axes.set_yscale("symlog", linthresh=10.0**low, linscale=0.5)
+    axes.set_ylim(0, 10.0**high)
+    axes.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**power for power in range(low, high + 1))]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def log_axis(axes: Axes, low: float, high: float, text: FuncFormatter) -> None:
+    """A logarithmic x axis with few, readable ticks at 1, 2 and 5 times powers of ten (powers alone over a wide range)."""
+    axes.set_xscale("log")
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    steps = (1, 2, 5) if np.log10(high / low) < 2.2 else (1,)
+    ticks = [m * 10.0**e for e in range(first, last + 1) for m in steps]
+    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if low * 0.8 <= t <= high * 1.25]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(text)
+
+
+def styled() -> AbstractContextManager[None]:
+    """Context in which figures are drawn."""
+    return mpl.rc_context(RC)  # type: ignore[arg-type]
