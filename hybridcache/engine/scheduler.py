@@ -8,7 +8,7 @@ exists at those positions.
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from hybridcache.engine.sequence import Sequence, Status
@@ -101,12 +101,24 @@ class Step:
 class Scheduler:
     """Holds the queue and the running set; the strategy holds the memory.
 
-    The caller loops: :meth:`submit` what has arrived, :meth:`schedule` a step, run it, :meth:`complete` it.
+    The caller loops: :meth:`submit` what has arrived, :meth:`schedule` a step, run it, :meth:`complete` it (or
+    :meth:`requeue` what failed).
+
+    Args:
+        strategy: the memory.
+        config: the policies.
+        before_release: called with a request's id before its memory is returned (tests poison it there).
     """
 
-    def __init__(self, strategy: Strategy, config: SchedulerConfig | None = None) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        config: SchedulerConfig | None = None,
+        before_release: Callable[[int], None] | None = None,
+    ) -> None:
         self.strategy = strategy
         self.config = config or SchedulerConfig()
+        self.before_release = before_release
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -196,7 +208,7 @@ class Scheduler:
         if self.config.watermark and self.running:
             free = self.strategy.usage().free
             if free < self.config.watermark * self.strategy.budget_bytes:
-                self.strategy.release(seq.seq_id)
+                self._release(seq)
                 return False
         return True
 
@@ -207,14 +219,28 @@ class Scheduler:
         return self.running[-1]
 
     def _preempt(self, seq: Sequence) -> None:
-        self.strategy.release(seq.seq_id)
+        self._drop(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def requeue(self, seqs: Collection[Sequence]) -> None:
+        """After a step that failed: drop the memory of these running requests. They are recomputed from their tokens,
+        from the front of the queue, in the order in which they were admitted. Not counted as preemptions."""
+        for seq in reversed([seq for seq in self.running if seq in seqs]):
+            self._drop(seq)
+
+    def _drop(self, seq: Sequence) -> None:
+        self._release(seq)
         self.running.remove(seq)
         seq.status = Status.WAITING
-        seq.num_preemptions += 1
         seq.recomputed_tokens += seq.num_computed
         seq.num_computed = 0
         self.waiting.appendleft(seq)
-        self.num_preemptions += 1
+
+    def _release(self, seq: Sequence) -> None:
+        if self.before_release is not None:
+            self.before_release(seq.seq_id)
+        self.strategy.release(seq.seq_id)
 
     def complete(self, step: Step, now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
         """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
@@ -233,17 +259,17 @@ class Scheduler:
                 finished.append(seq)
         return finished
 
-    def abort(self, seq: Sequence, now_s: float) -> None:
-        """End a request before its time, wherever it stands; its memory is free at once."""
+    def abort(self, seq: Sequence, now_s: float, reason: str = "abort") -> None:
+        """End a request before its time, wherever it stands; its memory is free at once. A finished one stays as it is."""
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
-            seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, "abort"
+            seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason
         else:
-            self._finish(seq, now_s, "abort")
+            self._finish(seq, now_s, reason)
 
     def _finish(self, seq: Sequence, now_s: float, reason: str) -> None:
-        self.strategy.release(seq.seq_id)
+        self._release(seq)
         self.running.remove(seq)
         seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason

@@ -1,6 +1,7 @@
 """ByteTokenizer: text as its UTF-8 bytes, for models that come without a tokenizer (random weights).
 
-Id ``b + 3`` is byte ``b``; ids 0, 1 and 2 are padding, begin and end. Every text encodes and comes back unchanged.
+Ids 0 to 255 are the bytes; 256, 257 and 258 are begin, end and padding, as in the shipped ``tiny`` config. Every text
+encodes and comes back unchanged.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,16 @@ class ByteTokenizer:
     """Encodes to, and decodes from, ids ``0 .. 258``.
 
     Args:
-        model_vocabulary: the model's number of token ids.
+        model_vocabulary: the model's number of token ids; it may exceed the tokenizer's.
 
     Raises:
         UserError: the model has fewer ids than bytes and specials.
     """
 
-    pad_token_id = 0
-    bos_token_id = 1
-    eos_token_id = 2
-    offset = 3
-    vocab_size = offset + 256
+    bos_token_id = 256
+    eos_token_id = 257
+    pad_token_id = 258
+    vocab_size = 259
 
     def __init__(self, model_vocabulary: int) -> None:
         if model_vocabulary < self.vocab_size:
@@ -33,18 +33,18 @@ class ByteTokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """UTF-8 bytes, each plus 3. Nothing is added in front or behind."""
-        return [byte + self.offset for byte in text.encode("utf-8")]
+        """The UTF-8 bytes. Nothing is added in front or behind."""
+        return list(text.encode("utf-8"))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text; an id above all bytes (a model may know more) and a broken UTF-8 sequence read as U+FFFD."""
-        names = {self.pad_token_id: "<pad>", self.bos_token_id: "<bos>", self.eos_token_id: "<eos>"}
+        """The text. Broken UTF-8 and ids that stand for nothing (a model may know more) read as U+FFFD."""
+        names = {self.bos_token_id: "<bos>", self.eos_token_id: "<eos>", self.pad_token_id: "<pad>"}
         data = bytearray()
         for token in token_ids:
-            if token >= self.vocab_size:
+            if token < 256:
+                data.append(token)
+            elif token not in names:
                 data += "\ufffd".encode()
-            elif token >= self.offset:
-                data.append(token - self.offset)
             elif not skip_special_tokens:
                 data += names[token].encode()
         return data.decode("utf-8", errors="replace")

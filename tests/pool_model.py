@@ -1,0 +1,145 @@
+"""A small model for engine tests whose every logit depends on bytes that it reads back from the pool.
+
+It keeps whole numbers in float64, so that its tokens are exact in any batch: each layer's K and V are hashes of token,
+position and layer; each state is a running hash of the request's tokens, its conv ring holds the latest ones. What it
+returns is a hash of the whole context's KV, of the states and of the rings, all read through tables and layout.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from hybridcache.batch import StepBatch
+from hybridcache.errors import UserError
+from hybridcache.layout import Layout
+from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
+from hybridcache.strategies import Strategy
+
+PRIME = 1_000_003
+
+
+def pool_spec(state_layers: int = 6, attention_layers: int = 2) -> CacheSpec:
+    """Every fourth layer is attention, as in Qwen3-Next; 192 B of KV per token, 512 B per state."""
+    state = RecurrentState((2, 2, 4), "float64", conv_channels=16, conv_kernel=4, conv_dtype="float64")
+    attention = AttentionKV(num_kv_heads=2, k_dim=2, v_dim=4, dtype="float64")
+    every = (state_layers + attention_layers) // attention_layers
+    layers = tuple(
+        LayerSpec(i, attention if i % every == every - 1 else None, None if i % every == every - 1 else state)
+        for i in range(state_layers + attention_layers)
+    )
+    return CacheSpec("qwen3_next", layers)
+
+
+class PoolModel:
+    """See the module. ``before_forward`` is called with every batch and may raise."""
+
+    def __init__(self, vocab_size: int = 101, before_forward: Callable[[StepBatch], None] | None = None) -> None:
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self.dtype = torch.float64
+        self.device = torch.device("cpu")
+        self.before_forward = before_forward
+        self.batches: list[tuple[int, int]] = []
+        """``(rows that decode, rows that prefill)`` of every step."""
+
+    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: object) -> torch.Tensor:
+        self.batches.append((batch.num_decode, batch.num_rows - batch.num_decode))
+        if self.before_forward is not None:
+            self.before_forward(batch)
+        memory = buffer.numpy()[: buffer.numel() // 8 * 8].view(np.float64)
+        tokens, positions = batch.token_ids_T.numpy(), batch.position_T.numpy()
+        rows = batch.row_T.numpy()
+        last = {}
+        for row in range(batch.num_rows):
+            mine = np.flatnonzero(rows == row)
+            kv_hash = self._attend(
+                memory,
+                layout,
+                batch.kv_table_BN[row].numpy(),
+                tokens[mine],
+                positions[mine],
+                int(batch.context_len_B[row]),
+            )
+            state_hash = self._recur(memory, layout, batch.state_table_BL[row].numpy(), tokens[mine], positions[mine])
+            last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
+        hashes = np.array([last[int(index)] for index in batch.logit_index_R])
+        factors = np.arange(1, self.config.vocab_size + 1) * 7919.0 % PRIME
+        return torch.from_numpy((hashes[:, None] + 1) * factors % PRIME / PRIME * 8)
+
+    def _attend(
+        self,
+        memory: np.ndarray,
+        layout: Layout,
+        table: np.ndarray,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        context_len: int,
+    ) -> float:
+        """Store the new tokens' KV, then hash the KV of the whole context."""
+        kv = layout.attention
+        total = 0.0
+        context = np.arange(context_len)
+        for layer in range(len(kv.base)):
+            for which, dim in ((0, kv.k_dim), (1, kv.v_dim)):
+                for head in range(kv.num_kv_heads):
+                    # The first and the last element of the row, so that its whole extent matters.
+                    for element in (0, dim - 1):
+                        salt = 1 + element + 10 * head + 100 * which + 1000 * layer
+                        memory[self._rows(kv, layer, table, positions, which, head) + element] = (
+                            (tokens + 3) * (positions + 5) * salt % PRIME
+                        )
+                        read = memory[self._rows(kv, layer, table, context, which, head) + element]
+                        total = (total * 31 + (read * (context % 97 + 1) % PRIME).sum()) % PRIME
+        return total
+
+    @staticmethod
+    def _rows(kv, layer: int, table: np.ndarray, positions: np.ndarray, which: int, head: int) -> np.ndarray:
+        entries = table[positions // kv.tokens_per_entry].astype(np.int64)
+        assert (entries >= 0).all(), "a token has no table entry"
+        address = (
+            kv.base[layer]
+            + entries * kv.manager_stride
+            + positions % kv.tokens_per_entry // kv.kernel_block_tokens * kv.kernel_stride
+            + which * kv.kv_stride
+            + positions % kv.kernel_block_tokens * kv.token_stride[which]
+            + head * kv.head_stride[which]
+        )
+        return address // 8
+
+    def _recur(
+        self, memory: np.ndarray, layout: Layout, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray
+    ) -> float:
+        """Update each layer's running hash and ring in place; hash what they hold then."""
+        st = layout.state
+        total = 0.0
+        for layer, entry in enumerate(table):
+            base = st.address(layer, int(entry)) // 8
+            end = base + int(np.prod(st.recurrent_shape)) - 1
+            ring = base + st.conv_offset // 8
+            for token, position in zip(tokens, positions):
+                for slot in (base, end):
+                    previous = memory[slot] if position > 0 else 0.0
+                    memory[slot] = (previous * 31 + token + layer + 1) % PRIME
+                # The last channel of the column.
+                memory[ring + (position % st.conv_kernel + 1) * st.conv_channels - 1] = token + 1
+            seen = range(max(int(positions[-1]) - st.conv_kernel + 1, 0), int(positions[-1]) + 1)
+            columns = sum(
+                (i + 1) * memory[ring + (p % st.conv_kernel + 1) * st.conv_channels - 1] for i, p in enumerate(seen)
+            )
+            total = (total * 17 + memory[base] + 3 * memory[end] + columns) % PRIME
+        return total
+
+
+def smallest_budget(make: Callable[[int], Strategy], tokens: int) -> int:
+    """The least budget, to 1 %, at which a strategy holds one request of ``tokens`` tokens."""
+    budget = 1024
+    while budget < 1 << 30:
+        try:
+            if make(budget).request_limit() >= tokens:
+                return budget
+        except UserError as error:
+            if "cannot hold one request" not in str(error):
+                raise
+        budget = int(budget * 1.01) + 1
+    raise AssertionError(f"no budget up to {budget} holds {tokens} tokens")
