@@ -28,14 +28,21 @@ class EventSink(Protocol):
 def pool_map(strategy: Strategy, cells: int = MAP_CELLS) -> str:
     """The budget cut into ``cells`` equal slices in address order: one digit each, the :class:`Kind` with most bytes."""
     edges = np.linspace(0, strategy.budget_bytes, cells + 1)
-    by_kind: dict[Kind, list[tuple[int, int]]] = {Kind.STATE: [], Kind.KV: []}
-    for span in strategy.spans():
-        by_kind[span.kind].append((span.offset, span.num_bytes))
+    by_kind: dict[Kind, tuple[list[int], list[int]]] = {Kind.STATE: ([], []), Kind.KV: ([], [])}
+    (state_offsets, state_bytes), (kv_offsets, kv_bytes) = by_kind.values()
+    for offset, num_bytes, kind, _ in strategy.spans():
+        if kind is Kind.STATE:
+            state_offsets.append(offset)
+            state_bytes.append(num_bytes)
+        else:
+            kv_offsets.append(offset)
+            kv_bytes.append(num_bytes)
     covered = np.zeros((len(Kind), cells))
-    for kind, spans in by_kind.items():
-        if spans:
-            array = np.array(sorted(spans), dtype=np.int64)
-            starts, lengths = array[:, 0], array[:, 1]
+    for kind, (offsets, num_bytes_of) in by_kind.items():
+        if offsets:
+            starts = np.array(offsets, dtype=np.int64)
+            order = np.argsort(starts)
+            starts, lengths = starts[order], np.array(num_bytes_of, dtype=np.int64)[order]
             total = np.cumsum(lengths)
             x = np.stack([starts, starts + lengths], axis=1).ravel()
             y = np.stack([total - lengths, total], axis=1).ravel()

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -34,9 +34,8 @@ class Kind(IntEnum):
     RESERVED = 3
 
 
-@dataclass(frozen=True)
-class Span:
-    """``num_bytes`` bytes from ``offset`` that one request holds."""
+class Span(NamedTuple):
+    """``num_bytes`` bytes from ``offset`` that one request holds. (A tuple: pool maps make tens of thousands of them.)"""
 
     offset: int
     num_bytes: int

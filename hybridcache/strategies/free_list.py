@@ -1,6 +1,21 @@
 """FreeList: the free block numbers of one pool, last in first out, optionally shuffled."""
 
 import random
+from collections.abc import Iterable, Iterator
+
+
+def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Maximal runs of consecutive ascending numbers, as ``(first, count)``."""
+    first, count = -1, 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
 
 
 class FreeList:

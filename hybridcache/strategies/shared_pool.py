@@ -23,7 +23,7 @@ from hybridcache.geometry import Geometry, geometry, plan
 from hybridcache.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList
+from hybridcache.strategies.free_list import FreeList, runs
 from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")
@@ -164,8 +164,8 @@ class SharedPool(Strategy):
         for seq_id, request in self._requests.items():
             for block in request.states:
                 yield Span(block * self._block_bytes, self._block_bytes, Kind.STATE, seq_id)
-            for entry in request.kv:
-                yield Span(entry * entry_bytes, entry_bytes, Kind.KV, seq_id)
+            for first, count in runs(request.kv):
+                yield Span(first * entry_bytes, count * entry_bytes, Kind.KV, seq_id)
 
     def _check(self) -> None:
         used = {block for request in self._requests.values() for block in request.states}
