@@ -1,8 +1,12 @@
 """Cache specs by hand for the tests of strategies: Qwen3-Next's, and small ones in which pools fill quickly."""
 
+import re
 from random import Random
+from typing import Any
 
+from hybridcache.errors import UserError
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
+from hybridcache.strategies import Strategy, build
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -42,3 +46,14 @@ def small_spec(rng: Random) -> CacheSpec:
     shape = rng.choice(((2, 4, 8), (1, 8, 8), (3, 4, 4), ()))
     state = RecurrentState(shape if conv else (2, 4, 8), rng.choice(("float32", "bfloat16")), conv, 4, dtype)
     return hybrid(rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 5, 6)), attention, state)
+
+
+def build_in(budget_bytes: int, name: str, spec: CacheSpec, **options: Any) -> Strategy:
+    """The strategy with that budget, or with the least that its refusal asks for."""
+    try:
+        return build(name, spec=spec, budget_bytes=budget_bytes, **options)
+    except UserError as error:
+        asked = re.search(r"give at least (\d+) bytes", str(error))
+        if asked is None:
+            raise
+        return build(name, spec=spec, budget_bytes=int(asked[1]), **options)

@@ -64,6 +64,7 @@ class StaticSplit(Strategy):
     ) -> None:
         super().__init__(spec, budget_bytes, physical=physical)
         self.page_size = page_size if page_size is not None else PHYSICAL_PAGE_TOKENS if physical else 1
+        self.extra_buffer = extra_buffer
         self._slots_held = 1 + EXTRA_SLOTS * extra_buffer
         _check_whole("page_size", self.page_size, 1)
         _check_whole("q", q, self._slots_held)
@@ -139,13 +140,13 @@ class StaticSplit(Strategy):
 
     def spans(self) -> Iterator[Span]:
         size, layers = self._state_bytes_per_layer, len(self.spec.state_layers)
-        page = self.page_size * self.spec.kv_bytes_per_token_per_layer
+        page, bases = self.page_size * self.spec.kv_bytes_per_token_per_layer, self._kv_bases()
         for seq_id, request in self._requests.items():
             for first, count in _runs(request.slots):
                 for layer in range(layers):
                     yield Span((layer * self.num_slots + first) * size, count * size, Kind.STATE, seq_id)
             for first, count in _runs(request.pages):
-                for base in self._kv_bases():
+                for base in bases:
                     yield Span(base + first * page, count * page, Kind.KV, seq_id)
 
     def _check(self) -> None:

@@ -198,21 +198,19 @@ class _Side:
 
     def append(self, held: list[int], count: int) -> None:
         """Append ``count`` units to a request's list: holes first, then units beyond the reach."""
-        for _ in range(count):
+        grown = self.growth(count)
+        for _ in range(count - grown):
             unit = self._hole()
-            owner = (held, len(held))
-            if unit == self.reach:
-                self._owners.append(owner)
-            else:
-                self._owners[unit] = owner
+            self._owners[unit] = (held, len(held))
             held.append(unit)
-            self.used += 1
-
-    def _hole(self) -> int:
-        """The hole nearest to the end, or the first unit beyond the reach."""
+        self._owners.extend((held, index) for index in range(len(held), len(held) + grown))
+        held.extend(range(self.reach - grown, self.reach))
+        self.used += count
         if self.used == self.reach:
             self._holes.clear()
-            return self.reach
+
+    def _hole(self) -> int:
+        """Take the hole nearest to the end; the caller knows that there is one."""
         while True:
             unit = heappop(self._holes)
             if unit < self.reach and self._owners[unit] is None:
