@@ -9,8 +9,8 @@ CAPTIONS = {
     ),
     "residents_by_length": (
         "Identical requests of one length are admitted until the strategy refuses one. Each cell is their number; its "
-        "colour is the share of the most that any strategy fits at that length, and bold marks the most. "
-        "The byte-exact bound cannot be beaten."
+        "colour is the share of the most that any fits at that length, and bold marks the most without the byte-exact bound, "
+        "which cannot be beaten."
     ),
     "throughput": (
         "Left: output tokens per second from the first arrival to the last finish. Right: how often a running request lost "

@@ -71,6 +71,7 @@ def waste_by_length(run: Run) -> Drawn:
             markersize=4 + style.line_width(i, len(names)),
             linestyle="--" if name == style.BOUND else "-",
             linewidth=style.line_width(i, len(names)),
+            clip_on=False,
             label=style.label(name),
         )
     style.log_axis(axes, data["length"].min(), data["length"].max(), TOKENS)
@@ -79,11 +80,8 @@ def waste_by_length(run: Run) -> Drawn:
     style.magnitude_axis(axes, (data["waste_bytes"] / divisor).to_numpy())
     figure.legend(loc="outside right center")
     shortest = data["length"].min()
-    least, most = _extremes(data[data["length"] == shortest].set_index("strategy")["waste_bytes"])
-    text = f"A request of {_plural(shortest, 'token')} wastes {style.bytes_text(least[1])} under {least[0]}"
-    if most[1] > least[1]:
-        text += f", {style.bytes_text(most[1])} under {most[0]}"
-    style.set_title(figure, text)
+    waste = data[data["length"] == shortest].set_index("strategy")["waste_bytes"]
+    style.set_title(figure, f"A request of {_plural(shortest, 'token')} wastes {_contest(waste, style.bytes_text)}")
     return figure, data
 
 
@@ -100,9 +98,11 @@ def residents_by_length(run: Run) -> Drawn:
     low = min(0.5, float(np.nanmin(share.to_numpy())))
     colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#BBD8EA", "#7FB3D6"])
     image = axes.imshow(share, cmap=colors, vmin=low, vmax=1, aspect="auto")
+    contest = table.loc[style.competitors(list(table.index))]
+    most = contest.max()
     for i, j in np.ndindex(table.shape):
         if np.isfinite(table.iat[i, j]):
-            best = share.iat[i, j] == 1
+            best = table.index[i] in contest.index and table.iat[i, j] == most.iat[j]
             weight = "bold" if best else "normal"
             axes.text(j, i, f"{table.iat[i, j]:,.0f}", ha="center", va="center", fontweight=weight, color="#111111")
     axes.set_xticks(range(table.shape[1]), [f"{length:,}" for length in table.columns])
@@ -112,11 +112,14 @@ def residents_by_length(run: Run) -> Drawn:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("request length (tokens)")
     figure.colorbar(image, ax=axes, format=lambda v, _: f"{v:.0%}", pad=0.01, label="share of the most", shrink=0.95)
-    contest = table.loc[style.competitors(list(table.index))]
-    wins = (contest == contest.max()).sum(axis=1)
-    text = f"{_join(wins.index[wins == wins.max()])} fits the most requests at {wins.max()} of {table.shape[1]} lengths"
-    budget = data["budget_bytes"].max()
-    style.set_title(figure, f"{text}, in {style.bytes_text(budget)}")
+    wins = (contest == most).sum(axis=1)
+    champions = _names(wins.index[wins == wins.max()])
+    budget = style.bytes_text(data["budget_bytes"].max())
+    if len(contest) == 1:
+        text = f"{most.iat[0]:,.0f} requests of {_plural(table.columns[0], 'token')} fit in {budget} under {champions}"
+    else:
+        text = f"Most requests in {budget} at {wins.max()} of {table.shape[1]} lengths: {champions}"
+    style.set_title(figure, text)
     return figure, data
 
 
@@ -146,9 +149,8 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
     figure.supylabel(f"bytes of the budget ({unit})", fontsize=9.5)
     handles = [Patch(color=style.MEMORY_COLORS[kind], label=kind) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds))
-    least, most = _extremes(pd.Series(mean_useful))
-    text = f"{phase}, {workload}: on average {most[0]} keeps {most[1]:.0%} of the budget useful"
-    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[0]} {least[1]:.0%}")
+    shares = _contest(pd.Series(mean_useful), "{:.0%}".format, most_first=True)
+    style.set_title(figure, f"{phase}, {workload}: share of the budget that is useful on average: {shares}")
     return figure, data
 
 
@@ -174,9 +176,8 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
     shown = sorted({int(cell) for text in data["cells"] for cell in set(text)})
     handles = [Patch(color=style.KIND_COLORS[Kind(kind)], label=texts[Kind(kind)]) for kind in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    least, most = _extremes(pd.Series(mixed))
-    text = f"{phase}, {workload}: {most[1]:.0%} of {most[0]}'s addresses held states and KV in turn"
-    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[1]:.0%} of {least[0]}'s")
+    shares = _contest(pd.Series(mixed), "{:.0%}".format, most_first=True)
+    style.set_title(figure, f"{phase}, {workload}: addresses that held states and KV in turn: {shares}")
     data["cells"] = data["cells"].str.translate(KIND_LETTERS)
     return figure, data
 
@@ -210,9 +211,8 @@ def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
     waiting.set_xlabel("time (s)")
     figure.legend(loc="outside right center")
     means = pd.Series({name: _time_mean(data[data["strategy"] == name], "running") for name in names})
-    least, most = _extremes(means)
-    text = f"{phase}, {workload}: {most[0]} keeps {most[1]:.3g} requests running on average"
-    style.set_title(figure, text if least[0] == most[0] else f"{text}, {least[0]} {least[1]:.3g}")
+    counts = _contest(means, "{:.3g}".format, most_first=True)
+    style.set_title(figure, f"{phase}, {workload}: requests running on average: {counts}")
     return figure, data
 
 
@@ -247,16 +247,11 @@ def throughput(run: Run, phase: str) -> Drawn:
             axes.set_title(f"{workload}: {title}" if column == "output_tokens_per_s" else title, loc="left")
         line[0].set_yticks(range(len(names)), [style.label(name) for name in names])
         line[0].set_ylim(len(names) - 0.45, -0.55)
-    gains = {}
+    parts = []
     for workload in workloads:
-        means = data[data["workload"] == workload].groupby("strategy")["output_tokens_per_s"].mean()
-        gains[workload] = _extremes(means)
-    text = "; ".join(
-        f"{workload}, {most[0]} {style.number_text(most[1])} tokens/s"
-        + (f" ({most[1] / least[1]:.2f}x {least[0]})" if least[1] > 0 and least[0] != most[0] else "")
-        for workload, (least, most) in gains.items()
-    )
-    style.set_title(figure, f"{phase}: fastest on {text}")
+        means = data[data["workload"] == workload].groupby("strategy", sort=False)["output_tokens_per_s"].mean()
+        parts.append(f"{workload}: {_contest(means, style.number_text, most_first=True)}")
+    style.set_title(figure, f"{phase}, output tokens/s. {'; '.join(parts)}")
     return figure, data
 
 
@@ -289,9 +284,7 @@ def latency(run: Run, phase: str, workload: str) -> Drawn:
     first = data[data["metric"] == "ttft_s"].set_index("strategy")["p50"]
     if first.empty:
         raise NoData(f"no request of {phase}, {workload} got a token")
-    low, high = _extremes(first)
-    text = f"{phase}, {workload}: median TTFT is {style.seconds_text(low[1])} under {low[0]}"
-    style.set_title(figure, text if low[0] == high[0] else f"{text}, {style.seconds_text(high[1])} under {high[0]}")
+    style.set_title(figure, f"{phase}, {workload}: median TTFT {_contest(first, style.seconds_text)}")
     return figure, data
 
 
@@ -319,10 +312,17 @@ def _present(run: Run, data: pd.DataFrame) -> list[str]:
     return [name for name in run.strategies if name in found] + sorted(found - set(run.strategies))
 
 
-def _extremes(values: pd.Series) -> tuple[tuple[str, float], tuple[str, float]]:
-    """``(strategy, value)`` of the least and of the most, the bound left out."""
+def _contest(values: pd.Series, text: Callable[[float], str], most_first: bool = False) -> str:
+    """``values`` by strategy in words: ``3 under a, 9 under b and c``. Values that read alike count as alike; the bound
+    takes no part."""
     contest = values.loc[style.competitors(list(values.index))]
-    return (contest.idxmin(), contest.min()), (contest.idxmax(), contest.max())
+    texts = contest.map(text)
+    ends = [texts[contest.idxmin()], texts[contest.idxmax()]]
+    if ends[0] == ends[1]:
+        return ends[0] + (f" under {texts.index[0]}" if len(texts) == 1 else " under every strategy")
+    return ", ".join(
+        f"{end} under {_names(texts.index[texts == end])}" for end in (reversed(ends) if most_first else ends)
+    )
 
 
 def _time_mean(rows: pd.DataFrame, column: str) -> float:
@@ -379,5 +379,8 @@ def _plural(count: float, noun: str) -> str:
     return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
 
 
-def _join(names: pd.Index) -> str:
-    return " and ".join(names)
+def _names(names: pd.Index) -> str:
+    """Names in words: all of up to three, else the first two and how many more."""
+    if len(names) <= 3:
+        return " and ".join(names)
+    return f"{', '.join(names[:2])} and {len(names) - 2} more"

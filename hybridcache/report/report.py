@@ -142,6 +142,7 @@ def _sections(run: Run, shown: Mapping[str, list[_Shown]]) -> dict[str, list[_Se
 
 def _render(run: Run, sections: Mapping[str, list[_Section]], left_out: list[str]) -> str:
     template = files("hybridcache.report").joinpath("template.html").read_text(encoding="utf-8")
+    best, alike = highlights(run)
     names = list(dict.fromkeys(run.results["experiment"])) if "experiment" in run.results.columns else []
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -152,7 +153,8 @@ def _render(run: Run, sections: Mapping[str, list[_Section]], left_out: list[str
             run_name=run.path.resolve().name,
             environment=_flat(run.environment),
             config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
-            highlights=highlights(run),
+            highlights=best,
+            alike=alike,
             sections=sections,
             left_out=left_out,
             terms=TERMS,

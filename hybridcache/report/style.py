@@ -159,7 +159,7 @@ def magnitude_axis(axes: Axes, values: np.ndarray) -> None:
         return
     low, high = int(np.floor(np.log10(positive.min()))), int(np.ceil(np.log10(positive.max())))
     axes.set_yscale("symlog", linthresh=10.0**low, linscale=0.5)
-    axes.set_ylim(0, 10.0**high)
+    axes.set_ylim(-0.15 * 10.0**low, 10.0**high)
     axes.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**power for power in range(low, high + 1))]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,13 +1,13 @@
 """Tables of the report: results by phase, and who did best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from hybridcache.report.load import Run
-from hybridcache.report.style import competitors, label, number_text, seconds_text
+from hybridcache.report.style import BOUND, competitors, label, number_text, seconds_text
 
 CLOSE = 0.01
 """Strategies within this fraction of the best are named beside it."""
@@ -38,7 +38,7 @@ METRICS = (
     Metric("tpot_p50_s", "TPOT p50", seconds_text, -1),
     Metric("duration_s", "duration", seconds_text, -1),
 )
-HIGHLIGHTS = ("output_tokens_per_s", "ttft_p50_s", "utilization_mean")
+HIGHLIGHTS = ("output_tokens_per_s", "utilization_mean", "ttft_p50_s", "tpot_p50_s")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,13 @@ def capacity_table(run: Run) -> Table | None:
         return None
     found = rows.pivot_table(index="strategy", columns="workload", values="residents_peak", sort=False)
     found = found.reindex([name for name in run.strategies if name in found.index])
-    best = found.loc[competitors(list(found.index))].max()
+    contest = found.loc[competitors(list(found.index))]
+    best = {column: _best(contest[column], +1) for column in found.columns}
     return Table(
         title="Residents by request length",
-        headings=[name.replace("length=", "") + " tokens" for name in found.columns],
+        headings=[_length(name) for name in found.columns],
         rows=[
-            (label(name), [(number_text(value), value == best[column]) for column, value in row.items()])
+            (label(name), [_cell(value, METRICS[1], best[column], name) for column, value in row.items()])
             for name, row in found.iterrows()
         ],
     )
@@ -91,29 +92,35 @@ def serving_table(run: Run, phase: str, workload: str) -> Table:
         title=workload + (f" (means of {repetitions} repetitions)" if repetitions > 1 else ""),
         headings=[metric.heading for metric in shown],
         rows=[
-            (label(name), [_cell(row[metric.column], metric, best[metric.column]) for metric in shown])
+            (label(name), [_cell(row[metric.column], metric, best[metric.column], name) for metric in shown])
             for name, row in means.iterrows()
         ],
     )
 
 
-def highlights(run: Run) -> list[Highlight]:
-    """The best by metric, the bound left out."""
-    found = []
+def highlights(run: Run) -> tuple[list[Highlight], list[str]]:
+    """The best by metric, the bound left out; and the metrics in which all strategies are alike."""
+    found: list[Highlight] = []
+    alike: list[str] = []
+    for title, values, metric in _contests(run):
+        contest = values.loc[competitors(list(values.index))].dropna()
+        if contest.nunique() > 1:
+            found.append(_highlight(title, contest, metric))
+        elif len(contest) > 1:
+            alike.append(title)
+    return found, alike
+
+
+def _contests(run: Run) -> Iterator[tuple[str, pd.Series, Metric]]:
     for column, residents in _capacity_columns(run).items():
-        title = f"capacity: most residents of {column.replace('length=', '')} tokens"
-        found.append(_highlight(title, residents, METRICS[1]))
+        yield f"capacity: most residents of {_length(column)}", residents, METRICS[1]
     for phase in run.phases:
-        if phase == "capacity":
-            continue
-        for workload in run.workloads(phase):
+        for workload in run.workloads(phase) if phase != "capacity" else ():
             means = _means(run, phase, workload)
             for metric in METRICS:
                 if metric.column in HIGHLIGHTS and metric.column in means.columns:
                     word = "highest" if metric.better > 0 else "lowest"
-                    title = f"{phase}, {workload}: {word} {metric.heading}"
-                    found.append(_highlight(title, means[metric.column], metric))
-    return [highlight for highlight in found if highlight is not None]
+                    yield f"{phase}, {workload}: {word} {metric.heading}", means[metric.column], metric
 
 
 def token_agreement(run: Run, phase: str, workload: str) -> str | None:
@@ -161,28 +168,24 @@ def _best(values: pd.Series, better: int) -> float:
     return values.max() if better > 0 else values.min()
 
 
-def _cell(value: float, metric: Metric, best: float) -> tuple[str, bool]:
-    return ("" if pd.isna(value) else metric.text(value), bool(value == best))
+def _cell(value: float, metric: Metric, best: float, strategy: str) -> tuple[str, bool]:
+    is_best = bool(value == best) and strategy != BOUND
+    return ("" if pd.isna(value) else metric.text(value), is_best)
 
 
-def _highlight(title: str, values: pd.Series, metric: Metric) -> Highlight | None:
-    contest = values.loc[competitors(list(values.index))].dropna()
-    if contest.empty:
-        return None
+def _highlight(title: str, contest: pd.Series, metric: Metric) -> Highlight:
     order = contest.sort_values(ascending=metric.better < 0, kind="stable")
     best, worst = order.iloc[0], order.iloc[-1]
     tied = [name for name, value in order.items() if value == best]
     close = [name for name, value in order.items() if value != best and abs(value - best) <= CLOSE * abs(best)]
-    notes = []
-    if len(tied) == len(order) > 1:
-        notes.append("all strategies alike")
-    elif len(order) > 1:
-        if close:
-            notes.append(f"within 1 %: {', '.join(close)}")
-        ratio = max(best, worst) / min(best, worst) if min(best, worst) > 0 else np.inf
-        if np.isfinite(ratio):
-            notes.append(
-                f"{ratio:.2f}x {'more' if metric.better > 0 else 'less'} than {order.index[-1]} ({metric.text(worst)})"
-            )
+    notes = [f"within 1 %: {', '.join(close)}"] if close else []
+    factor = f" (factor {max(best, worst) / min(best, worst):.2f})" if min(best, worst) > 0 else ""
+    notes.append(f"against {metric.text(worst)} under {order.index[-1]}{factor}")
     shown = ", ".join(tied) if len(tied) <= 3 else f"{len(tied)} of {len(order)} strategies"
     return Highlight(title=title, strategies=shown, value=metric.text(best), note="; ".join(notes))
+
+
+def _length(workload: str) -> str:
+    """``length=2000`` in words."""
+    text = workload.removeprefix("length=")
+    return f"{int(text):,} token{'' if text == '1' else 's'}" if text.isdigit() else workload
