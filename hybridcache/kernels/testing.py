@@ -7,11 +7,12 @@ channels, W conv kernel width, S tokens of one request.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 
 from hybridcache.dtypes import itemsize, torch_dtype
-from hybridcache.kernels.memory import elements
+from hybridcache.kernels.gdn_decode.naive import stored_state
 from hybridcache.layout import AttentionLayout, StateLayout, attention_layout, state_layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 
@@ -59,8 +60,9 @@ def attention_case(
     device: str | torch.device = "cpu",
     pool_bytes: int = 0,
     extra_entries: int = 1,
+    fill: Sequence[int] | None = None,
 ) -> AttentionCase:
-    """Requests of ``lengths`` tokens in shuffled blocks of a poisoned pool, K and V standard normal in every layer.
+    """Requests of ``lengths`` tokens in shuffled blocks of a poisoned pool, K and V standard normal.
 
     Args:
         generator: of the CPU.
@@ -69,6 +71,7 @@ def attention_case(
         kernel_blocks: kernel blocks of a table entry; 1 makes ``Tm = kb``.
         pool_bytes: make the pool at least that large and use blocks all over it, the last one included.
         extra_entries: table columns beyond the longest request.
+        fill: layers to write; all where None.
     """
     kv = AttentionKV(kv_heads, k_dim, v_dim, dtype)
     spec = CacheSpec("kernels", tuple(LayerSpec(i, kv, None) for i in range(layers)))
@@ -96,17 +99,17 @@ def attention_case(
     stale = torch.tensor([length or 5 for length in lengths], dtype=torch.int32)
     buffer = poisoned(blocks * entry_bytes * layers, device)
     case = AttentionCase(buffer, layout, table_BN.to(device), stale.to(device), tuple(lengths))
-    for layer in range(layers):
+    for layer in range(layers) if fill is None else fill:
         for row, length in enumerate(lengths):
             for which in range(2 if length and v_dim else 1 if length else 0):
-                index = row_index(case, layer, row, which)
-                values = torch.randn(index.shape, generator=generator)
-                elements(buffer, torch_dtype(dtype))[index] = values.to(device=device, dtype=torch_dtype(dtype))
+                shape = (length, kv_heads, v_dim if which else k_dim)
+                values = normal(generator, shape, buffer.device, dtype)
+                buffer[byte_index(case, layer, row, which)] = values.view(torch.uint8)
     return case
 
 
-def row_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tensor:
-    """Element index of all of one request's K (``kv=0``) or V: int64 ``[S, K, D]``, by the layout formula."""
+def byte_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tensor:
+    """Addresses of all bytes of one request's K (``kv=0``) or V, by the layout formula: int64 ``[S, K, bytes]``."""
     at, device = case.layout, case.buffer.device
     position_S = torch.arange(case.lengths[row], device=device)
     inside_S = position_S % at.tokens_per_entry
@@ -115,8 +118,7 @@ def row_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tenso
     start_S += inside_S // at.kernel_block_tokens * at.kernel_stride
     start_S += position_S % at.kernel_block_tokens * at.token_stride[kv]
     start_SK = start_S[:, None] + torch.arange(at.num_kv_heads, device=device) * at.head_stride[kv]
-    dim_D = torch.arange(at.v_dim if kv else at.k_dim, device=device)
-    return start_SK[:, :, None] // itemsize(at.dtype) + dim_D
+    return start_SK[:, :, None] + torch.arange((at.v_dim if kv else at.k_dim) * itemsize(at.dtype), device=device)
 
 
 @dataclass
@@ -184,10 +186,10 @@ def state_case(
                 continue
             entry = shuffled[0 if order == "block_major" else layer].pop(0)
             table_BL[row, layer] = entry
-            _fill_state(generator, buffer, layout, layout.address(layer, entry), position)
+            _fill_state(generator, buffer, layout, layer, entry, position)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device=device, dtype=torch_dtype(dtype))
+    def inputs(*shape: int) -> torch.Tensor:
+        return normal(generator, shape, buffer.device, dtype)
 
     rows = len(positions)
     return StateCase(
@@ -195,33 +197,50 @@ def state_case(
         layout=layout,
         state_table_BL=table_BL.to(device),
         position_B=torch.tensor([max(position, 0) for position in positions], device=device),
-        x_BC=normal(rows, channels),
-        conv_weight_CW=normal(channels, width) / width**0.5,
-        a_BV=normal(rows, v_heads),
-        b_BV=normal(rows, v_heads),
+        x_BC=inputs(rows, channels),
+        conv_weight_CW=inputs(channels, width) / width**0.5,
+        a_BV=inputs(rows, v_heads),
+        b_BV=inputs(rows, v_heads),
         a_log_V=torch.rand(v_heads, generator=generator).mul(16).add(0.01).log().to(device),
-        dt_bias_V=normal(v_heads).float() - 3.0,
+        dt_bias_V=inputs(v_heads).float() - 3.0,
     )
 
 
 def _fill_state(
-    generator: torch.Generator, buffer: torch.Tensor, layout: StateLayout, address: int, position: int
+    generator: torch.Generator, buffer: torch.Tensor, layout: StateLayout, layer: int, entry: int, position: int
 ) -> None:
     if position == 0:
         return
-    v_heads, key_dim, value_dim = layout.recurrent_shape
-    dtype = torch_dtype(layout.recurrent_dtype)
-    size, start = v_heads * key_dim * value_dim, address // dtype.itemsize
-    values = torch.randn(size, generator=generator) if size < 1 << 16 else _normal_on(buffer.device, generator, size)
-    elements(buffer, dtype)[start : start + size] = values.to(device=buffer.device, dtype=dtype) * 0.1
-    dtype, channels = torch_dtype(layout.conv_dtype), layout.conv_channels
+    state_VIJ, ring_WC = stored_state(buffer, layout, layer, entry)
+    state_VIJ.copy_(normal(generator, state_VIJ.shape, buffer.device, layout.recurrent_dtype) * 0.1)
     for past in range(max(position - layout.conv_kernel + 1, 0), position):
-        start = (address + layout.conv_offset) // dtype.itemsize + past % layout.conv_kernel * channels
-        values = torch.randn(channels, generator=generator).to(device=buffer.device, dtype=dtype)
-        elements(buffer, dtype)[start : start + channels] = values
+        ring_WC[past % layout.conv_kernel] = normal(generator, ring_WC.shape[1:], buffer.device, layout.conv_dtype)
 
 
-def _normal_on(device: torch.device, generator: torch.Generator, size: int) -> torch.Tensor:
-    """Large tensors are drawn on the device, seeded from ``generator``."""
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    return torch.randn(size, device=device, generator=torch.Generator(device).manual_seed(seed))
+def state_error(case: StateCase, expected: torch.Tensor, layer: int) -> float:
+    """Largest :func:`rel_error` of the stored states of one layer against those in the pool ``expected``.
+
+    Infinite where any other byte differs: conv rings, the other layers, free slots. Both pools' states are zeroed.
+    """
+    worst = 0.0
+    for entry in case.state_table_BL[:, layer].tolist():
+        if entry != -1:
+            state_VIJ, _ = stored_state(case.buffer, case.layout, layer, entry)
+            expected_VIJ, _ = stored_state(expected, case.layout, layer, entry)
+            error = rel_error(state_VIJ, expected_VIJ)
+            if isnan(error):
+                return error
+            worst = max(worst, error)
+            state_VIJ.zero_()
+            expected_VIJ.zero_()
+    return worst if torch.equal(case.buffer, expected) else float("inf")
+
+
+def normal(
+    generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: str | torch.dtype
+) -> torch.Tensor:
+    """Standard normal values; on CUDA they are drawn there, seeded from ``generator``."""
+    if device.type == "cuda":
+        seed = int(torch.randint(1 << 62, (1,), generator=generator))
+        generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), device=device, generator=generator).to(torch_dtype(dtype))

@@ -6,7 +6,6 @@ Shapes: B rows, H query heads, K KV heads, D head dim, N table entries, S tokens
 import torch
 
 from hybridcache.dtypes import itemsize, torch_dtype
-from hybridcache.kernels.memory import elements
 from hybridcache.layout import AttentionLayout
 
 
@@ -14,14 +13,14 @@ def gather(
     buffer: torch.Tensor, layout: AttentionLayout, layer: int, entries: list[int], num_tokens: int, kv: int, head: int
 ) -> torch.Tensor:
     """K (``kv=0``) or V (``kv=1``) of one head for positions ``0 .. num_tokens - 1``: ``[S, D]``, float64."""
-    size, dim = itemsize(layout.dtype), layout.v_dim if kv else layout.k_dim
+    row_bytes = (layout.v_dim if kv else layout.k_dim) * itemsize(layout.dtype)
     addresses = [
         layout.address(layer, entries[position // layout.tokens_per_entry], position, kv, head)
         for position in range(num_tokens)
     ]
-    first_S = torch.tensor(addresses, dtype=torch.int64, device=buffer.device) // size
-    index_SD = first_S[:, None] + torch.arange(dim, device=buffer.device)
-    return elements(buffer, torch_dtype(layout.dtype))[index_SD].double()
+    first_S = torch.tensor(addresses, dtype=torch.int64, device=buffer.device)
+    bytes_SX = buffer[first_S[:, None] + torch.arange(row_bytes, device=buffer.device)]
+    return bytes_SX.view(torch_dtype(layout.dtype)).double()
 
 
 def paged_decode(
