@@ -4,8 +4,8 @@ CAPTIONS = {
     "waste_by_length": (
         "One live request alone in the pool: the bytes it holds beyond its useful ones, by its length. Lower is better. "
         "Both axes are logarithmic; the vertical one has a zero at its foot where values span more than a factor of 20. "
-        "Where lines coincide, the wider one lies behind. Bytes that no request can use at all (the wrong side of a split "
-        "pool) are not charged to a request here: they show in how many requests fit."
+        "Where two lines coincide, the wide one lies behind the thin one. Bytes that no request can use at all (the wrong "
+        "side of a split pool) are not charged to a request here: they show in how many requests fit."
     ),
     "residents_by_length": (
         "Identical requests of one length are admitted until the strategy refuses one. Each cell is their number; its "
@@ -33,7 +33,7 @@ CAPTIONS = {
         "have no map. First repetition."
     ),
     "queue": (
-        "Requests that run and requests that wait. Where lines coincide, the wider one lies behind. "
+        "Requests that run and requests that wait. Where two lines coincide, the wide one lies behind the thin one. "
         "A strategy that wastes less memory keeps more running and empties its queue earlier. First repetition."
     ),
 }

@@ -68,9 +68,8 @@ def waste_by_length(run: Run) -> Drawn:
             rows["waste_bytes"] / divisor,
             color=color,
             marker=marker if len(rows) <= 20 else None,
-            markersize=4 + style.line_width(i, len(names)),
-            linestyle="--" if name == style.BOUND else "-",
-            linewidth=style.line_width(i, len(names)),
+            markersize=8 if i % 2 == 0 else 5,
+            **style.line_style(i, name),
             clip_on=False,
             label=style.label(name),
         )
@@ -192,20 +191,18 @@ def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
     running, waiting = figure.subplots(2, 1, sharex=True)
     for i, name in enumerate(names):
         rows = data[data["strategy"] == name]
-        dash = "--" if name == style.BOUND else "-"
         for axes, column in ((running, "running"), (waiting, "waiting")):
             axes.step(
                 rows["time_s"],
                 rows[column],
                 where="post",
                 color=styles[name][0],
-                linestyle=dash,
-                linewidth=style.line_width(i, len(names)),
+                **style.line_style(i, name),
                 label=style.label(name) if column == "running" else None,
             )
     for axes, text in ((running, "running requests"), (waiting, "waiting requests")):
         axes.set_ylabel(text)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1))
         axes.margins(x=0.01)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     waiting.set_xlabel("time (s)")

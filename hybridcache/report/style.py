@@ -3,12 +3,13 @@
 import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from hybridcache.strategies import Kind
 
@@ -146,9 +147,14 @@ def panel_title(axes: Axes, name: str, note: str) -> None:
     axes.set_title(note, loc="right", fontsize=9, color="#555555")
 
 
-def line_width(i: int, count: int) -> float:
-    """Wider for lines drawn earlier, so that lines which coincide all show."""
-    return 1.4 + 2.2 * (count - 1 - i) / max(count - 1, 1)
+def line_style(i: int, name: str) -> dict[str, Any]:
+    """Every other line is wide and lies behind the thin ones, so that two lines which coincide both show."""
+    wide = i % 2 == 0 and name != BOUND
+    return {
+        "linewidth": 3.6 if wide else 1.5,
+        "zorder": 2.0 if wide else 2.5,
+        "linestyle": "--" if name == BOUND else "-",
+    }
 
 
 def magnitude_axis(axes: Axes, values: np.ndarray) -> None:
@@ -166,12 +172,15 @@ def magnitude_axis(axes: Axes, values: np.ndarray) -> None:
 
 
 def log_axis(axes: Axes, low: float, high: float, text: FuncFormatter) -> None:
-    """A logarithmic x axis with few, readable ticks at 1, 2 and 5 times powers of ten (powers alone over a wide range)."""
+    """A logarithmic x axis with at least three readable ticks: powers of ten, or with 2 and 5 times them, or even steps."""
     axes.set_xscale("log")
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
-    steps = (1, 2, 5) if np.log10(high / low) < 2.2 else (1,)
-    ticks = [m * 10.0**e for e in range(first, last + 1) for m in steps]
-    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if low * 0.8 <= t <= high * 1.25]))
+    ticks = list(MaxNLocator(nbins=5).tick_values(low, high))
+    for steps in ((1, 2, 5), (1,)):
+        found = [m * 10.0**e for e in range(first, last + 1) for m in steps]
+        found = [tick for tick in found if low * 0.8 <= tick <= high * 1.25]
+        ticks = found if len(found) >= 3 else ticks
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick > 0]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(text)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from hybridcache.report.load import Run
@@ -19,7 +18,7 @@ def _percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of results: its heading, its text, and whether more (+1) or less (-1) is better (0: neither)."""
+    """A column of results: its heading, its text, and whether more (+1) or less (-1) is better."""
 
     column: str
     heading: str
@@ -68,7 +67,7 @@ def capacity_table(run: Run) -> Table | None:
     found = rows.pivot_table(index="strategy", columns="workload", values="residents_peak", sort=False)
     found = found.reindex([name for name in run.strategies if name in found.index])
     contest = found.loc[competitors(list(found.index))]
-    best = {column: _best(contest[column], +1) for column in found.columns}
+    best = {column: _best(contest[column], METRICS[1]) for column in found.columns}
     return Table(
         title="Residents by request length",
         headings=[_length(name) for name in found.columns],
@@ -83,10 +82,8 @@ def serving_table(run: Run, phase: str, workload: str) -> Table:
     """Means over repetitions of every metric that the results have."""
     means = _means(run, phase, workload)
     shown = [metric for metric in METRICS if metric.column in means.columns]
-    best = {
-        metric.column: _best(means.loc[competitors(list(means.index)), metric.column], metric.better)
-        for metric in shown
-    }
+    contest = means.loc[competitors(list(means.index))]
+    best = {metric.column: _best(contest[metric.column], metric) for metric in shown}
     repetitions = run.rows(phase).query("workload == @workload")["repetition"].nunique()
     return Table(
         title=workload + (f" (means of {repetitions} repetitions)" if repetitions > 1 else ""),
@@ -104,7 +101,7 @@ def highlights(run: Run) -> tuple[list[Highlight], list[str]]:
     alike: list[str] = []
     for title, values, metric in _contests(run):
         contest = values.loc[competitors(list(values.index))].dropna()
-        if contest.nunique() > 1:
+        if contest.map(metric.text).nunique() > 1:
             found.append(_highlight(title, contest, metric))
         elif len(contest) > 1:
             alike.append(title)
@@ -161,23 +158,25 @@ def _capacity_columns(run: Run) -> dict[str, pd.Series]:
     }
 
 
-def _best(values: pd.Series, better: int) -> float:
+def _best(values: pd.Series, metric: Metric) -> str | None:
+    """The best value in words; None where all read alike."""
     values = values.dropna()
-    if values.empty or better == 0 or values.nunique() == 1:
-        return np.nan
-    return values.max() if better > 0 else values.min()
+    if values.empty or values.map(metric.text).nunique() == 1:
+        return None
+    return metric.text(values.max() if metric.better > 0 else values.min())
 
 
-def _cell(value: float, metric: Metric, best: float, strategy: str) -> tuple[str, bool]:
-    is_best = bool(value == best) and strategy != BOUND
-    return ("" if pd.isna(value) else metric.text(value), is_best)
+def _cell(value: float, metric: Metric, best: str | None, strategy: str) -> tuple[str, bool]:
+    """Text, and whether it is the best that a competitor reached, at the precision shown."""
+    text = "" if pd.isna(value) else metric.text(value)
+    return text, text == best and strategy != BOUND
 
 
 def _highlight(title: str, contest: pd.Series, metric: Metric) -> Highlight:
     order = contest.sort_values(ascending=metric.better < 0, kind="stable")
     best, worst = order.iloc[0], order.iloc[-1]
-    tied = [name for name, value in order.items() if value == best]
-    close = [name for name, value in order.items() if value != best and abs(value - best) <= CLOSE * abs(best)]
+    tied = [name for name, value in order.items() if metric.text(value) == metric.text(best)]
+    close = [name for name, value in order.items() if name not in tied and abs(value - best) <= CLOSE * abs(best)]
     notes = [f"within 1 %: {', '.join(close)}"] if close else []
     factor = f" (factor {max(best, worst) / min(best, worst):.2f})" if min(best, worst) > 0 else ""
     notes.append(f"against {metric.text(worst)} under {order.index[-1]}{factor}")
