@@ -14,13 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridcache.config import register
 from hybridcache.errors import UserError
 
 CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = ("experiment", "model", "workload", "engine", "device", "tracking")
-
-register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -31,7 +28,12 @@ def _run(cfg: DictConfig) -> None:
 
 
 def _check_choices(arguments: list[str]) -> None:
-    """Name the choices where a config group's file is misspelt (Hydra's own message spans many lines)."""
+    """Name the choices where an experiment is missing or a config group's file is misspelt (Hydra's own messages span many
+    lines)."""
+    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    if not any(key in ("experiment", "experiment_name") or key.startswith("-") for key in keys):
+        known = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+        raise UserError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(known)}")
     if any(argument.startswith(("--config-dir", "-cd", "--config-path", "-cp")) for argument in arguments):
         return
     for argument in arguments:

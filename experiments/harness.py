@@ -1,6 +1,7 @@
 """What every experiment shares: the run directory, its records, tracking, and the final table."""
 
 import json
+import sys
 import time
 from collections.abc import Iterable
 from importlib import import_module
@@ -11,11 +12,12 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from hybridcache.config import typed
 from hybridcache.environment import environment
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import bad
 from hybridcache.tracking import make_tracker
 
-CONSOLE = Console(highlight=False)
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def experiment_names() -> list[str]:
@@ -29,8 +31,7 @@ def run_experiment(cfg: DictConfig, run_dir: Path) -> None:
 
     The results table and the events are on disk before the report is drawn, and before tracking ends.
     """
-    if OmegaConf.is_missing(cfg, "experiment_name"):
-        raise UserError(f"no experiment chosen: add +experiment=NAME, one of {', '.join(experiment_names())}")
+    cfg = typed(cfg)
     name = cfg.experiment_name
     try:
         module = import_module(f"experiments.{name}")

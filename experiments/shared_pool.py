@@ -121,7 +121,13 @@ def _inference(cfg, choices, spec, workload, events, progress) -> Iterator[dict[
     task = progress.add_task("inference: loading", total=len(physical) * settings.repetitions)
     phase = InferencePhase(settings, cfg.seed)
     progress.update(task, description="inference")
-    stream = cut_to_size(workload, settings.max_prompt, settings.max_output, settings.num_requests)
+    stream = cut_to_size(
+        workload,
+        max_prompt=settings.max_prompt,
+        max_output=settings.max_output,
+        num_requests=settings.num_requests,
+        keep_ratio=False,  # one factor would leave most outputs a single token
+    )
     stream = with_text_prompts(stream, phase.tokenizer, seed=cfg.seed)
     scheduler = OmegaConf.to_container(cfg.engine, resolve=True)
     scheduler["max_tokens_per_step"] = settings.max_tokens_per_step

@@ -1,14 +1,13 @@
-"""The typed root of every configuration (Hydra structured config). Groups are the YAML files in ``conf/``.
+"""The typed part of every configuration: names and types of what ``conf/config.yaml`` and its groups may hold.
 
-Hydra checks names and types against these classes: a misspelt key is an error, not a silent no-op. Options of a strategy
-and of a workload stay free-form, because a user may plug in a class of their own; those classes check them.
+A misspelt key or a wrong type is an error, not a silent no-op. An experiment's own keys stay open, and so do options of
+strategies and workloads, because a user may plug in a class of their own; those classes check them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 @dataclass
@@ -61,6 +60,13 @@ class Config:
     fast: bool = False
 
 
-def register() -> None:
-    """Make ``base_config`` known to Hydra. Called once by ``run.py``; calling it again changes nothing."""
-    ConfigStore.instance().store(name="base_config", node=Config)
+def typed(cfg: DictConfig) -> DictConfig:
+    """``cfg`` with its typed part checked and converted.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a key that the typed part does not know, or a value of a wrong type.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    known = {key.name: plain[key.name] for key in fields(Config) if key.name in plain}
+    checked = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(known))
+    return OmegaConf.create({**plain, **OmegaConf.to_container(checked)})  # type: ignore[dict-item, return-value]
