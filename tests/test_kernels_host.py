@@ -1,0 +1,78 @@
+"""What the Triton launchers decide on the host: splits, batches of independent copies, the copy's unit."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from hybridcache.kernels.block_copy.triton import MAX_MOVES, independent_batches, unit
+from hybridcache.kernels.paged_decode.triton import MAX_SPLITS, MIN_SPLIT_TOKENS, choose_splits
+from hybridcache.kernels.triton_backend import IMPLEMENTATION, TritonBackend
+
+
+@given(st.integers(1, 10_000), st.integers(1, 1 << 20), st.integers(1, 200))
+def test_splits_stay_within_their_bounds(programs, max_tokens, multiprocessors):
+    splits = choose_splits(programs, max_tokens, multiprocessors)
+    assert 1 <= splits <= MAX_SPLITS
+    assert (splits - 1) * MIN_SPLIT_TOKENS < max_tokens
+
+
+def test_splits_fill_the_device_only_where_rows_do_not():
+    assert choose_splits(programs=2, max_tokens=32_768, multiprocessors=132) == 128
+    assert choose_splits(programs=512, max_tokens=2_048, multiprocessors=132) == 2
+    assert choose_splits(programs=4_000, max_tokens=32_768, multiprocessors=132) == 1
+    assert choose_splits(programs=2, max_tokens=88, multiprocessors=132) == 1
+
+
+MOVES = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 12)).filter(lambda m: abs(m[0] - m[1]) >= m[2]),
+    max_size=25,
+)
+
+
+@given(MOVES, st.randoms())
+def test_moves_of_a_batch_may_run_in_any_order(moves, rng):
+    batches = independent_batches(moves)
+    assert [move for batch in batches for move in batch] == moves
+    one_by_one, batched = bytearray(range(64)), bytearray(range(64))
+    for src, dst, size in moves:
+        one_by_one[dst : dst + size] = one_by_one[src : src + size]
+    for batch in batches:
+        rng.shuffle(batch)
+        for src, dst, size in batch:
+            batched[dst : dst + size] = batched[src : src + size]
+    assert batched == one_by_one
+
+
+def test_independent_moves_share_a_launch():
+    scattered = [(i * 64, 10_000 + i * 128, 64) for i in range(50)]
+    assert independent_batches(scattered) == [scattered]
+    chain = [
+        (64 * (i + 1), 64 * i, 64) for i in range(4)
+    ]  # compaction by one block: each overwrites what was just read
+    assert len(independent_batches(chain)) == 4
+    assert independent_batches([]) == []
+    many = [(0, 100 + i, 1) for i in range(MAX_MOVES + 1)]
+    assert [len(batch) for batch in independent_batches(many)] == [MAX_MOVES, 1]
+
+
+@pytest.mark.parametrize(
+    ("moves", "expected"),
+    [
+        ([(0, 32, 16)], 16),
+        ([(0, 4096, 4096)], 16),
+        ([(0, 32, 16), (8, 32, 16)], 8),
+        ([(2, 4, 2)], 2),
+        ([(0, 16, 3)], 1),
+    ],
+)
+def test_unit_divides_every_address_and_length(moves, expected):
+    assert unit(moves) == expected
+
+
+def test_the_backend_names_what_runs_each_operation():
+    backend = TritonBackend()
+    assert backend.describe() == IMPLEMENTATION
+    assert not backend.launches
+    assert all(callable(getattr(backend, operation)) for operation in IMPLEMENTATION)
