@@ -150,7 +150,8 @@ def test_kv_store_writes_rows_by_the_formula_and_nothing_else(rng, kind, dtype):
     buffer, backend = poisoned(kv_pool_bytes(layout, entries)), TorchBackend()
     lengths = [rng.randint(1, 70), 0, rng.randint(1, 70), 24]
     table = shuffled_tables(rng, layout, entries, lengths)
-    tokens = [(b, p) for b, n in enumerate(lengths) for p in range(max(n, 1)) if rng.random() < 0.7] or [(0, 0)]
+    tokens = [(b, p) for b, n in enumerate(lengths) for p in range(n) if rng.random() < 0.7] or [(0, 0)]
+    tokens += [(1, 0), (1, 10**6)]  # of the padding row
     rng.shuffle(tokens)
     row_T = torch.tensor([b for b, _ in tokens], dtype=torch.int32)
     position_T = torch.tensor([p for _, p in tokens])

@@ -31,12 +31,12 @@ def kv_store(
     row_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> None:
-    """Write K and V of every token whose table entry is not -1."""
-    entry_T = kv_table_BN[row_T.long(), position_T.long() // layout.tokens_per_entry].long()
-    position_T = position_T.long()
-    stored = (entry_T >= 0).nonzero().squeeze(1)
-    if stored.numel() < entry_T.numel():
-        entry_T, position_T, k_TKD, v_TKD = (x[stored] for x in (entry_T, position_T, k_TKD, v_TKD))
+    """Write K and V of every token whose row is no padding row (their positions may be stale and beyond the table)."""
+    row_T, position_T = row_T.long(), position_T.long()
+    live = (kv_table_BN[row_T, 0] >= 0).nonzero().squeeze(1)
+    if live.numel() < row_T.numel():
+        row_T, position_T, k_TKD, v_TKD = (x[live] for x in (row_T, position_T, k_TKD, v_TKD))
+    entry_T = kv_table_BN[row_T, position_T // layout.tokens_per_entry].long()
     slots = kv_slots(layout, entry_T, position_T)
     for view, value in zip(kv_views(buffer, layout, layer), (k_TKD, v_TKD)):
         view[slots] = value.to(view.dtype)
