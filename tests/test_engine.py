@@ -198,12 +198,14 @@ def test_requests_that_fail_only_together_finish_alone():
 
 
 def test_moves_are_executed_before_the_tables_are_read():
-    """A compacting strategy relocates live requests where others have finished."""
-    seed = 2  # one that needs compaction
-    requests = stream(seed)
-    engine = make_engine("two_ended", tight("two_ended", requests, 2.0), CHUNKED, poison=True)
-    assert run_all(engine, requests) == run_one_by_one(requests), f"seed {seed}"
-    assert engine.strategy.bytes_moved > 0, f"seed {seed}"
+    """Three requests; the first ends and leaves a hole, and the others grow beyond what is free without it."""
+    lengths = [2, 60, 60]
+    requests = [([token] * 16, SamplingParams(max_tokens=n)) for token, n in enumerate(lengths)]
+    one = make_strategy("two_ended", 1 << 20)
+    pages = sum(-(-(16 + n) // one.page_size) for n in lengths[1:])
+    engine = make_engine("two_ended", 3 * one.slot_bytes + (pages - 1) * one.page_bytes, poison=True)
+    assert run_all(engine, requests) == run_one_by_one(requests)
+    assert engine.strategy.bytes_moved > 0
     assert engine.backend.launches["block_copy[torch]"] > 0
 
 

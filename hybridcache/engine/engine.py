@@ -165,6 +165,10 @@ class Engine:
             raise bad("seq_id", seq_id, "has not finished; abort it first")
         del self._requests[seq_id]
 
+    def sequence(self, seq_id: int) -> Sequence:
+        """A request that was added and not forgotten."""
+        return self._live(seq_id).seq
+
     def error(self, seq_id: int) -> str | None:
         """Why a request ended with ``error``; None where it did not."""
         return self._live(seq_id).error

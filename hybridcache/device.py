@@ -1,0 +1,43 @@
+"""Device: choosing where a model runs, and refusing early what does not fit there."""
+
+import os
+
+import torch
+
+from hybridcache.errors import bad
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: not a device's name, or CUDA where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise bad("device", name, "choose auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise bad("device", name, "choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise bad("device", name, "PyTorch finds no CUDA device here; choose cpu or auto")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise bad("device", name, f"there are {torch.cuda.device_count()} CUDA devices; count from 0")
+    return device
+
+
+def require_room(field: str, value: object, num_bytes: int, device: torch.device) -> None:
+    """Refuse what the device's free memory (on a CPU: the machine's whole memory) cannot hold.
+
+    Raises:
+        UserError: ``field=value`` takes ``num_bytes`` bytes and there are fewer; the message says how many.
+    """
+    if device.type == "cuda":
+        room, what = torch.cuda.mem_get_info(device)[0], f"free on {device}"
+    else:
+        room, what = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"
+    if num_bytes > room:
+        raise bad(field, value, f"takes {num_bytes} bytes and {what} is {room}; at most {int(0.9 * room)} would fit")
