@@ -162,11 +162,10 @@ class WandbTracker:
             self._run.config.update({"environment": environment})
         # "immutable": take the files where they are instead of copying them to a folder in the user's home.
         artifact = wandb.Artifact(name=f"run-{self._run.id}", type="run")
-        for name in ARTIFACT_FILES:
-            if (run_dir / name).is_file():
-                artifact.add_file(str(run_dir / name), policy="immutable")
-        if (run_dir / "figures").is_dir():
-            artifact.add_dir(str(run_dir / "figures"), name="figures", policy="immutable")
+        files = [run_dir / name for name in ARTIFACT_FILES] + sorted((run_dir / "figures").glob("*"))
+        for file in files:
+            if file.is_file():
+                artifact.add_file(str(file), name=str(file.relative_to(run_dir)), policy="immutable")
         self._run.log_artifact(artifact)
 
     def _guard(self, what: str, call: Callable[[], None]) -> None:
