@@ -35,7 +35,6 @@ from hybridcache.strategies.static_split import StaticSplit
 from hybridcache.strategies.two_ended import TwoEnded
 
 STEPS = settings(max_examples=100, stateful_step_count=200, deadline=None)
-IDS = st.integers(0, 11)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -113,12 +112,13 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.driven: list[Driven] = []
+        self.operations = 0
 
-    @initialize(seed=st.integers(0, 2**32 - 1))
+    @initialize(seed=st.integers(0, 2**24 - 1))
     def build(self, seed: int) -> None:
         rng = Random(seed)
         spec = small_spec(rng)
-        budget = int(spec.request_bytes(200) * rng.uniform(1.0, 8.0)) + rng.randrange(300)
+        budget = int(spec.request_bytes(150) * rng.uniform(1.0, 5.0)) + rng.randrange(300)
         for name, options, physical in self.variants:
             if name == "padded_page" and physical and len(spec.attention_layers) > len(spec.state_layers):
                 physical = False  # several attention groups have no physical form
@@ -127,43 +127,51 @@ class PoolMachine(RuleBasedStateMachine):
             if physical and self.follow_contents:
                 self.driven[-1].contents = Contents(pool)
 
-    @rule(seq_id=IDS, chunk=st.integers(1, 150), rest=st.integers(0, 60))
-    def admit(self, seq_id: int, chunk: int, rest: int) -> None:
-        for one in self.driven:
-            if seq_id in one.tokens:
-                continue
-            free = one.pool.usage().free
-            needed = sum(type(self).charge(one.pool, chunk + rest))
-            if one.pool.admit(seq_id, chunk, prompt_tokens=chunk + rest):
-                assert needed <= free, "admitted a prompt that does not fit"
-                one.tokens[seq_id] = chunk
-                if one.contents:
-                    one.contents.admitted(seq_id)
-            else:
-                self.refused(one, must_lack=needed if self.one_kind_of_byte else None)
+    @rule(salt=st.integers(0, 2**24 - 1))
+    def operate(self, salt: int) -> None:
+        """Admit a request (a chunk of a prompt that may be longer) if it is not resident; grow or release it if it is.
 
-    @rule(seq_id=IDS, more=st.integers(0, 40))
-    def grow(self, seq_id: int, more: int) -> None:
+        What is drawn seeds a generator together with the number of the operation: draws alone repeat each other so much that
+        pools hardly fill and fragment.
+        """
+        self.operations += 1
+        rng = Random(salt << 16 | self.operations)
+        seq_id, release = rng.randrange(8), rng.random() < 0.4
+        chunk, rest, more = rng.randint(1, 100), rng.choice((0, rng.randint(1, 60))), rng.randint(0, 150)
         for one in self.driven:
             if seq_id not in one.tokens:
-                continue
-            total = one.tokens[seq_id] + more
-            free = one.pool.usage().free
-            needed = sum(type(self).charge(one.pool, total)) - sum(type(self).charge(one.pool, total - more))
-            if one.pool.grow(seq_id, total):
-                assert needed <= free, "grew beyond the free bytes"
-                one.tokens[seq_id] = total
+                self.admit(one, seq_id, chunk, chunk + rest)
+            elif release:
+                self.release(one, seq_id)
             else:
-                self.refused(one, must_lack=needed if self.kv_takes_any_byte else None)
+                self.grow(one, seq_id, one.tokens[seq_id] + more)
 
-    @rule(seq_id=IDS)
-    def release(self, seq_id: int) -> None:
-        for one in self.driven:
-            if seq_id in one.tokens:
-                one.pool.release(seq_id)
-                del one.tokens[seq_id]
-                if one.contents:
-                    one.contents.released(seq_id)
+    def admit(self, one: Driven, seq_id: int, chunk: int, prompt: int) -> None:
+        free = one.pool.usage().free
+        needed = sum(type(self).charge(one.pool, prompt))
+        if one.pool.admit(seq_id, chunk, prompt_tokens=prompt):
+            assert needed <= free, "admitted a prompt that does not fit"
+            one.tokens[seq_id] = chunk
+            if one.contents:
+                one.contents.admitted(seq_id)
+        else:
+            self.refused(one, must_lack=needed if self.one_kind_of_byte else None)
+
+    def grow(self, one: Driven, seq_id: int, total: int) -> None:
+        free = one.pool.usage().free
+        charge = type(self).charge
+        needed = sum(charge(one.pool, total)) - sum(charge(one.pool, one.tokens[seq_id]))
+        if one.pool.grow(seq_id, total):
+            assert needed <= free, "grew beyond the free bytes"
+            one.tokens[seq_id] = total
+        else:
+            self.refused(one, must_lack=needed if self.kv_takes_any_byte else None)
+
+    def release(self, one: Driven, seq_id: int) -> None:
+        one.pool.release(seq_id)
+        del one.tokens[seq_id]
+        if one.contents:
+            one.contents.released(seq_id)
 
     @precondition(lambda self: self.follow_contents)
     @rule()
@@ -325,35 +333,6 @@ TestLargeBlock = case(LargeBlockMachine)
 TestStaticSplit = case(StaticSplitMachine)
 TestTwoEnded = case(TwoEndedMachine)
 TestLcmCarve = case(LcmCarveMachine)
-
-
-def test_small_pools_meet_shortfalls_and_compaction() -> None:
-    """The machines would prove little if the pools never filled: with the same sizes, most of 60 random pools refuse
-    something, and two_ended relocates both states and pages."""
-    refused = relocated_states = relocated_pages = 0
-    for seed in range(60):
-        rng = Random(seed)
-        spec = small_spec(rng)
-        budget = int(spec.request_bytes(200) * rng.uniform(1.0, 8.0)) + rng.randrange(300)
-        pool = build_in(budget, "two_ended", spec, physical=True, page_size=rng.choice((1, 2, 4, 16, 64)))
-        failures = 0
-        for _ in range(200):
-            seq_id = rng.randrange(12)
-            if seq_id not in pool.residents:
-                failures += not pool.admit(seq_id, rng.randint(1, 150))
-            elif rng.random() < 0.5:
-                pool.release(seq_id)
-            else:
-                failures += not pool.grow(seq_id, pool.num_tokens(seq_id) + rng.randint(0, 40))
-        refused += failures > 0
-        assert isinstance(pool, TwoEnded)
-        moves = pool.drain_moves()
-        assert sum(move.num_bytes for move in moves) == pool.bytes_moved
-        relocated_states += any(move.num_bytes == pool.slot_bytes for move in moves)
-        relocated_pages += any(move.num_bytes == pool.page_bytes for move in moves)
-    assert refused > 40
-    assert relocated_states > 5
-    assert relocated_pages > 5
 
 
 @pytest.mark.parametrize(
