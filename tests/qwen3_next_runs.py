@@ -3,6 +3,7 @@ that serves requests from a strategy's memory (no engine: chunks, batches and sa
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import Qwen3NextConfig
@@ -46,14 +47,17 @@ def spec_for(config: Qwen3NextConfig, dtype: str) -> CacheSpec:
 
 
 class Loop:
-    """Serves requests from one strategy's poisoned memory, a hand-made :class:`StepBatch` at a time."""
+    """Serves requests from one strategy's poisoned memory, a hand-made :class:`StepBatch` at a time, on the model's
+    device."""
 
-    def __init__(self, model, strategy: str = "shared_pool", *, budget_bytes: int = 4 << 20, **options) -> None:
+    def __init__(
+        self, model, strategy: str = "shared_pool", *, budget_bytes: int = 4 << 20, backend=None, **options
+    ) -> None:
         spec = spec_for(model.config, str(model.dtype).removeprefix("torch."))
         self.model = model
         self.strategy = build(strategy, spec=spec, budget_bytes=budget_bytes, physical=True, **options)
-        self.pool = CachePool(self.strategy.layout, poison=True)
-        self.backend = TorchBackend()
+        self.pool = CachePool(self.strategy.layout, model.device, poison=True)
+        self.backend = backend or TorchBackend()
         self.tokens: dict[int, list[int]] = {}
         self.done: dict[int, int] = {}
 
@@ -84,7 +88,7 @@ class Loop:
         starts = [self.done[s] for s in order]
         prefill = counts[num_decode:]
         ends = [start + count for start, count in zip(starts, counts)]
-        return StepBatch(
+        batch = StepBatch(
             token_ids_T=torch.tensor([t for s, i, j in zip(order, starts, ends) for t in self.tokens[s][i:j]]),
             position_T=torch.cat([torch.arange(i, j) for i, j in zip(starts, ends)]),
             row_T=torch.arange(len(order), dtype=torch.int32).repeat_interleave(torch.tensor(counts)),
@@ -97,6 +101,8 @@ class Loop:
             max_prefill_len=max(prefill, default=0),
             max_context_len=max(ends),
         )
+        device = self.model.device
+        return replace(batch, **{k: v.to(device) for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, rng: random.Random, longest_chunk: int = 23):
         """Greedy tokens of every prompt, and the logits of all its prompt tokens.

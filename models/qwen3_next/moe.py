@@ -30,7 +30,9 @@ class Experts(nn.Module):
         products do all experts without the host knowing their sizes; elsewhere each expert that was hit has its own two.
         """
         tokens, k = expert_Tk.shape
-        expert_A, order_A = expert_Tk.flatten().sort(stable=True)
+        # 16-bit keys: a radix sort takes a quarter of the passes.
+        key = torch.int16 if self.gate_up.shape[0] < 1 << 15 else torch.int32
+        expert_A, order_A = expert_Tk.flatten().to(key).sort(stable=True)
         x_AD = x_TD[order_A // k]
         weight_A1 = weight_Tk.flatten()[order_A].unsqueeze(1)
         if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
@@ -42,7 +44,7 @@ class Experts(nn.Module):
         return y_AD[place_A].unflatten(0, (tokens, k)).sum(1)
 
     def _grouped(self, x_AD: torch.Tensor, expert_A: torch.Tensor, weight_A1: torch.Tensor) -> torch.Tensor:
-        every = torch.arange(self.gate_up.shape[0], device=expert_A.device)
+        every = torch.arange(self.gate_up.shape[0], dtype=expert_A.dtype, device=expert_A.device)
         ends = torch.searchsorted(expert_A, every, right=True).int()
         gate, up = F.grouped_mm(x_AD, self.gate_up.mT, offs=ends).chunk(2, dim=1)
         # The routing weight is applied to the narrow side; the product with `down` is linear in it.

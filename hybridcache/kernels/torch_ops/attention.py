@@ -13,8 +13,8 @@ from torch.nn.attention.bias import causal_lower_right
 from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, kv_slots, kv_views
 from hybridcache.layout import AttentionLayout
 
-GROUP_SCORES = 1 << 22
-"""Query-key pairs of one padded group of rows, at most (its mask has that many bytes)."""
+GROUP_SCORES = 1 << 18
+"""Query-key pairs of one padded group of rows, at most: longer rows run alone, without a mask where they can."""
 GROUP_POSITIONS = 1 << 18
 """Gathered positions of one padded group of rows, at most."""
 MASK_QUERIES = 1024
@@ -71,7 +71,8 @@ def paged_prefill(
     Rows of like lengths are padded into groups; a long row is a group of its own and needs no mask where it starts at
     position 0. Padding rows get zeros.
     """
-    out_THD = q_THD.new_zeros(q_THD.shape[0], q_THD.shape[1], layout.v_dim)
+    # A spare row takes what padding queries compute.
+    out_THD = q_THD.new_zeros(q_THD.shape[0] + 1, q_THD.shape[1], layout.v_dim)
     rows = context_len_B.shape[0]
     host = torch.cat([cu_seqlens.int(), context_len_B.int(), kv_table_BN[:, 0].int()]).tolist()
     begin, end, context, first = host[:rows], host[1 : rows + 1], host[rows + 1 : 2 * rows + 1], host[2 * rows + 1 :]
@@ -87,7 +88,7 @@ def paged_prefill(
             out_THD[at : at + queries] = out_RHQD[0].transpose(0, 1).to(out_THD.dtype)
         else:
             _attend_group(out_THD, q_THD, views, layout, kv_table_BN, group, scale)
-    return out_THD
+    return out_THD[:-1]
 
 
 def _groups(rows: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
@@ -166,12 +167,11 @@ def _attend_group(
     group: list[tuple[int, int, int, int]],
     scale: float,
 ) -> None:
-    """Several rows, padded to one number of queries and of positions."""
+    """Several rows, padded to one number of queries and of positions; the last row of the output takes the padding."""
     lengths, counts, begins, rows = (list(column) for column in zip(*group))
     length_R, count_R, begin_R, row_R = torch.tensor([lengths, counts, begins, rows], device=q_THD.device)
     k_RKLD, v_RKLD = _gather(views, layout, kv_table_BN[row_R], lengths, q_THD)
     query_Q = torch.arange(max(counts), device=q_THD.device)
-    real_RQ = query_Q < count_R.unsqueeze(1)
     token_RQ = begin_R.unsqueeze(1) + torch.minimum(query_Q, count_R.unsqueeze(1) - 1)
     position_RQ = (length_R - count_R).unsqueeze(1) + query_Q
     position_RQ = torch.minimum(position_RQ, length_R.unsqueeze(1) - 1)
@@ -181,8 +181,5 @@ def _attend_group(
     out_RHQD = F.scaled_dot_product_attention(
         q_RHQD, k_RKLD, v_RKLD, attn_mask=mask_RQL.unsqueeze(1), scale=scale, enable_gqa=gqa
     )
-    # One token per row needs no selection, which would stop the host for its size.
-    if len(query_Q) == 1:
-        out_THD[token_RQ[:, 0]] = out_RHQD[:, :, 0].to(out_THD.dtype)
-    else:
-        out_THD[token_RQ[real_RQ]] = out_RHQD.transpose(1, 2)[real_RQ].to(out_THD.dtype)
+    target_RQ = token_RQ.masked_fill(query_Q >= count_R.unsqueeze(1), out_THD.shape[0] - 1)
+    out_THD[target_RQ] = out_RHQD.transpose(1, 2).to(out_THD.dtype)

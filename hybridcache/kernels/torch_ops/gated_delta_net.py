@@ -1,14 +1,16 @@
 """The gated delta net in PyTorch: conv ring, gates, one-token step and the chunked delta rule.
 
 Shapes: T tokens, B rows, R rows that are no padding, V value heads, K key heads, Dk and Dv key and value dim, C conv
-channels, W conv width, M chunks of all rows together, S = 64 slots of a chunk.
+channels, W conv width, M chunks of all rows together, N chunk numbers, S = 64 slots of a chunk.
 
 The recurrence is that of Gated DeltaNet (Yang, Kautz, Hatamizadeh, 2024, arXiv:2412.06464); the chunked form is its UT
 transform: inside a chunk, ``(I + tril(beta K K^T * decay)) [u | w] = [beta v | beta k decay]``, so that the chunk's new
-values are ``u - w S`` for any state S at its start.
+values are ``u - w S`` for any state S at its start. The state after the chunk is then affine in S, and the scan over
+chunks is one matrix product each.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ def gdn_decode(
     y = F.silu((window * conv_weight_CW.to(dtype).t()).sum(1))
 
     q, k, v = _split(y, layout)
+    q, k = (u.repeat_interleave(v.shape[1] // u.shape[1], dim=1) for u in (q, k))
     decay, beta = _gates(a, b, a_log_V, dt_bias_V, dtype)
     state = recurrent[entry].to(dtype)
     state = state.masked_fill_((position == 0)[:, None, None, None], 0)
@@ -82,16 +85,15 @@ def gdn_prefill(
     """Several tokens per row, from the state that position ``start - 1`` left. Padding rows give zeros."""
     rows = _Rows.of(cu_seqlens, start_B, state_table_BL[:, layer])
     heads, _, value_dim = layout.recurrent_shape
-    out_TVD = x_TC.new_zeros(x_TC.shape[0], heads, value_dim)
     if rows.count == 0:
-        return out_TVD
+        return x_TC.new_zeros(x_TC.shape[0], heads, value_dim)
     recurrent, ring = state_views(buffer, layout, layer)
     dtype = accumulation_dtype(x_TC.dtype, recurrent.dtype)
-    y_TC = _conv(x_TC, conv_weight_CW, ring, rows, dtype)
+    q_TKD, k_TKD, v_TVD = _split(_conv(x_TC, conv_weight_CW, ring, rows, dtype), layout)
     decay_TV, beta_TV = _gates(a_TV, b_TV, a_log_V, dt_bias_V, dtype)
     state = recurrent[rows.entry].to(dtype)
     state = state.masked_fill_((rows.start == 0)[:, None, None, None], 0)
-    _delta_rule(out_TVD, state, *_split(y_TC, layout), decay_TV, beta_TV, rows)
+    out_TVD, state = _delta_rule(state, q_TKD, k_TKD, v_TVD, decay_TV, beta_TV, rows, x_TC.dtype)
     recurrent[rows.entry] = state.to(recurrent.dtype)
     return out_TVD
 
@@ -130,15 +132,13 @@ class _Rows:
 
 
 def _split(y: torch.Tensor, layout: StateLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Conv output ``[T, C]`` as normalised, scaled q, normalised k, and v, each ``[T, V, dim]``."""
+    """Conv output ``[T, C]`` as normalised, scaled q and normalised k ``[T, K, Dk]``, and v ``[T, V, Dv]``."""
     heads, key_dim, value_dim = layout.recurrent_shape
     key_channels = (layout.conv_channels - heads * value_dim) // 2
     q, k, v = y.split([key_channels, key_channels, heads * value_dim], dim=1)
     q, k = (x.unflatten(1, (-1, key_dim)) for x in (q, k))
     q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    repeat = heads // q.shape[1]
-    q, k = ((x.repeat_interleave(repeat, dim=1) if repeat > 1 else x) for x in (q * key_dim**-0.5, k))
-    return q, k, v.unflatten(1, (heads, value_dim))
+    return q * key_dim**-0.5, k, v.unflatten(1, (heads, value_dim))
 
 
 def _gates(
@@ -163,7 +163,7 @@ def _conv(
     row_R = torch.arange(rows.count, device=device)
 
     past_RH = rows.start.unsqueeze(1) + column_W[:history] - history
-    past = ring_RWC[row_R.unsqueeze(1), past_RH % width].to(dtype)
+    past = ring_RWC[row_R.unsqueeze(1), past_RH % width]
     past = past.masked_fill_((past_RH < 0).unsqueeze(2), 0)
 
     # The rows lie in order of chunks, their tokens in order of T: each row's history goes before its tokens.
@@ -173,11 +173,13 @@ def _conv(
     token_T = torch.arange(x_TC.shape[0], device=device)
     rank_T = torch.searchsorted(rows.begin[order], token_T, right=True)
     place_T = token_T + rank_T * history
-    padded = x_TC.new_zeros(x_TC.shape[0] + rows.count * history, x_TC.shape[1], dtype=dtype)
-    padded[place_T] = x_TC.to(dtype)
+    padded = x_TC.new_zeros(
+        x_TC.shape[0] + rows.count * history, x_TC.shape[1], dtype=torch.promote_types(x_TC.dtype, ring.dtype)
+    )
+    padded[place_T] = x_TC.to(padded.dtype)
     if history:
         place_RH = (rows.begin + behind_R * history).unsqueeze(1) + column_W[:history]
-        padded[place_RH] = past
+        padded[place_RH] = past.to(padded.dtype)
 
     weight_WC = weight_CW.to(dtype).t()
     total = padded.shape[0] - history
@@ -195,62 +197,95 @@ def _conv(
 
 
 def _delta_rule(
-    out_TVD: torch.Tensor,
     state_RVDD: torch.Tensor,
-    q_TVD: torch.Tensor,
-    k_TVD: torch.Tensor,
+    q_TKD: torch.Tensor,
+    k_TKD: torch.Tensor,
     v_TVD: torch.Tensor,
-    decay_TV: torch.Tensor,
+    log_decay_TV: torch.Tensor,
     beta_TV: torch.Tensor,
     rows: _Rows,
-) -> None:
-    """Chunked gated delta rule of all rows: the work inside chunks at once, then a scan over chunk numbers.
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked gated delta rule of all rows. Returns the output ``[T, V, Dv]`` (zeros outside the rows) and the states
+    after the last token ``[R, V, Dk, Dv]``."""
+    chunks = _Chunks.of(rows, q_TKD.device)
+    key_heads = q_TKD.shape[1]
 
-    Chunks are ordered by their number in the row, then by row; rows with most chunks come first, so the rows still
-    active in a step of the scan are a prefix. ``state_RVDD`` is updated in place, ``out_TVD`` written where rows have
-    tokens.
-    """
-    device, heads = q_TVD.device, q_TVD.shape[1]
-    active = [sum(chunks > number for chunks in rows.chunks) for number in range(rows.chunks[0])]
-    number_M = torch.arange(len(active)).repeat_interleave(torch.tensor(active)).to(device)
-    row_M = torch.cat([torch.arange(n) for n in active]).to(device)
-    first_M = (rows.begin - rows.start % CHUNK)[row_M] + number_M * CHUNK
-    token_MS = first_M.unsqueeze(1) + torch.arange(CHUNK, device=device)
-    begin_M1, length_M1 = rows.begin[row_M].unsqueeze(1), rows.length[row_M].unsqueeze(1)
-    empty_MS = (token_MS < begin_M1) | (token_MS >= begin_M1 + length_M1)
-    token_MS = token_MS.masked_fill(empty_MS, 0)
+    def scaled(x_MK: torch.Tensor, factor_MV: torch.Tensor) -> torch.Tensor:
+        """Something per key head times something per value head of its group, per value head."""
+        return (x_MK.unsqueeze(2) * factor_MV.unflatten(1, (key_heads, -1))).flatten(1, 2)
 
-    def chunked(x: torch.Tensor) -> torch.Tensor:
-        """``[T, V, ...]`` to ``[M, V, S, ...]``; an empty slot holds zeros, which change neither state nor output."""
-        empty = empty_MS.reshape(*empty_MS.shape, *(1,) * (x.dim() - 1))
-        return x[token_MS].masked_fill_(empty, 0).transpose(1, 2)
-
-    q, k, v, beta = chunked(q_TVD), chunked(k_TVD), chunked(v_TVD), chunked(beta_TV).unsqueeze(-1)
-    log_decay = chunked(decay_TV).cumsum(-1)
-    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=device).triu(1)
+    # Inside chunks, all at once: [M, heads, S, ...].
+    q, k, v, beta = (chunks.gather(x) for x in (q_TKD, k_TKD, v_TVD, beta_TV.unsqueeze(-1)))
+    log_decay = chunks.gather(log_decay_TV).cumsum(-1)
+    later = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
     between = (log_decay.unsqueeze(-1) - log_decay.unsqueeze(-2)).masked_fill_(later, float("-inf")).exp_()
     since_start = log_decay.exp().unsqueeze(-1)
-    k_beta = k * beta
-    system = (k_beta @ k.mT).mul_(between)
-    solved = torch.linalg.solve_triangular(
-        system, torch.cat([v * beta, k_beta * since_start], dim=-1), upper=False, unitriangular=True
+    right = torch.cat([v * beta, scaled(k, beta * since_start)], dim=-1)
+    system = scaled(k @ k.mT, between * beta)
+    u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], dim=-1
     )
-    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    scores = (q @ k.mT).mul_(between)
-    k_to_end = k * (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)
-    chunk_decay = since_start[:, :, -1:, :]
+    scores = scaled(q @ k.mT, between)
+    q_since_start = scaled(q, since_start)
+    k_to_end_T = scaled(k, (log_decay[..., -1:] - log_decay).exp().unsqueeze(-1)).mT
 
-    new_value = torch.empty_like(u, memory_format=torch.contiguous_format)
-    before = u.new_empty(u.shape[0], *state_RVDD.shape[1:])
-    at = 0
-    for n in active:
-        here, state = slice(at, at + n), state_RVDD[:n]
-        before[here] = state
-        new_value[here] = u[here] - w[here] @ state
-        state.mul_(chunk_decay[here])
-        # baddbmm_ adds in the same pass; the leading dimensions are contiguous, so this is a view.
-        state.view(n * heads, *state.shape[2:]).baddbmm_(k_to_end[here].flatten(0, 1).mT, new_value[here].flatten(0, 1))
-        at += n
-    out = (q * since_start) @ before + scores @ new_value
-    real_MS = ~empty_MS
-    out_TVD[token_MS[real_MS]] = out.transpose(1, 2)[real_MS].to(out_TVD.dtype)
+    # Across chunks: S' = (decay - k^T w) S + k^T u. `states` holds the rows' first states, then the one after each chunk.
+    transition = (k_to_end_T @ w).neg_()
+    transition.diagonal(dim1=-2, dim2=-1).add_(since_start[:, :, -1])
+    states = torch.cat([state_RVDD, k_to_end_T @ u])
+    before = slice(0, rows.count)
+    for first, count in zip(chunks.first, chunks.active):
+        here = slice(rows.count + first, rows.count + first + count)
+        state = states[before][:count].flatten(0, 1)
+        states[here].flatten(0, 1).baddbmm_(transition[first : first + count].flatten(0, 1), state)
+        before = here
+
+    state_M = states[chunks.before]
+    out = q_since_start @ state_M + scores @ (u - w @ state_M)
+    return chunks.scatter(out, v_TVD.shape[0], out_dtype), states[chunks.last]
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Which token lies in which slot of which chunk. Chunks are ordered by their number in their row, then by row; rows
+    with most chunks come first, so the rows still active at one number are a prefix of those active before."""
+
+    token_MS: torch.Tensor
+    """Token of every slot; 0 in an empty slot (before a row's first token, after its last)."""
+    empty_MS: torch.Tensor
+    active: list[int]
+    """Rows that have a chunk of each number."""
+    first: list[int]
+    """Index in M of the first chunk of each number."""
+    before: torch.Tensor
+    """``[M]``, the state at each chunk's start: an index into the rows' states followed by the chunks' states."""
+    last: torch.Tensor
+    """``[R]``, the state after each row's last chunk, likewise."""
+
+    @classmethod
+    def of(cls, rows: _Rows, device: torch.device) -> "_Chunks":
+        active = [sum(chunks > number for chunks in rows.chunks) for number in range(rows.chunks[0])]
+        first = [0, *accumulate(active[:-1])]
+        count_N, first_N = torch.tensor([active, first])
+        number_M = torch.arange(len(active)).repeat_interleave(count_N)
+        row_M = torch.arange(sum(active)) - first_N[number_M]
+        before_M = torch.where(number_M > 0, rows.count + first_N[number_M - 1], 0) + row_M
+        last_R = rows.count + first_N[torch.tensor(rows.chunks) - 1] + torch.arange(rows.count)
+        number_M, row_M, before_M = torch.stack([number_M, row_M, before_M]).to(device)
+        start_M = (rows.begin - rows.start % CHUNK)[row_M] + number_M * CHUNK
+        token_MS = start_M.unsqueeze(1) + torch.arange(CHUNK, device=device)
+        begin_M1, length_M1 = rows.begin[row_M].unsqueeze(1), rows.length[row_M].unsqueeze(1)
+        empty_MS = (token_MS < begin_M1) | (token_MS >= begin_M1 + length_M1)
+        return cls(token_MS.masked_fill_(empty_MS, 0), empty_MS, active, first, before_M, last_R.to(device))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, heads, ...]`` to ``[M, heads, S, ...]``; empty slots hold zeros, which change neither state nor output."""
+        empty = self.empty_MS.reshape(*self.empty_MS.shape, *(1,) * (x.dim() - 1))
+        return x[self.token_MS].masked_fill_(empty, 0).transpose(1, 2)
+
+    def scatter(self, x: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[M, heads, S, D]`` to ``[tokens, heads, D]``; a spare row takes the empty slots."""
+        out = torch.zeros(tokens + 1, x.shape[1], x.shape[3], dtype=dtype, device=x.device)
+        out[self.token_MS.masked_fill(self.empty_MS, tokens)] = x.transpose(1, 2).to(dtype)
+        return out[:tokens]

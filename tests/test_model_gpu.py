@@ -1,0 +1,102 @@
+"""The model on a GPU: the torch operations there, the experts' grouped products, and decode under a CUDA graph."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qwen3_next_runs import Loop, tiny_config
+
+from models.qwen3_next import build_model
+from models.qwen3_next.moe import Experts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def rng():
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-3)])
+def test_cuda_gives_the_cpu_result(rng, dtype, tolerance):
+    config = tiny_config(initializer_range=0.1)
+    cpu, gpu = (build_model(config, dtype, device, seed=1) for device in ("cpu", "cuda"))
+    gpu.load_state_dict(cpu.state_dict())
+    prompts = [[rng.randrange(97) for _ in range(n)] for n in (1, 64, 65, 150)]
+    tokens, logits = zip(
+        *(Loop(model, placement_seed=i).generate(prompts, 8, rng, 100) for i, model in enumerate([cpu, gpu]))
+    )
+    for a, b in zip(*logits):
+        torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance)
+    if dtype == "float64":
+        assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (37, 16, 3), (700, 64, 10)])
+def test_grouped_experts_equal_each_token_through_its_own(rng, tokens, experts, k):
+    hidden, intermediate = 128, 64
+    module = Experts(experts, hidden, intermediate, torch.bfloat16, torch.device("cuda"))
+    module.init_weights(0.1, torch.Generator("cuda").manual_seed(rng.randrange(1000)))
+    x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.rand(tokens, experts, device="cuda").topk(k).indices
+    weight = torch.rand(tokens, k, device="cuda").bfloat16()
+    out = module(x, chosen, weight)
+    expected = torch.zeros(tokens, hidden, device="cuda", dtype=torch.float64)
+    for j in range(k):
+        gate_up = torch.einsum("tih,th->ti", module.gate_up[chosen[:, j]].double(), x.double())
+        gate, up = gate_up.chunk(2, dim=1)
+        y = torch.einsum("thi,ti->th", module.down[chosen[:, j]].double(), F.silu(gate) * up)
+        expected += y * weight[:, j : j + 1].double()
+    torch.testing.assert_close(out.double(), expected, rtol=3e-2, atol=3e-2 * expected.abs().max().item())
+
+
+def test_decode_in_a_cuda_graph_with_padding_rows(rng):
+    """The captured forward pass gives what the eager one gives, to the bit, and padding rows change nothing."""
+    from hybridcache.kernels.triton_backend import TritonBackend
+
+    config = tiny_config(
+        hidden_size=64, head_dim=32, linear_key_head_dim=16, moe_intermediate_size=32, initializer_range=0.1
+    )
+    model = build_model(config, "bfloat16", "cuda", seed=3)
+    loop = Loop(model, placement_seed=1, backend=TritonBackend())
+    lengths = [5, 70, 33]
+    for seq_id, n in enumerate(lengths):
+        loop.admit(seq_id, [rng.randrange(97) for _ in range(n + 3)])
+    loop.step(dict(enumerate(lengths)))
+    for seq_id, n in enumerate(lengths):
+        loop.strategy.grow(seq_id, n + 1)
+    real = loop.batch([0, 1, 2], [1, 1, 1], 3)
+    padded = replace(
+        real,
+        token_ids_T=F.pad(real.token_ids_T, (0, 2)),
+        position_T=F.pad(real.position_T, (0, 2), value=10**6),
+        row_T=torch.arange(5, dtype=torch.int32, device="cuda"),
+        kv_table_BN=F.pad(real.kv_table_BN, (0, 0, 0, 2), value=-1),
+        state_table_BL=F.pad(real.state_table_BL, (0, 0, 0, 2), value=-1),
+        context_len_B=F.pad(real.context_len_B, (0, 2), value=1),
+        logit_index_R=torch.arange(5, device="cuda"),
+    )
+    buffer, layout = loop.pool.buffer, loop.strategy.layout
+    before = buffer.clone()
+    with torch.inference_mode():
+        expected = model(padded, buffer, layout, loop.backend).clone()
+        after = buffer.clone()
+        buffer.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(padded, buffer, layout, loop.backend)
+        assert torch.equal(buffer, before), "capture must not run"
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    assert torch.equal(buffer, after)
+    assert out[:3].isfinite().all()
+    assert not any("[torch]" in name for name in loop.backend.launches if "decode" in name or "store" in name)
