@@ -1,0 +1,346 @@
+"""Scheduler: policies, chunk cutting, preemption, and random streams that end with nothing leaked."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pool_model import pool_spec, smallest_budget
+
+from hybridcache.engine.scheduler import Scheduler, SchedulerConfig, Step
+from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.errors import UserError
+from hybridcache.strategies import build
+
+SPEC = pool_spec()
+NAMES = ("shared_pool", "large_block", "padded_page", "static_split", "two_ended", "lcm_carve", "byte_exact")
+
+
+def scheduler_for(tokens: int, factor: float = 1.0, name: str = "shared_pool", hook=None, **config) -> Scheduler:
+    """A scheduler whose pool holds one request of ``tokens`` tokens, times ``factor``."""
+    budget = int(factor * smallest_budget(lambda b: build(name, spec=SPEC, budget_bytes=b), tokens))
+    strategy = build(name, spec=SPEC, budget_bytes=budget)
+    return Scheduler(strategy, SchedulerConfig(**config), before_release=hook)
+
+
+def submit(scheduler: Scheduler, *shapes: tuple[int, int]) -> list[Sequence]:
+    seqs = [Sequence(i, prompt, output) for i, (prompt, output) in enumerate(shapes)]
+    for seq in seqs:
+        scheduler.submit(seq)
+    return seqs
+
+
+def shape(step: Step) -> list[tuple[int, int, int]]:
+    return [(item.seq.seq_id, item.start, item.num_tokens) for item in step.items]
+
+
+@dataclass
+class Clock:
+    """Runs steps without a model; checks what must hold of every step."""
+
+    scheduler: Scheduler
+    now: float = 0.0
+    finished: list[Sequence] = field(default_factory=list)
+
+    def step(self, stopped=()) -> Step:
+        scheduler, config = self.scheduler, self.scheduler.config
+        known = {seq: seq.num_known for seq in scheduler.running}
+        step = scheduler.schedule()
+        self.now += 1.0
+        assert step.items
+        assert step.num_tokens <= config.max_tokens_per_step
+        assert len(scheduler.running) <= config.max_running
+        assert len({item.seq.seq_id for item in step.items}) == len(step.items)
+        decode = [item.is_decode for item in step.items]
+        assert decode == sorted(decode, reverse=True), "decodes first"
+        assert step.num_decode == sum(decode)
+        for item in step.items:
+            seq = item.seq
+            assert seq.status is Status.RUNNING
+            assert item.start == seq.num_computed
+            assert item.num_tokens > 0
+            assert item.end == seq.num_known or item.end % config.chunk_multiple == 0, "cut inside a chunk"
+            assert scheduler.strategy.num_tokens(seq.seq_id) == item.end
+            assert known.get(seq, seq.num_known) == seq.num_known
+        for seq in step.preempted:
+            assert seq.status is Status.WAITING
+            assert seq.num_computed == 0
+            assert seq.seq_id not in scheduler.strategy.residents
+        assert set(scheduler.strategy.residents) == {seq.seq_id for seq in scheduler.running}
+        self.finished += scheduler.complete(step, self.now, stopped)
+        return step
+
+
+def test_decodes_come_first_and_prompts_share_the_rest():
+    scheduler = scheduler_for(2000, max_tokens_per_step=128)
+    submit(scheduler, (40, 5), (300, 5), (10, 5))
+    clock = Clock(scheduler)
+    # 88 tokens are left for the second prompt, which is cut at 64; the third waits for its turn only by budget.
+    assert shape(clock.step()) == [(0, 0, 40), (1, 0, 64), (2, 0, 10)]
+    # Two decodes, then (126 + 64) floored to a multiple of 64.
+    assert shape(clock.step()) == [(0, 40, 1), (2, 10, 1), (1, 64, 64)]
+    assert shape(clock.step()) == [(0, 41, 1), (2, 11, 1), (1, 128, 64)]
+    assert shape(clock.step()) == [(0, 42, 1), (2, 12, 1), (1, 192, 108)]
+    assert shape(clock.step()) == [(0, 43, 1), (1, 300, 1), (2, 13, 1)]
+    assert [seq.seq_id for seq in clock.finished] == [0, 2]
+
+
+def test_the_last_token_is_never_stored():
+    scheduler = scheduler_for(64, max_tokens_per_step=64)
+    (seq,) = submit(scheduler, (10, 4))
+    clock = Clock(scheduler)
+    for stored in (10, 11, 12, 13):
+        assert shape(clock.step())[0][1:] == (stored - 1 if stored > 10 else 0, 1 if stored > 10 else 10)
+        assert seq.num_computed == stored
+    assert seq.status is Status.FINISHED
+    assert seq.num_output == 4
+    assert seq.max_stored_tokens == 13
+    assert (seq.first_token_s, seq.finish_s, seq.finish_reason) == (1.0, 4.0, "length")
+    assert (seq.ttft_s, seq.tpot_s) == (1.0, 1.0)
+
+
+def test_a_stopped_request_ends_at_once():
+    scheduler = scheduler_for(200)
+    seqs = submit(scheduler, (10, 20), (10, 20))
+    clock = Clock(scheduler)
+    clock.step()
+    clock.step(stopped={1})
+    assert clock.finished == [seqs[1]]
+    assert (seqs[1].finish_reason, seqs[1].num_output) == ("stop", 2)
+    assert list(scheduler.strategy.residents) == [0]
+
+
+def test_waiting_requests_are_admitted_in_order():
+    """The head of the queue is not overtaken by a smaller request behind it."""
+    scheduler = scheduler_for(120)
+    submit(scheduler, (60, 2), (100, 2), (1, 2))
+    clock = Clock(scheduler)
+    assert shape(clock.step()) == [(0, 0, 60)]
+    assert shape(clock.step()) == [(0, 60, 1)]
+    assert shape(clock.step())[0] == (1, 0, 100)
+
+
+def test_max_running_caps_residents():
+    scheduler = scheduler_for(2000, max_running=2)
+    submit(scheduler, (10, 3), (10, 3), (10, 3))
+    clock = Clock(scheduler)
+    assert shape(clock.step()) == [(0, 0, 10), (1, 0, 10)]
+
+
+@pytest.mark.parametrize(("admission", "admitted"), [("whole_prompt", [0]), ("chunk", [0, 1])])
+def test_admission(admission, admitted):
+    """The second prompt does not fit whole beside the first; its first chunk does."""
+    one = scheduler_for(1).strategy.geometry
+    blocks = one.request_blocks(64) + one.request_blocks(200) - 1
+    strategy = build("shared_pool", spec=SPEC, budget_bytes=blocks * one.manager_block_bytes)
+    scheduler = Scheduler(strategy, SchedulerConfig(max_tokens_per_step=128, admission=admission))
+    submit(scheduler, (64, 2), (200, 1))
+    assert [item.seq.seq_id for item in scheduler.schedule().items] == admitted
+
+
+def test_the_watermark_stays_free_unless_nothing_runs():
+    full = scheduler_for(300)
+    submit(full, (100, 2), (100, 2))
+    assert len(full.schedule().items) == 2
+    careful = scheduler_for(300, watermark=0.5)
+    first, second = submit(careful, (200, 2), (50, 2))
+    step = careful.schedule()
+    assert [item.seq for item in step.items] == [first]  # alone it may take more than half
+    assert second.status is Status.WAITING
+    assert list(careful.strategy.residents) == [0]
+    careful.complete(step, 1.0)
+    clock = Clock(careful)
+    while careful.has_work:
+        clock.step()
+    assert second.finish_reason == "length"
+
+
+def test_last_admitted_is_preempted_first_and_comes_back_first():
+    scheduler = scheduler_for(120, 1.2)
+    seqs = submit(scheduler, (30, 60), (30, 60), (30, 60))
+    clock = Clock(scheduler)
+    order = []
+    while scheduler.has_work:
+        step = clock.step()
+        order += [(seq.seq_id, seq.num_preemptions) for seq in step.preempted]
+        if step.preempted:
+            assert not any(item.start == 0 for item in step.items), "admission in a step that preempts"
+            # Whoever was admitted first is the last to lose its memory, and waits in front.
+            waiting = [seq.seq_id for seq in scheduler.waiting]
+            assert waiting == sorted(waiting)
+    assert order
+    assert order[0][0] == max(item for item, _ in order)
+    assert seqs[0].num_preemptions == 0, "the oldest is never preempted"
+    assert [seq.seq_id for seq in clock.finished] == [0, 1, 2]
+    assert sum(seq.num_preemptions for seq in seqs) == scheduler.num_preemptions == len(order)
+    assert all(seq.recomputed_tokens > 0 for seq in seqs if seq.num_preemptions)
+
+
+def test_a_preempted_request_keeps_its_outputs_and_recomputes_them():
+    scheduler = scheduler_for(100, 1.1)
+    seqs = submit(scheduler, (30, 60), (20, 60))
+    clock = Clock(scheduler)
+    while not seqs[1].num_preemptions:
+        clock.step()
+    outputs = seqs[1].num_output
+    assert outputs > 0
+    assert seqs[1].num_known == 20 + outputs
+    assert seqs[1].recomputed_tokens == 20 + outputs - 1
+    while seqs[1].status is Status.WAITING:
+        step = clock.step()
+    assert (1, 0, 20 + outputs) in shape(step)
+    while scheduler.has_work:
+        clock.step()
+    assert seqs[1].num_output == 60
+
+
+def test_least_computed_is_preempted():
+    scheduler = scheduler_for(150, 1.05, victim="least_computed", admission="chunk", max_tokens_per_step=64)
+    seqs = submit(scheduler, (10, 60), (64, 60), (12, 60))
+    clock = Clock(scheduler)
+    while scheduler.has_work:
+        before = {seq.seq_id: seq.num_computed for seq in scheduler.running}
+        step = clock.step()
+        for seq in step.preempted:
+            left = [before[item.seq.seq_id] for item in step.items if item.seq.seq_id in before]
+            assert all(before[seq.seq_id] <= computed for computed in left)
+    assert scheduler.num_preemptions > 0
+    assert all(seq.finish_reason == "length" for seq in seqs)
+
+
+def test_abort_frees_memory_wherever_a_request_stands():
+    scheduler = scheduler_for(500, max_running=2)
+    seqs = submit(scheduler, (50, 9), (50, 9), (50, 9))
+    clock = Clock(scheduler)
+    clock.step()
+    scheduler.abort(seqs[0], 5.0)
+    scheduler.abort(seqs[2], 6.0, "error")
+    assert (seqs[0].status, seqs[0].finish_s, seqs[0].finish_reason) == (Status.FINISHED, 5.0, "abort")
+    assert (seqs[2].finish_s, seqs[2].finish_reason) == (6.0, "error")
+    assert list(scheduler.strategy.residents) == [1]
+    scheduler.abort(seqs[0], 9.0)
+    assert seqs[0].finish_s == 5.0
+    while scheduler.has_work:
+        clock.step()
+    assert clock.finished == [seqs[1]]
+
+
+def test_requeued_requests_are_recomputed_in_order():
+    scheduler = scheduler_for(500)
+    seqs = submit(scheduler, (50, 9), (50, 9), (50, 9), (50, 9))
+    clock = Clock(scheduler)
+    clock.step()
+    clock.step()
+    scheduler.schedule()
+    scheduler.requeue([seqs[3], seqs[1]])
+    assert [seq.seq_id for seq in scheduler.waiting] == [1, 3]
+    assert [seq.seq_id for seq in scheduler.running] == [0, 2]
+    assert (seqs[1].num_preemptions, seqs[1].recomputed_tokens, seqs[1].num_output) == (0, 51, 2)
+    while scheduler.has_work:
+        clock.step()
+    assert all(seq.num_output == 9 for seq in seqs)
+
+
+def test_the_hook_sees_a_request_before_its_memory_goes():
+    seen = []
+
+    def hook(seq_id: int) -> None:
+        assert seq_id in scheduler.strategy.residents
+        seen.append(seq_id)
+
+    scheduler = scheduler_for(100, 1.1, hook=hook)
+    seqs = submit(scheduler, (30, 60), (20, 60), (20, 60))
+    clock = Clock(scheduler)
+    while scheduler.running or len(scheduler.waiting) > 1:
+        clock.step()
+    while scheduler.has_work:
+        clock.step()
+    assert len(seen) == len(seqs) + scheduler.num_preemptions
+    assert scheduler.num_preemptions > 0
+
+
+def test_requests_that_can_never_run_are_refused():
+    scheduler = scheduler_for(100)
+    limit = scheduler.strategy.request_limit()
+    scheduler.submit(Sequence(0, limit, 1))
+    for prompt, output, match in ((limit, 2, f"holds at most {limit}"), (0, 1, "prompt_len=0"), (1, 0, "max_tokens=0")):
+        with pytest.raises(UserError, match=match):
+            scheduler.submit(Sequence(1, prompt, output))
+    Clock(scheduler).step()
+    assert not scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_running", 0),
+        ("max_tokens_per_step", 0),
+        ("max_tokens_per_step", 63),
+        ("chunk_multiple", 0),
+        ("admission", "hope"),
+        ("victim", "first"),
+        ("watermark", 1.0),
+        ("watermark", -0.1),
+    ],
+)
+def test_policies_are_validated(field, value):
+    with pytest.raises(UserError, match=f"^{field}="):
+        SchedulerConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_streams_end_with_nothing_leaked(name, seed):
+    """Random policies, arrivals, aborts, stops and failed steps under a tight budget."""
+    rng = random.Random(seed)
+    longest = rng.choice([40, 150, 400])
+    config = {
+        "max_tokens_per_step": rng.choice([64, 100, 300]),
+        "max_running": rng.choice([1, 3, 50]),
+        "admission": rng.choice(["whole_prompt", "chunk"]),
+        "victim": rng.choice(["last", "least_computed"]),
+        "watermark": rng.choice([0.0, 0.2]),
+    }
+    released = []
+    scheduler = scheduler_for(longest, rng.choice([1.0, 1.3, 2.5]), name, released.append, **config)
+    strategy = scheduler.strategy
+    empty = strategy.usage()
+    arriving = [
+        Sequence(i, prompt, rng.randint(1, max(1, min(60, longest - prompt + 1))))
+        for i, prompt in enumerate(rng.randint(1, rng.choice([longest, longest // 4])) for _ in range(14))
+    ]
+    everyone = list(arriving)
+    clock = Clock(scheduler)
+    steps = aborts = 0
+    # Every step gives the oldest request a chunk or a token, so the work bounds the steps, failures and all.
+    bound = sum(2 * (seq.prompt_len // 64 + 2) + 2 * seq.max_tokens for seq in everyone) * 3
+    while arriving or scheduler.has_work:
+        while arriving and rng.random() < 0.5:
+            scheduler.submit(arriving.pop())
+        if not scheduler.has_work:
+            continue
+        if rng.random() < 0.04:
+            victim = rng.choice([*scheduler.running, *scheduler.waiting])
+            scheduler.abort(victim, clock.now)
+            aborts += 1
+            continue
+        if rng.random() < 0.04 and steps < bound / 4:
+            step = scheduler.schedule()
+            scheduler.requeue([item.seq for item in step.items])
+            assert not scheduler.strategy.residents or len(step.items) < len(everyone)
+        else:
+            clock.step(stopped={seq.seq_id for seq in scheduler.running if rng.random() < 0.01})
+        strategy.check_integrity()
+        steps += 1
+        assert steps < bound, f"{name}, seed {seed}: no progress"
+    assert not strategy.residents
+    assert strategy.usage() == empty, f"{name}, seed {seed}"
+    assert all(seq.status is Status.FINISHED for seq in everyone)
+    assert sum(seq.finish_reason == "abort" for seq in everyone) == aborts
+    for seq in everyone:
+        if seq.finish_reason == "length":
+            assert seq.num_output == seq.max_tokens
+            assert seq.num_computed == seq.max_stored_tokens
+    assert sum(seq.num_preemptions for seq in everyone) == scheduler.num_preemptions
