@@ -28,21 +28,10 @@ class EventSink(Protocol):
 def pool_map(strategy: Strategy, cells: int = MAP_CELLS) -> str:
     """The budget cut into ``cells`` equal slices in address order: one digit each, the :class:`Kind` with most bytes."""
     edges = np.linspace(0, strategy.budget_bytes, cells + 1)
-    by_kind: dict[Kind, tuple[list[int], list[int]]] = {Kind.STATE: ([], []), Kind.KV: ([], [])}
-    (state_offsets, state_bytes), (kv_offsets, kv_bytes) = by_kind.values()
-    for offset, num_bytes, kind, _ in strategy.spans():
-        if kind is Kind.STATE:
-            state_offsets.append(offset)
-            state_bytes.append(num_bytes)
-        else:
-            kv_offsets.append(offset)
-            kv_bytes.append(num_bytes)
     covered = np.zeros((len(Kind), cells))
-    for kind, (offsets, num_bytes_of) in by_kind.items():
-        if offsets:
-            starts = np.array(offsets, dtype=np.int64)
-            order = np.argsort(starts)
-            starts, lengths = starts[order], np.array(num_bytes_of, dtype=np.int64)[order]
+    for kind, extents in strategy.extents().items():
+        if len(extents):
+            starts, lengths = extents[np.argsort(extents[:, 0])].T
             total = np.cumsum(lengths)
             x = np.stack([starts, starts + lengths], axis=1).ravel()
             y = np.stack([total - lengths, total], axis=1).ravel()

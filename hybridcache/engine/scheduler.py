@@ -10,6 +10,7 @@ exists at those positions.
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.errors import UserError, bad
@@ -59,9 +60,8 @@ class SchedulerConfig:
             raise bad("watermark", self.watermark, "give a fraction of the budget, from 0 to below 1")
 
 
-@dataclass(frozen=True)
-class ScheduledTokens:
-    """Tokens ``start .. start + num_tokens - 1`` of one request."""
+class ScheduledTokens(NamedTuple):
+    """Tokens ``start .. start + num_tokens - 1`` of one request. (A tuple: every step makes one for every request.)"""
 
     seq: Sequence
     start: int
@@ -247,9 +247,8 @@ class Scheduler:
         finished = []
         for item in step.items:
             seq = item.seq
-            samples = item.samples
             seq.num_computed = item.end
-            if not samples:
+            if seq.num_computed < seq.num_known:
                 continue
             seq.num_output += 1
             if seq.first_token_s is None:

@@ -238,6 +238,15 @@ class Strategy(ABC):
     def spans(self) -> Iterator[Span]:
         """Every span that a resident holds, in any order (nothing for a strategy without addresses)."""
 
+    def extents(self) -> dict[Kind, np.ndarray]:
+        """The bytes that residents hold by kind, as int64 ``[n, 2]`` of ``(offset, bytes)``, whoever holds them, in any order
+        and without overlap. A strategy whose spans are very many may override it with something faster."""
+        by_kind: dict[Kind, list[tuple[int, int]]] = {Kind.STATE: [], Kind.KV: []}
+        states, kv = by_kind[Kind.STATE], by_kind[Kind.KV]
+        for offset, num_bytes, kind, _ in self.spans():
+            (states if kind is Kind.STATE else kv).append((offset, num_bytes))
+        return {kind: np.array(pairs, dtype=np.int64).reshape(-1, 2) for kind, pairs in by_kind.items()}
+
     # -- physical memory -------------------------------------------------------------------------------------------
 
     @property

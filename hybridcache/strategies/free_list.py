@@ -3,6 +3,8 @@
 import random
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Maximal runs of consecutive ascending numbers, as ``(first, count)``."""
@@ -16,6 +18,16 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         first, count = number, 1
     if count:
         yield first, count
+
+
+def merged_runs(numbers: Iterable[int]) -> np.ndarray:
+    """Maximal runs of a set of numbers given in any order, as int64 ``[runs, 2]`` of ``(first, count)``."""
+    ordered = np.sort(np.fromiter(numbers, dtype=np.int64))
+    if ordered.size == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(ordered) != 1) + 1])
+    counts = np.diff(np.append(starts, ordered.size))
+    return np.stack([ordered[starts], counts], axis=1)
 
 
 class FreeList:

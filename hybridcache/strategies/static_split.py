@@ -12,14 +12,17 @@ the cap keeps from any request are *reserved*: they can only ever hold checkpoin
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil
 from typing import ClassVar
+
+import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList
+from hybridcache.strategies.free_list import FreeList, merged_runs, runs
 
 PHYSICAL_PAGE_TOKENS = 64
 EXTRA_SLOTS = 2
@@ -142,12 +145,23 @@ class StaticSplit(Strategy):
         size, layers = self._state_bytes_per_layer, len(self.spec.state_layers)
         page, bases = self.page_size * self.spec.kv_bytes_per_token_per_layer, self._kv_bases()
         for seq_id, request in self._requests.items():
-            for first, count in _runs(request.slots):
+            for first, count in runs(request.slots):
                 for layer in range(layers):
                     yield Span((layer * self.num_slots + first) * size, count * size, Kind.STATE, seq_id)
-            for first, count in _runs(request.pages):
+            for first, count in runs(request.pages):
                 for base in bases:
                     yield Span(base + first * page, count * page, Kind.KV, seq_id)
+
+    def extents(self) -> dict[Kind, np.ndarray]:
+        size, layers = self._state_bytes_per_layer, len(self.spec.state_layers)
+        page_size = self.page_size * self.spec.kv_bytes_per_token_per_layer
+        requests = self._requests.values()
+        slots = merged_runs(chain.from_iterable(request.slots for request in requests))
+        pages = merged_runs(chain.from_iterable(request.pages for request in requests))
+        return {
+            Kind.STATE: _repeated(slots * size, [layer * self.num_slots * size for layer in range(layers)]),
+            Kind.KV: _repeated(pages * page_size, self._kv_bases()),
+        }
 
     def _check(self) -> None:
         for free, total, held in (
@@ -200,15 +214,6 @@ def _check_whole(name: str, value: int | None, least: int) -> None:
         raise bad(name, value, f"give a whole number from {least}")
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive ascending numbers, as ``(first, count)``."""
-    first, count = -1, 0
-    for number in numbers:
-        if count and number == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = number, 1
-    if count:
-        yield first, count
+def _repeated(extents: np.ndarray, bases: Iterable[int]) -> np.ndarray:
+    """The same extents ``[n, 2]`` from every base, ``[bases * n, 2]``."""
+    return np.concatenate([extents + np.array([base, 0]) for base in bases])

@@ -85,9 +85,8 @@ def _lines(path: Path) -> Iterator[Line]:
 
 
 def _row(line: Line, with_hashes: bool) -> Row:
-    prompt, output = line.tokens("input_length"), line.tokens("output_length")
-    hashes = _hashes(line, prompt) if with_hashes else None
-    return Row(line.seconds("timestamp") / 1000.0, prompt, output, hashes)
+    time_s, prompt, output = line.seconds("timestamp") / 1000.0, line.tokens("input_length"), line.tokens("output_length")
+    return Row(time_s, prompt, output, _hashes(line, prompt) if with_hashes else None)
 
 
 def _hashes(line: Line, prompt_tokens: int) -> tuple[int, ...]:
