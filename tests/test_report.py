@@ -17,6 +17,7 @@ from synthetic_run import STRATEGIES, hybrid_spec, write_run
 from hybridcache.errors import UserError
 from hybridcache.report import figures, load_run, style, write_report
 from hybridcache.report.tables import highlights, serving_table, token_agreement
+from hybridcache.report.words import contest, number_text
 from hybridcache.strategies import build
 
 BUDGET = 1 << 28
@@ -159,9 +160,9 @@ def test_a_strategy_keeps_its_colour_in_every_figure_and_selection(run):
 
 def test_titles_name_ties_and_never_the_bound():
     values = pd.Series({"byte_exact": 9.0, "a": 5.0, "b": 5.001, "c": 1.0})
-    assert figures._contest(values, "{:.0f}".format, most_first=True) == "5 under a and b, 1 under c"
-    assert figures._contest(values[["a", "b"]], "{:.0f}".format) == "5 under every strategy"
-    assert figures._contest(values[["byte_exact"]], "{:.0f}".format) == "9 under byte_exact"
+    assert contest(values, "{:.0f}".format, most_first=True) == "5 under a and b, 1 under c"
+    assert contest(values[["a", "b"]], "{:.0f}".format) == "5 under every strategy"
+    assert contest(values[["byte_exact"]], "{:.0f}".format) == "9 under byte_exact"
 
 
 def test_results_table_shades_the_best_competitors(run):
@@ -169,7 +170,7 @@ def test_results_table_shades_the_best_competitors(run):
     rows = run.rows("inference").groupby("strategy")["output_tokens_per_s"].mean().drop("byte_exact")
     column = table.headings.index("output tokens/s")
     shaded = {name for name, cells in table.rows if cells[column][1]}
-    texts = rows.map(style.number_text)
+    texts = rows.map(number_text)
     assert shaded == (set() if texts.nunique() == 1 else set(texts.index[texts == texts[rows.idxmax()]]))
     assert not any(best for name, cells in table.rows if name.startswith("byte_exact") for _, best in cells)
 

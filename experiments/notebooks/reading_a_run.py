@@ -6,6 +6,7 @@
 #       extension: .py
 #       format_name: percent
 #       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -34,7 +35,8 @@ import pandas as pd
 from IPython.display import display
 
 from hybridcache.report import figures, load_run
-from hybridcache.report.style import bytes_text
+from hybridcache.report.data import NoData
+from hybridcache.report.words import bytes_text
 
 # %%
 here = Path.cwd()
@@ -70,7 +72,7 @@ def draw(function, *args):
     """A figure of the run, or what it lacks for it."""
     try:
         figure, data = function(run, *args)
-    except figures.NoData as reason:
+    except NoData as reason:
         print("left out:", reason)
         return None
     display(figure)

@@ -18,7 +18,20 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hybridcache.report import style
+from hybridcache.report.data import NoData, edges, lengths, percentiles, present, series, time_mean
 from hybridcache.report.load import Run
+from hybridcache.report.words import (
+    BOUND,
+    byte_unit,
+    bytes_text,
+    competitors,
+    contest,
+    join_names,
+    label,
+    number_text,
+    plural,
+    seconds_text,
+)
 from hybridcache.strategies import Kind
 
 Drawn = tuple[Figure, pd.DataFrame]
@@ -31,11 +44,7 @@ KIND_LETTERS = str.maketrans("0123", ".SKR")
 """Pool maps in data files: free, state, KV, reserved. (Digits alone would be read back as a number.)"""
 
 TOKENS = FuncFormatter(lambda value, _: f"{value:,.0f}")
-SECONDS = FuncFormatter(lambda value, _: style.seconds_text(value))
-
-
-class NoData(Exception):
-    """The run holds nothing for this figure; the message says what is missing."""
+SECONDS = FuncFormatter(lambda value, _: seconds_text(value))
 
 
 def _styled(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
@@ -53,11 +62,11 @@ def _styled(draw: Callable[P, Drawn]) -> Callable[P, Drawn]:
 @_styled
 def waste_by_length(run: Run) -> Drawn:
     """Bytes that one live request holds beyond its useful ones, against its length."""
-    data = _lengths(run, "charge")
+    data = lengths(run, "charge")
     data["waste_bytes"] = data["held_bytes"] - data["useful_bytes"]
-    names = _present(run, data)
+    names = present(run, data)
     styles = style.strategy_styles(run.strategies)
-    divisor, unit = style.byte_unit(data["waste_bytes"].max())
+    divisor, unit = byte_unit(data["waste_bytes"].max())
     figure = style.new_figure(4.3)
     axes = figure.subplots()
     for i, name in enumerate(names):
@@ -71,7 +80,7 @@ def waste_by_length(run: Run) -> Drawn:
             markersize=8 if i % 2 == 0 else 5,
             **style.line_style(i, name),
             clip_on=False,
-            label=style.label(name),
+            label=label(name),
         )
     style.log_axis(axes, data["length"].min(), data["length"].max(), TOKENS)
     axes.set_xlabel("request length (tokens, log scale)")
@@ -80,15 +89,15 @@ def waste_by_length(run: Run) -> Drawn:
     figure.legend(loc="outside right center")
     shortest = data["length"].min()
     waste = data[data["length"] == shortest].set_index("strategy")["waste_bytes"]
-    style.set_title(figure, f"A request of {_plural(shortest, 'token')} wastes {_contest(waste, style.bytes_text)}")
+    style.set_title(figure, f"A request of {plural(shortest, 'token')} wastes {contest(waste, bytes_text)}")
     return figure, data
 
 
 @_styled
 def residents_by_length(run: Run) -> Drawn:
     """How many requests of one length fit, as a table coloured by the share of the most that any strategy fits."""
-    data = _lengths(run, "capacity")
-    table = data.pivot_table(index="strategy", columns="length", values="residents").reindex(_present(run, data))
+    data = lengths(run, "capacity")
+    table = data.pivot_table(index="strategy", columns="length", values="residents").reindex(present(run, data))
     if table.shape[1] > MAX_LENGTHS:
         table = table.iloc[:, np.unique(np.linspace(0, table.shape[1] - 1, MAX_LENGTHS).round().astype(int))]
     share = table / table.max()
@@ -97,25 +106,25 @@ def residents_by_length(run: Run) -> Drawn:
     low = min(0.5, float(np.nanmin(share.to_numpy())))
     colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#BBD8EA", "#7FB3D6"])
     image = axes.imshow(share, cmap=colors, vmin=low, vmax=1, aspect="auto")
-    contest = table.loc[style.competitors(list(table.index))]
-    most = contest.max()
+    rivals = table.loc[competitors(list(table.index))]
+    most = rivals.max()
     for i, j in np.ndindex(table.shape):
         if np.isfinite(table.iat[i, j]):
-            best = table.index[i] in contest.index and table.iat[i, j] == most.iat[j]
+            best = table.index[i] in rivals.index and table.iat[i, j] == most.iat[j]
             weight = "bold" if best else "normal"
             axes.text(j, i, f"{table.iat[i, j]:,.0f}", ha="center", va="center", fontweight=weight, color="#111111")
     axes.set_xticks(range(table.shape[1]), [f"{length:,}" for length in table.columns])
-    axes.set_yticks(range(len(table)), [style.label(name) for name in table.index])
+    axes.set_yticks(range(len(table)), [label(name) for name in table.index])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("request length (tokens)")
     figure.colorbar(image, ax=axes, format=lambda v, _: f"{v:.0%}", pad=0.01, label="share of the most", shrink=0.95)
-    wins = (contest == most).sum(axis=1)
-    champions = _names(wins.index[wins == wins.max()])
-    budget = style.bytes_text(data["budget_bytes"].max())
-    if len(contest) == 1:
-        text = f"{most.iat[0]:,.0f} requests of {_plural(table.columns[0], 'token')} fit in {budget} under {champions}"
+    wins = (rivals == most).sum(axis=1)
+    champions = join_names(list(wins.index[wins == wins.max()]))
+    budget = bytes_text(data["budget_bytes"].max())
+    if len(rivals) == 1:
+        text = f"{most.iat[0]:,.0f} requests of {plural(table.columns[0], 'token')} fit in {budget} under {champions}"
     else:
         text = f"Most requests in {budget} at {wins.max()} of {table.shape[1]} lengths: {champions}"
     style.set_title(figure, text)
@@ -130,10 +139,10 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
     """The budget over time, stacked by what its bytes do; one panel per strategy."""
     kinds = list(style.MEMORY_COLORS)
     columns = [f"{kind}_bytes" for kind in kinds]
-    data = _series(run, "sample", phase, workload)[["strategy", "step", "time_s", *columns]]
-    names = _present(run, data)
+    data = series(run, "sample", phase, workload)[["strategy", "step", "time_s", *columns]]
+    names = present(run, data)
     budget = data[columns].sum(axis=1).max()
-    divisor, unit = style.byte_unit(budget)
+    divisor, unit = byte_unit(budget)
     figure = style.new_figure(0.9 + 2.1 * style.panel_rows(len(names)))
     mean_useful = {}
     for axes, name in zip(style.panels(figure, len(names), "time (s)"), names):
@@ -142,13 +151,13 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
         axes.stackplot(rows["time_s"], layers, colors=list(style.MEMORY_COLORS.values()), step="post", linewidth=0)
         axes.set_ylim(0, budget / divisor)
         axes.margins(x=0)
-        mean_useful[name] = _time_mean(rows, "useful_bytes") / budget
+        mean_useful[name] = time_mean(rows, "useful_bytes") / budget
         style.panel_title(axes, name, f"useful {mean_useful[name]:.0%}")
         axes.grid(visible=False)
     figure.supylabel(f"bytes of the budget ({unit})", fontsize=9.5)
     handles = [Patch(color=style.MEMORY_COLORS[kind], label=kind) for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds))
-    shares = _contest(pd.Series(mean_useful), "{:.0%}".format, most_first=True)
+    shares = contest(pd.Series(mean_useful), "{:.0%}".format, most_first=True)
     style.set_title(figure, f"{phase}, {workload}: share of the budget that is useful on average: {shares}")
     return figure, data
 
@@ -156,17 +165,17 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
 @_styled
 def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
     """A map of the pool: every column is one moment, every row one slice of addresses, its colour what lies there."""
-    data = _series(run, "pool_map", phase, workload)[["strategy", "step", "time_s", "cells"]].copy()
-    names = _present(run, data)
+    data = series(run, "pool_map", phase, workload)[["strategy", "step", "time_s", "cells"]].copy()
+    names = present(run, data)
     figure = style.new_figure(0.9 + 2.3 * style.panel_rows(len(names)))
     colors = ListedColormap([style.KIND_COLORS[kind] for kind in Kind])
     mixed = {}
     for axes, name in zip(style.panels(figure, len(names), "time (s)"), names):
         rows = data[data["strategy"] == name]
         cells = np.array([[int(cell) for cell in text] for text in rows["cells"]]).T
-        edges = _edges(rows["time_s"].to_numpy(dtype=float))
+        moments = edges(rows["time_s"].to_numpy(dtype=float))
         bounds = np.linspace(0, 100, len(cells) + 1)
-        axes.pcolormesh(edges, bounds, cells, cmap=colors, vmin=-0.5, vmax=len(Kind) - 0.5, rasterized=True)
+        axes.pcolormesh(moments, bounds, cells, cmap=colors, vmin=-0.5, vmax=len(Kind) - 0.5, rasterized=True)
         axes.grid(visible=False)
         mixed[name] = ((cells == Kind.STATE).any(axis=1) & (cells == Kind.KV).any(axis=1)).mean()
         style.panel_title(axes, name, f"both in turn {mixed[name]:.0%}")
@@ -175,7 +184,7 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
     shown = sorted({int(cell) for text in data["cells"] for cell in set(text)})
     handles = [Patch(color=style.KIND_COLORS[Kind(kind)], label=texts[Kind(kind)]) for kind in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    shares = _contest(pd.Series(mixed), "{:.0%}".format, most_first=True)
+    shares = contest(pd.Series(mixed), "{:.0%}".format, most_first=True)
     style.set_title(figure, f"{phase}, {workload}: addresses that held states and KV in turn: {shares}")
     data["cells"] = data["cells"].str.translate(KIND_LETTERS)
     return figure, data
@@ -184,8 +193,8 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
 @_styled
 def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
     """Running and waiting requests over time."""
-    data = _series(run, "sample", phase, workload)[["strategy", "step", "time_s", "running", "waiting"]]
-    names = _present(run, data)
+    data = series(run, "sample", phase, workload)[["strategy", "step", "time_s", "running", "waiting"]]
+    names = present(run, data)
     styles = style.strategy_styles(run.strategies)
     figure = style.new_figure(5.2)
     running, waiting = figure.subplots(2, 1, sharex=True)
@@ -198,7 +207,7 @@ def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
                 where="post",
                 color=styles[name][0],
                 **style.line_style(i, name),
-                label=style.label(name) if column == "running" else None,
+                label=label(name) if column == "running" else None,
             )
     for axes, text in ((running, "running requests"), (waiting, "waiting requests")):
         axes.set_ylabel(text)
@@ -207,13 +216,16 @@ def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     waiting.set_xlabel("time (s)")
     figure.legend(loc="outside right center")
-    means = pd.Series({name: _time_mean(data[data["strategy"] == name], "running") for name in names})
-    counts = _contest(means, "{:.3g}".format, most_first=True)
+    means = pd.Series({name: time_mean(data[data["strategy"] == name], "running") for name in names})
+    counts = contest(means, "{:.3g}".format, most_first=True)
     style.set_title(figure, f"{phase}, {workload}: requests running on average: {counts}")
     return figure, data
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
+
+MAX_TITLE_WORKLOADS = 2
+"""Workloads that the throughput's title speaks of; a longer title would not be read."""
 
 THROUGHPUT_COLUMNS = {
     "output_tokens_per_s": "output tokens/s",
@@ -232,7 +244,7 @@ def throughput(run: Run, phase: str) -> Drawn:
     data = rows[["workload", "strategy", "repetition", *THROUGHPUT_COLUMNS]].dropna(subset="output_tokens_per_s")
     if data.empty:
         raise NoData(f"results have no output_tokens_per_s in phase {phase}")
-    names, workloads = _present(run, data), list(dict.fromkeys(data["workload"]))
+    names, workloads = present(run, data), list(dict.fromkeys(data["workload"]))
     styles = style.strategy_styles(run.strategies)
     figure = style.new_figure(0.9 + (0.45 + 0.27 * len(names)) * len(workloads))
     grid = figure.subplots(len(workloads), 3, sharey=True, squeeze=False, width_ratios=(1.5, 1, 1))
@@ -242,12 +254,12 @@ def throughput(run: Run, phase: str) -> Drawn:
             values = {name: of_workload.get_group(name)[column] for name in names if name in of_workload.groups}
             _bars(axes, values, styles, counts=column != "output_tokens_per_s")
             axes.set_title(f"{workload}: {title}" if column == "output_tokens_per_s" else title, loc="left")
-        line[0].set_yticks(range(len(names)), [style.label(name) for name in names])
+        line[0].set_yticks(range(len(names)), [label(name) for name in names])
         line[0].set_ylim(len(names) - 0.45, -0.55)
     parts = []
-    for workload in workloads:
+    for workload in workloads[:MAX_TITLE_WORKLOADS]:
         means = data[data["workload"] == workload].groupby("strategy", sort=False)["output_tokens_per_s"].mean()
-        parts.append(f"{workload}: {_contest(means, style.number_text, most_first=True)}")
+        parts.append(f"{workload}: {contest(means, number_text, most_first=True)}")
     style.set_title(figure, f"{phase}, output tokens/s. {'; '.join(parts)}")
     return figure, data
 
@@ -258,8 +270,8 @@ def latency(run: Run, phase: str, workload: str) -> Drawn:
     events = run.select("request", phase, workload)
     if events.empty:
         raise NoData(f"no request events of {phase}, {workload}")
-    data = _percentiles(events)
-    names = _present(run, data)
+    data = percentiles(events)
+    names = present(run, data)
     styles = style.strategy_styles(run.strategies)
     figure = style.new_figure(1.5 + 0.34 * len(names))
     grid = figure.subplots(1, 2, sharey=True)
@@ -276,93 +288,33 @@ def latency(run: Run, phase: str, workload: str) -> Drawn:
                 _box(axes, i, rows.loc[name], styles[name][0])
         style.log_axis(axes, rows["p05"].min(), rows["p99"].max(), SECONDS)
         axes.set_xlabel("time (log scale)")
-    grid[0].set_yticks(range(len(names)), [style.label(name) for name in names])
+    grid[0].set_yticks(range(len(names)), [label(name) for name in names])
     grid[0].set_ylim(len(names) - 0.5, -0.5)
     first = data[data["metric"] == "ttft_s"].set_index("strategy")["p50"]
     if first.empty:
         raise NoData(f"no request of {phase}, {workload} got a token")
-    style.set_title(figure, f"{phase}, {workload}: median TTFT {_contest(first, style.seconds_text)}")
+    style.set_title(figure, f"{phase}, {workload}: median TTFT {contest(first, seconds_text)}")
     return figure, data
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
 
 
-def _lengths(run: Run, event: str) -> pd.DataFrame:
-    """Events of the capacity phase, one row per strategy and length."""
-    found = run.events.get(event)
-    if found is None or found.empty:
-        raise NoData(f"no {event} events (the capacity phase writes them)")
-    return found.drop_duplicates(["strategy", "length"], keep="last").reset_index(drop=True)
-
-
-def _series(run: Run, event: str, phase: str, workload: str) -> pd.DataFrame:
-    """Events over time of the first repetition."""
-    found = run.select(event, phase, workload)
-    if found.empty:
-        raise NoData(f"no {event} events of {phase}, {workload}")
-    return found[found["repetition"] == found["repetition"].min()].sort_values(["strategy", "step"], kind="stable")
-
-
-def _present(run: Run, data: pd.DataFrame) -> list[str]:
-    found = set(data["strategy"])
-    return [name for name in run.strategies if name in found] + sorted(found - set(run.strategies))
-
-
-def _contest(values: pd.Series, text: Callable[[float], str], most_first: bool = False) -> str:
-    """``values`` by strategy in words: ``3 under a, 9 under b and c``. Values that read alike count as alike; the bound
-    takes no part."""
-    contest = values.loc[style.competitors(list(values.index))]
-    texts = contest.map(text)
-    ends = [texts[contest.idxmin()], texts[contest.idxmax()]]
-    if ends[0] == ends[1]:
-        return ends[0] + (f" under {texts.index[0]}" if len(texts) == 1 else " under every strategy")
-    return ", ".join(
-        f"{end} under {_names(texts.index[texts == end])}" for end in (reversed(ends) if most_first else ends)
-    )
-
-
-def _time_mean(rows: pd.DataFrame, column: str) -> float:
-    """Mean over time of a series that keeps each value until the next sample."""
-    durations = np.diff(rows["time_s"], append=rows["time_s"].iloc[-1])
-    return float(np.average(rows[column], weights=durations)) if durations.sum() > 0 else float(rows[column].mean())
-
-
-def _edges(times: np.ndarray) -> np.ndarray:
-    """Column borders of a map: each moment lasts until the next, the last one as long as the one before."""
-    last = times[-1] - times[-2] if len(times) > 1 and times[-1] > times[-2] else 1.0
-    return np.append(times, times[-1] + last)
-
-
 def _bars(axes: Axes, values: dict[str, pd.Series], styles: dict[str, tuple[str, str]], counts: bool) -> None:
-    means = {name: series.mean() for name, series in values.items()}
-    finite = [series.max() for series in values.values() if np.isfinite(series.max())]
-    top = max(finite, default=0) or 1
-    for i, (name, mean) in enumerate(means.items()):
-        bound = {"hatch": "////", "edgecolor": "white"} if name == style.BOUND else {}
-        axes.barh(i, mean, height=0.66, color=styles[name][0], **bound)
-        series = values[name]
-        if series.nunique() > 1:
-            axes.plot(series, [i] * len(series), "o", markersize=3, color="#222222", markeredgecolor="white", zorder=3)
-        end = series.max() if np.isfinite(series.max()) else 0
-        axes.text(end + 0.025 * top, i, style.number_text(mean), va="center", fontsize=8.5, color="#333333")
+    top = max((found.max() for found in values.values() if np.isfinite(found.max())), default=0) or 1
+    for i, (name, found) in enumerate(values.items()):
+        bars = axes.barh(i, found.mean(), height=0.66, color=styles[name][0])
+        if name == BOUND:
+            bars[0].set(hatch="////", edgecolor="white")
+        if found.nunique() > 1:
+            axes.plot(found, [i] * len(found), "o", markersize=3, color="#222222", markeredgecolor="white", zorder=3)
+        end = found.max() if np.isfinite(found.max()) else 0
+        axes.text(end + 0.025 * top, i, number_text(found.mean()), va="center", fontsize=8.5, color="#333333")
     axes.set_xlim(0, top * 1.2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=counts))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: style.number_text(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-
-
-def _percentiles(events: pd.DataFrame) -> pd.DataFrame:
-    quantiles = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
-    rows = []
-    for strategy, group in events.groupby("strategy", sort=False):
-        for metric in ("ttft_s", "tpot_s"):
-            values = pd.to_numeric(group[metric]).dropna()
-            if len(values):
-                found = {name: values.quantile(q) for name, q in quantiles.items()}
-                rows.append({"strategy": strategy, "metric": metric, "requests": len(values), **found})
-    return pd.DataFrame(rows, columns=["strategy", "metric", "requests", *quantiles])
 
 
 def _box(axes: Axes, i: int, row: pd.Series, color: str) -> None:
@@ -370,14 +322,3 @@ def _box(axes: Axes, i: int, row: pd.Series, color: str) -> None:
     axes.barh(i, row["p75"] - row["p25"], left=row["p25"], height=0.5, color=color)
     axes.plot([row["p50"]] * 2, [i - 0.25, i + 0.25], color="white", linewidth=2.2)
     axes.plot([row["p99"]], [i], marker="|", markersize=9, markeredgewidth=1.8, color=color)
-
-
-def _plural(count: float, noun: str) -> str:
-    return f"{count:,.0f} {noun}" + ("" if count == 1 else "s")
-
-
-def _names(names: pd.Index) -> str:
-    """Names in words: all of up to three, else the first two and how many more."""
-    if len(names) <= 3:
-        return " and ".join(names)
-    return f"{', '.join(names[:2])} and {len(names) - 2} more"

@@ -15,7 +15,8 @@ from jinja2 import Environment
 
 from hybridcache.report import figures
 from hybridcache.report.captions import CAPTIONS, PHASES, TERMS
-from hybridcache.report.figures import Drawn, NoData
+from hybridcache.report.data import NoData
+from hybridcache.report.figures import Drawn
 from hybridcache.report.load import SERVING_PHASES, Run, load_run
 from hybridcache.report.tables import Table, capacity_table, highlights, serving_table, token_agreement
 

@@ -11,13 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from hybridcache.report.words import BOUND, label
 from hybridcache.strategies import Kind
 
 WIDTH = 11.0
 """Inches of every figure."""
-
-BOUND = "byte_exact"
-"""The strategy that is a bound, not a competitor; titles never name it the best."""
 
 _STRATEGY_COLORS = {
     "shared_pool": "#0072B2",
@@ -69,43 +67,6 @@ def strategy_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
             i = others.index(name)
             styles[name] = (_MORE_COLORS[i % len(_MORE_COLORS)], _MARKERS[(i + 3) % len(_MARKERS)])
     return styles
-
-
-def label(name: str) -> str:
-    return f"{name} (bound)" if name == BOUND else name
-
-
-def competitors(names: Sequence[str]) -> list[str]:
-    """``names`` without the bound, unless nothing else is there."""
-    return [name for name in names if name != BOUND] or list(names)
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """Divisor and name of the unit in which ``largest`` bytes read well."""
-    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if largest >= 1024**power:
-            return float(1024**power), name
-    return 1.0, "B"
-
-
-def bytes_text(value: float) -> str:
-    divisor, name = byte_unit(abs(value))
-    return f"{value / divisor:.4g} {name}"
-
-
-def seconds_text(value: float) -> str:
-    if value >= 1:
-        return f"{value:.3g} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
-
-
-def number_text(value: float) -> str:
-    """A count or a rate, short enough for the end of a bar."""
-    if not np.isfinite(value):
-        return "none"
-    if value >= 1e6:
-        return f"{value / 1e6:.3g} M"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def new_figure(height: float) -> Figure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from hybridcache.report.load import Run
-from hybridcache.report.style import BOUND, competitors, label, number_text, seconds_text
+from hybridcache.report.words import BOUND, competitors, label, number_text, seconds_text
 
 CLOSE = 0.01
 """Strategies within this fraction of the best are named beside it."""
