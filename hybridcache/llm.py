@@ -274,8 +274,9 @@ def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         from transformers import AutoTokenizer
 
+        loader: Any = AutoTokenizer
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return loader.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # Transformers raises many types here, all for files that it cannot use
             reason = " ".join(str(error).split())
             raise bad("model", str(folder), f"its tokenizer files cannot be read ({reason})") from error

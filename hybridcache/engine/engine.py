@@ -220,7 +220,7 @@ class Engine:
             except Exception as error:  # whatever a kernel raises, the other requests must go on
                 failed.append((group, error))
             else:
-                output.new_tokens |= zip([item.seq.seq_id for item in group if item.samples], sampled)
+                output.new_tokens |= zip((item.seq.seq_id for item in group if item.samples), sampled)
                 done += group
         now = self.now()
         if self.recorder is not None:
@@ -245,6 +245,8 @@ class Engine:
 
     def _groups(self, step: Step) -> list[list[ScheduledTokens]]:
         """The step's items in batches: one for all, and one each for those under suspicion."""
+        if not self.failed_steps:
+            return [step.items]
         alone = [item for item in step.items if item.start < self._requests[item.seq.seq_id].alone_until]
         together = [item for item in step.items if item not in alone] if alone else step.items
         return ([together] if together else []) + [[item] for item in alone]

@@ -4,8 +4,7 @@ Shapes: T tokens of the step, B rows, N table entries, R rows that sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +22,12 @@ class Model(Protocol):
 
     config: Any
     """The Transformers config; the engine reads ``vocab_size``."""
-    dtype: torch.dtype
-    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """Run the step; caches are read and written in ``buffer`` only. Returns logits ``[R, vocabulary]`` of the tokens
@@ -32,8 +35,7 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RowInput:
+class RowInput(NamedTuple):
     """Tokens ``start ..`` of one resident request, to be computed in this step."""
 
     seq_id: int

@@ -9,6 +9,7 @@ Shapes: R rows, V vocabulary.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,17 +66,12 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
     def restricted(self) -> bool:
         """Whether some tokens can never be drawn."""
         return self.top_k > 0 or self.top_p < 1.0
 
 
-@dataclass(frozen=True)
-class SamplingRow:
+class SamplingRow(NamedTuple):
     """One row to sample: the request's parameters, its key, and the position of the token in the output."""
 
     params: SamplingParams
@@ -98,11 +94,12 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """One token id per row, :data:`NOT_FINITE` where the logits hold NaN. One transfer from the device."""
     best = logits_RV.max(dim=-1)
     ids = best.indices
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0.0]
     # Rows that are sorted and rows that are not sum in different orders: which a row is must not depend on the others.
-    for restricted in (False, True):
-        drawn = [i for i, row in enumerate(rows) if not row.params.greedy and row.params.restricted == restricted]
-        for first in range(0, len(drawn), _ROWS_AT_ONCE):
-            some = drawn[first : first + _ROWS_AT_ONCE]
+    for restricted in (False, True) if drawn else ():
+        alike = [i for i in drawn if rows[i].params.restricted == restricted]
+        for first in range(0, len(alike), _ROWS_AT_ONCE):
+            some = alike[first : first + _ROWS_AT_ONCE]
             index = torch.tensor(some, device=logits_RV.device)
             ids[index] = _draw(logits_RV[index], [rows[i] for i in some], restricted)
     return torch.where(torch.isfinite(best.values), ids, NOT_FINITE).tolist()
