@@ -170,6 +170,15 @@ def test_request_limit_is_exact() -> None:
             assert strategy.grow(0, limit), name
 
 
+def test_byte_exact_fills_to_the_last_byte() -> None:
+    spec = qwen3_next()
+    strategy = build("byte_exact", spec=spec, budget_bytes=spec.request_bytes(100))
+    assert strategy.admit(0, 1)
+    assert strategy.grow(0, 100)
+    assert strategy.usage().free == 0
+    assert not strategy.grow(0, 101)
+
+
 def test_two_ended_charges_a_state_3144_tokens() -> None:
     strategy = build("two_ended", spec=qwen3_next(), budget_bytes=20 * GIB)
     assert strategy.state_charge_tokens == 3144
