@@ -7,6 +7,7 @@ import os
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,13 +19,23 @@ from hybridcache.errors import UserError
 
 CONF = Path(__file__).resolve().parent / "conf"
 GROUPS = ("experiment", "model", "workload", "engine", "device", "tracking")
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _run(cfg: DictConfig) -> None:
     from experiments.harness import run_experiment
 
-    run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir))
+    try:
+        run_experiment(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except USER_ERRORS as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """One line on stderr, status 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _check_choices(arguments: list[str]) -> None:
@@ -53,10 +64,8 @@ def main() -> None:
     try:
         _check_choices(sys.argv[1:])
         _run()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+    except USER_ERRORS as error:
+        _fail(error)
     except KeyboardInterrupt:
         print("interrupted: what was written so far is in the run directory", file=sys.stderr)
         sys.exit(130)

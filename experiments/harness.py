@@ -17,7 +17,7 @@ from hybridcache.environment import environment
 from hybridcache.errors import bad
 from hybridcache.tracking import make_tracker
 
-CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 
 
 def experiment_names() -> list[str]:

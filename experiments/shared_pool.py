@@ -4,7 +4,7 @@ Three phases: *capacity* and *simulation* at the geometry of ``cfg.model`` (the 
 of ``cfg.inference`` on this device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from hybridcache.workloads.base import Workload
 PHASES = ("capacity", "simulation", "inference")
 GIB = 1 << 30
 
+Prepared = tuple[int, Callable[[EventWriter], Iterator[dict[str, Any]]]]
+"""A phase whose input was checked: how many rows it will give, and what gives them."""
+
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     """Run the phases in ``cfg.phases``; write ``results.parquet``, ``events.jsonl``, figures and the report.
@@ -37,23 +40,24 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         UserError: bad input, before anything long starts.
         RuntimeError: strategies sampled different tokens in float64, where they must agree.
     """
+    if cfg.fast:
+        cfg = _fast(cfg)
     for phase in cfg.phases:
         if phase not in PHASES:
             raise bad("phases", phase, f"choose some of {', '.join(PHASES)}")
-    if cfg.fast:
-        cfg = _fast(cfg)
     choices = choose_strategies(cfg)
-    hf_config = OmegaConf.to_container(cfg.model.hf_config, resolve=True)
-    spec = CacheSpec.from_config(hf_config, kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size)
     workload = _workload(cfg)
+    producers = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}
+    prepared = [(phase, producers[phase](cfg, choices, workload)) for phase in cfg.phases]
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with EventWriter(run_dir / "events.jsonl") as events, Progress(*columns, console=CONSOLE) as progress:
-        for phase in cfg.phases:
-            produce = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}[phase]
-            for row in produce(cfg, choices, spec, workload, events, progress):
+        for phase, (total, produce) in prepared:
+            task = progress.add_task(phase, total=total)
+            for row in produce(events):
                 rows.append({"experiment": cfg.experiment_name, "model": cfg.model.name, **row})
                 write_results(rows, run_dir)  # after every row: what is measured is not lost
+                progress.advance(task)
     results = write_results(rows, run_dir)
     write_report(run_dir)
     print_capacity(CONSOLE, results)
@@ -74,53 +78,44 @@ def _fast(cfg: DictConfig) -> DictConfig:
 
 
 def _workload(cfg: DictConfig) -> Workload:
-    options = OmegaConf.to_container(cfg.workload, resolve=True)
-    assert isinstance(options, dict)
+    options = _plain(cfg.workload)
     name = options.pop("name", None)
     if name is None:
         raise UserError("workload.name=None: choose a workload with workload=NAME")
     return build_workload(name, **options)
 
 
-def _head(workload: Workload, count: int) -> Workload:
-    return Workload(workload.name, workload.source, workload.requests[:count])
+def _capacity(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
+    spec, budget = _spec(cfg), int(cfg.capacity.budget_gib * GIB)
+    for choice in choices:
+        choice.build(spec, budget)
+    lengths = list(cfg.capacity.lengths)
+    return len(choices) * len(lengths), lambda events: capacity_rows(choices, spec, budget, lengths, events)
 
 
-def _capacity(cfg, choices, spec, workload, events, progress) -> Iterator[dict[str, Any]]:
-    task = progress.add_task("capacity", total=len(choices) * len(cfg.capacity.lengths))
-    budget = int(cfg.capacity.budget_gib * GIB)
-    for row in capacity_rows(choices, spec, budget, cfg.capacity.lengths, events):
-        yield row
-        progress.advance(task)
-
-
-def _simulation(cfg, choices, spec, workload, events, progress) -> Iterator[dict[str, Any]]:
-    device = DeviceSpec(**OmegaConf.to_container(cfg.device, resolve=True))
-    hf_config = OmegaConf.to_container(cfg.model.hf_config, resolve=True)
-    task = progress.add_task("simulation", total=len(choices) * cfg.simulation.repetitions)
-    yield from simulation_rows(
-        choices,
-        spec,
-        int(cfg.simulation.budget_gib * GIB),
-        _head(workload, cfg.simulation.num_requests),
-        SchedulerConfig(**OmegaConf.to_container(cfg.engine, resolve=True)),
-        CostModel.from_config(hf_config, spec, device),
-        cfg.simulation.repetitions,
-        events,
-        lambda label: progress.advance(task),
+def _simulation(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
+    spec, budget = _spec(cfg), int(cfg.simulation.budget_gib * GIB)
+    for choice in choices:
+        choice.build(spec, budget)
+    device = DeviceSpec(**_plain(cfg.device))
+    cost_model = CostModel.from_config(_plain(cfg.model.hf_config), spec, device)
+    scheduler = SchedulerConfig(**_plain(cfg.engine))
+    stream = Workload(workload.name, workload.source, workload.requests[: cfg.simulation.num_requests])
+    repetitions = cfg.simulation.repetitions
+    return len(choices) * repetitions, lambda events: simulation_rows(
+        choices, spec, budget, stream, scheduler, cost_model, repetitions, events
     )
 
 
-def _inference(cfg, choices, spec, workload, events, progress) -> Iterator[dict[str, Any]]:
+def _inference(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
     from experiments.phases.inference import InferencePhase, InferenceSettings
 
     settings = InferenceSettings.resolve(cfg.inference)
-    physical: list[StrategyChoice] = [choice for choice in choices if choice.supports_physical]
+    physical = [choice for choice in choices if choice.supports_physical]
     if not physical:
         raise bad("strategies", list(cfg.strategies), "none is physical; inference needs one, e.g. shared_pool")
-    task = progress.add_task("inference: loading", total=len(physical) * settings.repetitions)
+    scheduler = SchedulerConfig(**{**_plain(cfg.engine), "max_tokens_per_step": settings.max_tokens_per_step})
     phase = InferencePhase(settings, cfg.seed)
-    progress.update(task, description="inference")
     stream = cut_to_size(
         workload,
         max_prompt=settings.max_prompt,
@@ -129,13 +124,20 @@ def _inference(cfg, choices, spec, workload, events, progress) -> Iterator[dict[
         keep_ratio=False,  # one factor would leave most outputs a single token
     )
     stream = with_text_prompts(stream, phase.tokenizer, seed=cfg.seed)
-    scheduler = OmegaConf.to_container(cfg.engine, resolve=True)
-    scheduler["max_tokens_per_step"] = settings.max_tokens_per_step
     budget = settings.budget(phase.spec, stream)
-    for row in phase.rows(
-        physical, budget, stream, SchedulerConfig(**scheduler), events, lambda label: progress.advance(task)
-    ):
-        yield {**row, "model": settings.model}
+    for choice in physical:
+        choice.build(phase.spec, budget, physical=True)
+    return len(physical) * settings.repetitions, lambda events: phase.rows(physical, budget, stream, scheduler, events)
+
+
+def _spec(cfg: DictConfig) -> CacheSpec:
+    return CacheSpec.from_config(
+        _plain(cfg.model.hf_config), kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size
+    )
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
 def _check_tokens(results: pd.DataFrame) -> None:

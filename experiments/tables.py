@@ -19,7 +19,7 @@ def print_capacity(console: Console, results: pd.DataFrame) -> None:
     table = Table(
         title=f"capacity: resident requests in {budget / GIB:g} GiB, by length in tokens", box=box.SIMPLE_HEAD
     )
-    table.add_column("strategy")
+    table.add_column("strategy", no_wrap=True)
     workloads = list(dict.fromkeys(rows["workload"]))
     lengths = [name.removeprefix("length=") for name in workloads]
     for length in lengths:
@@ -44,21 +44,21 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
         f"{_bytes(first['budget_bytes'])} budget, {first['device']}"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("strategy")
-    for name in ("residents", "useful %", "held %", "preempted", "recomputed", "tok/s", "TTFT p50", "p99", "TPOT p50"):
-        table.add_column(name, justify="right")
+    table.add_column("strategy", no_wrap=True)
+    for name in ("residents", "useful", "held", "preempted", "recomputed", "tok/s", "TTFT p50", "p99", "TPOT p50"):
+        table.add_column(name, justify="right", no_wrap=True)
     real = phase == "inference"
     if real:
         table.add_column("backend")
-        table.add_column("tokens")
+        table.add_column("tokens", no_wrap=True)
     best = rows["output_tokens_per_s"].max()
     for row in rows.itertuples():
         rate = f"{row.output_tokens_per_s:,.0f}"
         cells = [
             str(row.strategy),
             f"{row.residents_peak:.0f}",
-            f"{100 * row.utilization_mean:.1f}",
-            f"{100 * row.held_bytes_mean / row.budget_bytes:.1f}",
+            f"{100 * row.utilization_mean:.1f} %",
+            f"{100 * row.held_bytes_mean / row.budget_bytes:.1f} %",
             f"{row.preemptions:.0f}",
             f"{row.recomputed_tokens:,.0f}",
             f"[bold]{rate}[/]" if row.output_tokens_per_s == best else rate,
@@ -79,4 +79,4 @@ def _bytes(value: float) -> str:
 def _seconds(value: float) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+    return f"{value:.2f} s" if value >= 0.9995 else f"{1000 * value:.3g} ms"

@@ -1,7 +1,7 @@
 """Inference phase: the model runs the stream, cut to size, on every physical strategy under one tight budget."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,6 @@ class InferencePhase:
         workload: Workload,
         scheduler: SchedulerConfig,
         events: EventSink,
-        advance: Callable[[str], None],
     ) -> Iterator[dict[str, Any]]:
         """One row per physical strategy and repetition."""
         for choice in choices:
@@ -120,24 +119,16 @@ class InferencePhase:
                     "workload": workload.name,
                     "repetition": repetition,
                 }
-                yield self._run(choice, budget_bytes, workload, scheduler, Recorder(labels, events))
-                advance(choice.label)
-
-    def _engine(
-        self, choice: StrategyChoice, budget_bytes: int, scheduler: SchedulerConfig, recorder: Recorder | None
-    ) -> Engine:
-        strategy = choice.build(self.spec, budget_bytes, physical=True)
-        backend = make_backend(self.settings.backend, self.settings.device)
-        return Engine(self.model, strategy, scheduler, backend, recorder=recorder)
+                recorder = Recorder(labels, events)
+                engine, duration_s = self._run(choice, budget_bytes, workload, scheduler, recorder)
+                row = recorder.finish(engine.sequences, duration_s, engine.strategy)
+                yield {**row, "model": self.settings.model, **self._provenance(engine)}
 
     def _warm_up(
         self, choice: StrategyChoice, budget_bytes: int, workload: Workload, scheduler: SchedulerConfig
     ) -> None:
-        """Compile this strategy's kernels before its time is taken."""
-        engine = self._engine(choice, budget_bytes, scheduler, None)
-        for request in workload.requests[:4]:
-            engine.add_request(list(request.prompt_ids or ()), SamplingParams(max_tokens=3, ignore_eos=True))
-        engine.run()
+        """Run the stream once, untimed: kernels are compiled and libraries have chosen theirs before time is taken."""
+        self._run(choice, budget_bytes, workload, scheduler, None)
 
     def _run(
         self,
@@ -145,25 +136,30 @@ class InferencePhase:
         budget_bytes: int,
         workload: Workload,
         scheduler: SchedulerConfig,
-        recorder: Recorder,
-    ) -> dict[str, Any]:
-        engine = self._engine(choice, budget_bytes, scheduler, recorder)
+        recorder: Recorder | None,
+    ) -> tuple[Engine, float]:
+        """The engine after the stream, and the seconds it took."""
+        strategy = choice.build(self.spec, budget_bytes, physical=True)
+        backend = make_backend(self.settings.backend, self.settings.device)
+        engine = Engine(self.model, strategy, scheduler, backend, recorder=recorder)
         for request in workload.requests:
-            params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
-            engine.add_request(list(request.prompt_ids or ()), params)
+            assert request.prompt_ids is not None
+            engine.add_request(
+                list(request.prompt_ids), SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+            )
         duration_s = engine.run()
-        row = recorder.finish(engine.sequences, duration_s, engine.strategy)
-        engine.strategy.check_integrity()
+        strategy.check_integrity()
+        failed = {seq.seq_id: engine.error(seq.seq_id) for seq in engine.sequences if seq.finish_reason != "length"}
+        if failed:
+            raise RuntimeError(f"{choice.label}: {len(failed)} requests did not finish, the first: {failed.popitem()}")
+        return engine, duration_s
+
+    def _provenance(self, engine: Engine) -> dict[str, Any]:
+        """Which code ran, on what, in which precision."""
         return {
-            **row,
             "device": device_name() if self.settings.device == "cuda" else "cpu",
             "backend": engine.backend.name,
             "launches": json.dumps(dict(sorted(engine.backend.launches.items()))),
             "dtype": self.settings.dtype,
             "state_dtype": self.settings.state_dtype,
         }
-
-
-def tokens_agree(rows: Iterable[dict[str, Any]]) -> bool:
-    """Whether all rows sampled the same tokens."""
-    return len({row["tokens_sha256"] for row in rows}) <= 1

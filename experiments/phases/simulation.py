@@ -1,6 +1,6 @@
 """Simulation phase: one request stream through the real scheduler and strategies, with a cost model for the model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from experiments.strategies import StrategyChoice
@@ -21,7 +21,6 @@ def simulation_rows(
     cost_model: CostModel,
     repetitions: int,
     events: EventSink,
-    advance: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """One row per strategy and repetition. The simulator is deterministic: repetitions differ in nothing but their label
     unless the workload is drawn anew."""
@@ -38,4 +37,3 @@ def simulation_rows(
             result = simulate(workload, strategy, scheduler, cost_model, recorder)
             row = recorder.finish(result.sequences, result.duration_s, strategy)
             yield {**row, "device": f"cost model: {cost_model.device.name}", "backend": None, "refused": result.refused}
-            advance(choice.label)
