@@ -166,13 +166,17 @@ def test_titles_name_ties_and_never_the_bound():
 
 
 def test_results_table_shades_the_best_competitors(run):
-    table = serving_table(run, "inference", "chat")
+    table = serving_table(
+        dataclasses.replace(run, results=run.results.assign(device="NVIDIA H100")), "inference", "chat"
+    )
     rows = run.rows("inference").groupby("strategy")["output_tokens_per_s"].mean().drop("byte_exact")
     column = table.headings.index("output tokens/s")
     shaded = {name for name, cells in table.rows if cells[column][1]}
     texts = rows.map(number_text)
     assert shaded == (set() if texts.nunique() == 1 else set(texts.index[texts == texts[rows.idxmax()]]))
     assert not any(best for name, cells in table.rows if name.startswith("byte_exact") for _, best in cells)
+    on_cpu = serving_table(run, "inference", "chat")
+    assert not any(cells[column][1] for _, cells in on_cpu.rows), "wall-clock times of a CPU are not ranked"
 
 
 def test_highlights_agree_with_the_results(run):
@@ -182,6 +186,18 @@ def test_highlights_agree_with_the_results(run):
     most = rows["residents_peak"].max()
     assert capacity.value == str(most)
     assert capacity.strategies.split(", ") == rows[rows["residents_peak"] == most]["strategy"].tolist()
+
+
+def test_wall_clock_of_a_cpu_is_not_ranked(run, run_dir):
+    def titles(of):
+        return [item.title for item in highlights(of)[0]] + highlights(of)[1]
+
+    assert "inference, chat: highest output tokens/s" not in titles(run)
+    assert "inference, chat: highest utilization" in titles(run)
+    assert "simulation, chat: highest output tokens/s" in titles(run)
+    assert "Times of inference are not ranked" in (run_dir / "report.html").read_text()
+    on_gpu = dataclasses.replace(run, results=run.results.assign(device="NVIDIA H100"))
+    assert "inference, chat: highest output tokens/s" in titles(on_gpu)
 
 
 def test_token_agreement_is_read_from_the_hashes(run):

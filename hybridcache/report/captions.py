@@ -57,5 +57,5 @@ PHASES = {
     "capacity": "How many identical requests fit. Exact: integer accounting, no timing.",
     "simulation": "The real scheduler and strategies under a cost model instead of a device. Compare strategies with each "
     "other; the absolute figures are not measurements.",
-    "inference": "The real model on the device named above. Times are wall-clock; on a CPU they say nothing about a GPU.",
+    "inference": "The real model on a real device. Times are wall-clock; on a CPU they say nothing about a GPU.",
 }

@@ -18,7 +18,15 @@ from hybridcache.report.captions import CAPTIONS, PHASES, TERMS
 from hybridcache.report.data import NoData
 from hybridcache.report.figures import Drawn
 from hybridcache.report.load import SERVING_PHASES, Run, load_run
-from hybridcache.report.tables import Table, capacity_table, highlights, serving_table, token_agreement
+from hybridcache.report.tables import (
+    Table,
+    capacity_table,
+    conditions,
+    highlights,
+    serving_table,
+    times_mean_nothing,
+    token_agreement,
+)
 
 DPI = 150
 WORKLOAD_FIGURES: dict[str, Callable[[Run, str, str], Drawn]] = {
@@ -60,6 +68,7 @@ class _Section:
 
     title: str
     about: str = ""
+    conditions: str = ""
     note: str | None = None
     table: Table | None = None
     figures: list[_Shown] = field(default_factory=list)
@@ -124,7 +133,7 @@ def _sections(run: Run, shown: Mapping[str, list[_Shown]]) -> dict[str, list[_Se
     """Sections of every phase: the phase itself, then its workloads."""
     sections = {}
     for phase in run.phases:
-        first = _Section(title=phase, about=PHASES.get(phase, ""), figures=shown.get(phase, []))
+        first = _Section(phase, PHASES.get(phase, ""), conditions(run, phase), figures=shown.get(phase, []))
         sections[phase] = [first]
         if phase == "capacity":
             first.table = capacity_table(run)
@@ -133,6 +142,7 @@ def _sections(run: Run, shown: Mapping[str, list[_Shown]]) -> dict[str, list[_Se
             sections[phase].append(
                 _Section(
                     title=f"{phase}, {workload}",
+                    conditions=conditions(run, phase),
                     note=token_agreement(run, phase, workload),
                     table=serving_table(run, phase, workload),
                     figures=shown.get(f"{phase}, {workload}", []),
@@ -156,6 +166,7 @@ def _render(run: Run, sections: Mapping[str, list[_Section]], left_out: list[str
             config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
             highlights=best,
             alike=alike,
+            unranked=[phase for phase in run.phases if times_mean_nothing(run, phase)],
             sections=sections,
             left_out=left_out,
             terms=TERMS,

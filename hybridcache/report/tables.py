@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from hybridcache.report.load import Run
-from hybridcache.report.words import BOUND, competitors, label, number_text, seconds_text
+from hybridcache.report.words import BOUND, bytes_text, competitors, label, number_text, seconds_text
 
 CLOSE = 0.01
 """Strategies within this fraction of the best are named beside it."""
@@ -37,6 +37,7 @@ METRICS = (
     Metric("tpot_p50_s", "TPOT p50", seconds_text, -1),
     Metric("duration_s", "duration", seconds_text, -1),
 )
+TIMES = ("output_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "duration_s")
 HIGHLIGHTS = ("output_tokens_per_s", "utilization_mean", "ttft_p50_s", "tpot_p50_s")
 
 
@@ -83,20 +84,42 @@ def serving_table(run: Run, phase: str, workload: str) -> Table:
     means = _means(run, phase, workload)
     shown = [metric for metric in METRICS if metric.column in means.columns]
     contest = means.loc[competitors(list(means.index))]
-    best = {metric.column: _best(contest[metric.column], metric) for metric in shown}
+    unranked = TIMES if times_mean_nothing(run, phase) else ()
+    best = {metric.column: _best(contest[metric.column], metric) for metric in shown if metric.column not in unranked}
     repetitions = run.rows(phase).query("workload == @workload")["repetition"].nunique()
     return Table(
         title=workload + (f" (means of {repetitions} repetitions)" if repetitions > 1 else ""),
         headings=[metric.heading for metric in shown],
         rows=[
-            (label(name), [_cell(row[metric.column], metric, best[metric.column], name) for metric in shown])
+            (label(name), [_cell(row[metric.column], metric, best.get(metric.column), name) for metric in shown])
             for name, row in means.iterrows()
         ],
     )
 
 
+def conditions(run: Run, phase: str) -> str:
+    """What a phase ran with, as its rows say: model, device, backend, budget."""
+    rows = run.rows(phase)
+    found = []
+    for column in ("model", "device", "backend"):
+        if column in rows.columns and rows[column].notna().any():
+            found.append(f"{column} {', '.join(dict.fromkeys(rows[column].dropna().astype(str)))}")
+    if "budget_bytes" in rows.columns and rows["budget_bytes"].notna().any():
+        found.append(f"budget {', '.join(dict.fromkeys(map(bytes_text, rows['budget_bytes'].dropna())))}")
+    return " · ".join(found)
+
+
+def times_mean_nothing(run: Run, phase: str) -> bool:
+    """Whether a phase's times are wall-clock of a CPU, which rank nothing: the host decides, not the strategy."""
+    rows = run.rows(phase)
+    return phase == "inference" and "device" in rows.columns and set(rows["device"].dropna()) == {"cpu"}
+
+
 def highlights(run: Run) -> tuple[list[Highlight], list[str]]:
-    """The best by metric, the bound left out; and the metrics in which all strategies are alike."""
+    """The best by metric, the bound left out; and the metrics in which all strategies are alike.
+
+    Wall-clock times of a CPU are not ranked.
+    """
     found: list[Highlight] = []
     alike: list[str] = []
     for title, values, metric in _contests(run):
@@ -112,10 +135,11 @@ def _contests(run: Run) -> Iterator[tuple[str, pd.Series, Metric]]:
     for column, residents in _capacity_columns(run).items():
         yield f"capacity: most residents of {_length(column)}", residents, METRICS[1]
     for phase in run.phases:
+        chosen = [name for name in HIGHLIGHTS if not (name in TIMES and times_mean_nothing(run, phase))]
         for workload in run.workloads(phase) if phase != "capacity" else ():
             means = _means(run, phase, workload)
             for metric in METRICS:
-                if metric.column in HIGHLIGHTS and metric.column in means.columns:
+                if metric.column in chosen and metric.column in means.columns:
                     word = "highest" if metric.better > 0 else "lowest"
                     yield f"{phase}, {workload}: {word} {metric.heading}", means[metric.column], metric
 
