@@ -18,6 +18,7 @@ from experiments.harness import CONSOLE, write_results
 from hybridcache.errors import bad
 from hybridcache.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
 from hybridcache.report import style
+from hybridcache.report.words import byte_unit, bytes_text
 from hybridcache.spec import CacheSpec
 
 MIB = 1 << 20
@@ -150,10 +151,10 @@ def _figure(shown: pd.DataFrame) -> Figure:
     style.set_title(
         figure,
         f"{chosen.model} (TP {chosen.tp_size}, {chosen.state_dtype} state, {chosen.kv_dtype} KV): manager blocks of "
-        f"{chosen.manager_block_tokens:,} tokens waste least, {style.bytes_text(chosen.expected_waste_bytes)} a request",
+        f"{chosen.manager_block_tokens:,} tokens waste least, {bytes_text(chosen.expected_waste_bytes)} a request",
     )
     padding, waste = figure.subplots(1, 2)
-    divisor, unit = style.byte_unit(chosen.expected_waste_bytes)
+    divisor, unit = byte_unit(chosen.expected_waste_bytes)
     panels = (
         (padding, shown["state_padding_percent"], "Padding of a state block", "% of the exact states in it"),
         (waste, shown["expected_waste_bytes"] / divisor, "Expected waste: padding and half a block of tail", unit),

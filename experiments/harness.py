@@ -44,7 +44,8 @@ def run_experiment(cfg: DictConfig, run_dir: Path) -> None:
     started = time.perf_counter()
     env = environment()
     write_json(run_dir / "environment.json", env)
-    tracker = make_tracker(cfg.tracking, run_dir, OmegaConf.to_container(cfg, resolve=True))
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    tracker = make_tracker(cfg.tracking, run_dir, config)
     try:
         results: pd.DataFrame = module.run(cfg, run_dir)
         tracker.log_run(run_dir, results)

@@ -123,6 +123,8 @@ def _inference(cfg: DictConfig, choices: list[StrategyChoice], workload: Workloa
         num_requests=settings.num_requests,
         keep_ratio=False,  # one factor would leave most outputs a single token
     )
+    if phase.tokenizer is None:
+        raise bad("inference.model", settings.model, "its vocabulary has no room for bytes and it has no tokenizer")
     stream = with_text_prompts(stream, phase.tokenizer, seed=cfg.seed)
     budget = settings.budget(phase.spec, stream)
     for choice in physical:

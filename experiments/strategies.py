@@ -59,9 +59,10 @@ def choose_strategies(cfg: DictConfig) -> list[StrategyChoice]:
         file = next((path for d in directories if (path := d / "strategy" / f"{name}.yaml").exists()), None)
         if file is None:
             raise bad("strategies", name, f"choose some of {', '.join(known)}")
-        options = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        if not isinstance(options, dict) or "_target_" not in options:
+        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        if not isinstance(loaded, dict) or "_target_" not in loaded:
             raise bad("_target_", None, f"{file.name} must name the strategy's class under _target_")
+        options = {str(key): value for key, value in loaded.items()}
         target = options.pop("_target_")
-        choices.append(StrategyChoice(name, target, {**options, **extra.get(name, {})}))
+        choices.append(StrategyChoice(name, target, {**options, **(extra.get(name) or {})}))
     return choices

@@ -73,7 +73,9 @@ class InferenceSettings:
             raise bad("inference.device", device, "choose auto, cpu or cuda")
         if device == "cuda" and not torch.cuda.is_available():
             raise bad("inference.device", device, "no CUDA device is here; choose auto or cpu")
-        values = {key: AUTO[device].get(key) if value == "auto" else value for key, value in cfg.items()}
+        values: dict[str, Any] = {
+            str(key): AUTO[device].get(str(key)) if value == "auto" else value for key, value in cfg.items()
+        }
         values |= {"device": device, "backend": cfg.backend}
         values["dtype"] = dtype_name(values["dtype"], "inference.dtype")
         values["state_dtype"] = dtype_name(values["state_dtype"], "inference.state_dtype")
