@@ -10,6 +10,7 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.kernels.backend import make_backend
+from hybridcache.pool import POISON_BYTE
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 from models.configs import shipped_config
@@ -89,14 +90,15 @@ def test_the_tokens_tell_contexts_apart(case):
 def test_every_live_block_is_read(case):
     """No KV or state lives outside the pool: NaN in any one block of a resident reaches the logits."""
     prompt = case.requests[0][0]
-    blocks = len(list(_after_prefill(case, prompt).strategy.spans()))
-    assert blocks == case.strategy("shared_pool", 1 << 24).geometry.request_blocks(len(prompt))
-    for index in range(blocks):
+    geometry = case.strategy("shared_pool", 1 << 24).geometry
+    size = geometry.manager_block_bytes
+    for index in range(geometry.request_blocks(len(prompt))):
         engine = _after_prefill(case, prompt)
-        span = list(engine.strategy.spans())[index]
-        engine.runner.pool.poison([span])
+        # Adjacent blocks of a request come as one span.
+        blocks = [start for s in engine.strategy.spans() for start in range(s.offset, s.offset + s.num_bytes, size)]
+        engine.runner.pool.buffer[blocks[index] : blocks[index] + size] = POISON_BYTE
         engine.run()
-        assert engine.sequences[0].finish_reason == "error", f"seed {case.seed}, {span}"
+        assert engine.sequences[0].finish_reason == "error", f"seed {case.seed}, block at {blocks[index]}"
         assert len(engine.sequences[0].output_ids) == 1
 
 

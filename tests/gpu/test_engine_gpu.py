@@ -1,0 +1,91 @@
+"""Engine on CUDA at the widths of Qwen3-Next (8 layers, fewer experts): everything runs, and nothing reads stale memory."""
+
+import random
+
+import pytest
+import torch
+
+from hybridcache import SamplingParams
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.sampling import SamplingRow, sample
+from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.kernels.backend import make_backend
+from hybridcache.spec import CacheSpec
+from hybridcache.strategies import Span, build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from models.configs import shipped_config
+    from models.qwen3_next import build_model
+
+    config = shipped_config("qwen3_next_8l")
+    config.num_experts = 32
+    return build_model(config, "bfloat16", "cuda")
+
+
+def make_engine(model, budget_tokens: int, requests: float, strategy: str = "shared_pool", **options) -> Engine:
+    spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
+    budget = int(requests * spec.request_bytes(budget_tokens))
+    memory = build(strategy, spec=spec, budget_bytes=budget, physical=True, **options)
+    config = SchedulerConfig(max_tokens_per_step=1024)
+    return Engine(model, memory, config, make_backend("auto", "cuda"), poison=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("shared_pool", {}), ("shared_pool", {"mode": "carve"}), ("padded_page", {}), ("two_ended", {})],
+    ids=["exclusive", "carve", "padded_page", "two_ended"],
+)
+def test_a_tight_pool_finishes_every_request(model, strategy, options):
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    engine = make_engine(model, 1300, 3.0, strategy, **options)
+    for i in range(12):
+        prompt = [rng.randrange(1000, 150_000) for _ in range(rng.choice([1, 90, 500, 527]))]
+        params = SamplingParams(max_tokens=rng.randint(8, 40), temperature=float(i % 2), ignore_eos=True)
+        engine.add_request(prompt, params)
+    engine.run()
+    assert [seq.finish_reason for seq in engine.sequences] == ["length"] * 12, f"seed {seed}"
+    assert engine.failed_steps == 0
+    assert all(0 <= token < model.config.vocab_size for seq in engine.sequences for token in seq.output_ids)
+    launched = engine.backend.launches
+    for operation in ("kv_store", "paged_decode", "gdn_decode"):
+        assert launched[f"{operation}[triton]"] > 0, launched
+        assert launched[f"{operation}[torch]"] == 0, launched
+    engine.strategy.check_integrity()
+
+
+def test_every_live_block_is_read(model):
+    prompt = list(range(1000, 1600))
+    geometry = make_engine(model, 1000, 2.0).strategy.geometry
+    for index in range(geometry.request_blocks(len(prompt))):
+        engine = make_engine(model, 1000, 2.0)
+        seq = engine.add_request(prompt, SamplingParams(max_tokens=3, ignore_eos=True))
+        engine.step()
+        block = _blocks(engine.strategy.spans(), geometry.manager_block_bytes)[index]
+        engine.runner.pool.poison([block])
+        engine.run()
+        assert (seq.finish_reason, len(seq.output_ids)) == ("error", 1), block
+
+
+def _blocks(spans, block_bytes: int) -> list[Span]:
+    """Spans cut into manager blocks (adjacent ones of a request come as one span)."""
+    return [
+        Span(span.offset + start, block_bytes, span.kind, span.seq_id)
+        for span in spans
+        for start in range(0, span.num_bytes, block_bytes)
+    ]
+
+
+def test_sampling_on_cuda_is_that_of_the_cpu():
+    seed = random.randrange(2**32)
+    logits = torch.randn(80, 5000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    choices = [SamplingParams(), SamplingParams(temperature=0.8), SamplingParams(temperature=1.2, top_k=50, top_p=0.9)]
+    rows = [SamplingRow(choices[i % 3], (seed, i), i) for i in range(80)]
+    assert sample(logits.cuda(), rows) == sample(logits, rows), f"seed {seed}"
