@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from strategies_contents import Contents
 from strategies_specs import GIB, build_in, qwen3_next, small_spec
 
+from hybridcache.errors import UserError
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Strategy, build
 from hybridcache.strategies.shared_pool import SharedPool
@@ -157,3 +158,12 @@ def test_exclusive_and_carved_tables_address_alike() -> None:
             for s, row in zip((whole, carved), rows, strict=True)
         ]
         assert at[0] == at[1], position
+
+
+@pytest.mark.parametrize("name", PHYSICAL)
+def test_an_accounting_pool_has_no_layout_and_no_tables(name: str) -> None:
+    strategy = build(name.removesuffix("_carve"), spec=qwen3_next(), budget_bytes=GIB)
+    assert strategy.admit(0, 1)
+    for read in (lambda: strategy.layout, lambda: strategy.tables([0])):
+        with pytest.raises(UserError, match=r"^physical=False"):
+            read()

@@ -257,13 +257,15 @@ class Strategy(ABC):
         return self._layout()
 
     def tables(self, seq_ids: Sequence[int]) -> Tables:
-        """Block tables of resident requests, a row each, in the order given."""
+        """Block tables of resident requests, a row each, in the order given. Only with ``physical=True``, as the layout."""
+        if not self.physical:
+            raise bad("physical", False, f"build {self.name} with physical=True to read its tables")
         rows = [self._kv_table(seq_id) for seq_id in seq_ids]
         kv = np.full((len(rows), max((len(row) for row in rows), default=0)), -1, dtype=np.int32)
-        for i, row in enumerate(rows):
+        state = np.empty((len(rows), len(self.spec.state_layers)), dtype=np.int32)
+        for i, (seq_id, row) in enumerate(zip(seq_ids, rows, strict=True)):
             kv[i, : len(row)] = row
-        states = [self._state_table(seq_id) for seq_id in seq_ids]
-        state = np.array(states, dtype=np.int32).reshape(len(states), len(self.spec.state_layers))
+            state[i] = self._state_table(seq_id)
         return Tables(kv=kv, state=state)
 
     def drain_moves(self) -> list[Move]:
@@ -296,10 +298,12 @@ class Strategy(ABC):
     def _layout(self) -> Layout:
         raise TypeError(f"{self.name} has no physical layout")
 
-    def _kv_table(self, seq_id: int) -> Sequence[int]:
+    def _kv_table(self, seq_id: int) -> Sequence[int] | np.ndarray:
+        """Entries in order of position. Tables are built in every step: an ``array("i")`` copies fastest."""
         raise TypeError(f"{self.name} has no block tables")
 
     def _state_table(self, seq_id: int) -> Sequence[int]:
+        """An entry for every state layer, or one entry that all of them share."""
         raise TypeError(f"{self.name} has no state tables")
 
     def _require_one_request(self, needed_bytes: int) -> None:

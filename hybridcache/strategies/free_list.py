@@ -1,7 +1,7 @@
 """FreeList: the free block numbers of one pool, last in first out, optionally shuffled."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -65,5 +65,5 @@ class FreeList:
     def put(self, number: int) -> None:
         self._free.append(number)
 
-    def put_all(self, numbers: list[int]) -> None:
+    def put_all(self, numbers: Sequence[int]) -> None:
         self._free.extend(reversed(numbers))

@@ -6,6 +6,7 @@ in all. Layers of one type are dealt into groups of at most ``G``; a group of at
 groups is in group ``j % g`` and in tensor ``j // g``.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,9 @@ from hybridcache.strategies.free_list import FreeList
 class _Request:
     states: list[int]
     """One block id per group of linear layers."""
-    kv: list[int] = field(default_factory=list)
+    state_table: array
+    """The block id of every linear layer."""
+    kv: array = field(default_factory=lambda: array("i"))
     """One block id per group of attention layers and ``block_tokens`` tokens."""
 
 
@@ -85,7 +88,8 @@ class LayerMajor(Strategy):
     def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
         if self._entries(prompt_tokens) + self.state_groups > len(self._free) - self._watermark_blocks:
             return False
-        request = _Request(states=self._free.take(self.state_groups))
+        states = self._free.take(self.state_groups)
+        request = _Request(states, array("i", [states[j % len(states)] for j in range(len(self.spec.state_layers))]))
         self._requests[seq_id] = request
         self._state_blocks += self.state_groups
         self._append(request, self._entries(num_tokens))
@@ -100,7 +104,7 @@ class LayerMajor(Strategy):
         return True
 
     def _append(self, request: _Request, blocks: int) -> None:
-        request.kv += self._free.take(blocks)
+        request.kv.extend(self._free.take(blocks))
         self._kv_blocks += blocks
         self.table_entries_appended += blocks
 
@@ -144,8 +148,7 @@ class LayerMajor(Strategy):
         return self._requests[seq_id].kv
 
     def _state_table(self, seq_id: int) -> Sequence[int]:
-        states = self._requests[seq_id].states
-        return [states[j % self.state_groups] for j in range(len(self.spec.state_layers))]
+        return self._requests[seq_id].state_table
 
     def _layout(self) -> Layout:
         tensor_bytes = self.num_blocks * self.page_bytes

@@ -13,6 +13,7 @@ Modes:
   entry per kernel block.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd
@@ -33,8 +34,8 @@ MODES = ("exclusive", "carve")
 class _Request:
     states: list[int]
     """Manager blocks that hold this request's states."""
-    state_table: list[int]
-    kv: list[int] = field(default_factory=list)
+    state_table: array
+    kv: array = field(default_factory=lambda: array("i"))
     """Table entries: manager blocks (``exclusive``) or kernel blocks (``carve``)."""
 
 
@@ -115,7 +116,7 @@ class SharedPool(Strategy):
             return False
         blocks = self._free.take(states)
         request = _Request(states=blocks, state_table=self._state_entries(blocks))
-        request.kv = self._take(self._entries(num_tokens))
+        request.kv.extend(self._take(self._entries(num_tokens)))
         self._requests[seq_id] = request
         self._state_blocks += states
         self._count(len(request.kv))
@@ -128,7 +129,7 @@ class SharedPool(Strategy):
             return True
         if not self._fits(more):
             return False
-        request.kv += self._take(more)
+        request.kv.extend(self._take(more))
         self._count(more)
         return True
 
@@ -183,12 +184,15 @@ class SharedPool(Strategy):
 
     # -- physical memory -------------------------------------------------------------------------------------------
 
-    def _state_entries(self, blocks: Sequence[int]) -> list[int]:
+    def _state_entries(self, blocks: Sequence[int]) -> array:
         n = self.geometry.states_per_manager_block
-        return [
-            (blocks[i // n] * self._block_bytes + (i % n) * self._slot_bytes) // self._state_unit
-            for i in range(len(self.spec.state_layers))
-        ]
+        return array(
+            "i",
+            [
+                (blocks[i // n] * self._block_bytes + (i % n) * self._slot_bytes) // self._state_unit
+                for i in range(len(self.spec.state_layers) if self.physical else 0)
+            ],
+        )
 
     def _kv_table(self, seq_id: int) -> Sequence[int]:
         return self._requests[seq_id].kv

@@ -10,6 +10,7 @@ Layer-major: a pool of slots per linear layer, then a pool of pages per attentio
 the cap keeps from any request are *reserved*: they can only ever hold checkpoints.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -32,7 +33,7 @@ EXTRA_SLOTS = 2
 @dataclass
 class _Request:
     slots: list[int]
-    pages: list[int] = field(default_factory=list)
+    pages: array = field(default_factory=lambda: array("i"))
 
 
 class StaticSplit(Strategy):
@@ -119,7 +120,7 @@ class StaticSplit(Strategy):
         return True
 
     def _append(self, request: _Request, pages: int) -> None:
-        request.pages += self._free_pages.take(pages)
+        request.pages.extend(self._free_pages.take(pages))
         self.table_entries_appended += pages
 
     def _release(self, seq_id: int) -> None:
@@ -186,7 +187,7 @@ class StaticSplit(Strategy):
         return self._requests[seq_id].pages
 
     def _state_table(self, seq_id: int) -> Sequence[int]:
-        return [self._requests[seq_id].slots[0]] * len(self.spec.state_layers)
+        return self._requests[seq_id].slots[:1]
 
     def _layout(self) -> Layout:
         size = self._state_bytes_per_layer

@@ -11,10 +11,13 @@ that a page can have: page ``i`` lies at ``base + i * page bytes``, and the far 
 up to 4,096 pages when the engine is idle; that only hides cost and is left out.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import ClassVar
+
+import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.layout import Layout, attention_layout, state_layout
@@ -24,9 +27,9 @@ from hybridcache.strategies.base import Held, Kind, Move, Span, Strategy
 
 @dataclass(eq=False)
 class _Request:
-    slots: list[int] = field(default_factory=list)
+    slots: array = field(default_factory=lambda: array("i"))
     """One number: where its states lie, counted from the low end."""
-    pages: list[int] = field(default_factory=list)
+    pages: array = field(default_factory=lambda: array("i"))
     """Where its KV pages lie, counted from the far end."""
 
 
@@ -150,12 +153,11 @@ class TwoEnded(Strategy):
         moves, self._moves = self._moves, []
         return moves
 
-    def _kv_table(self, seq_id: int) -> Sequence[int]:
-        last = self._num_pages - 1
-        return [last - page for page in self._requests[seq_id].pages]
+    def _kv_table(self, seq_id: int) -> np.ndarray:
+        return self._num_pages - 1 - np.array(self._requests[seq_id].pages)
 
     def _state_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].slots * len(self.spec.state_layers)
+        return self._requests[seq_id].slots
 
     def _layout(self) -> Layout:
         layer_bytes = self.page_size * self.spec.kv_bytes_per_token_per_layer
@@ -183,8 +185,8 @@ class _Side:
 
     def __init__(self) -> None:
         self.used = 0
-        self._owners: list[tuple[list[int], int] | None] = []
-        """For every unit the list that names it and the index there; None for a hole."""
+        self._owners: list[tuple[array, int] | None] = []
+        """For every unit the array that names it and the index there; None for a hole."""
         self._holes: list[int] = []
         """Heap that contains every hole, and perhaps units that are none any more."""
 
@@ -196,8 +198,8 @@ class _Side:
         """Units by which the side grows when ``count`` more are held."""
         return max(count - (self.reach - self.used), 0)
 
-    def append(self, held: list[int], count: int) -> None:
-        """Append ``count`` units to a request's list: holes first, then units beyond the reach."""
+    def append(self, held: array, count: int) -> None:
+        """Append ``count`` units to a request's array: holes first, then units beyond the reach."""
         grown = self.growth(count)
         for _ in range(count - grown):
             unit = self._hole()
@@ -216,8 +218,8 @@ class _Side:
             if unit < self.reach and self._owners[unit] is None:
                 return unit
 
-    def remove(self, held: list[int]) -> None:
-        """Give back all units of a request's list."""
+    def remove(self, held: array) -> None:
+        """Give back all units of a request's array."""
         for unit in held:
             self._owners[unit] = None
         self.used -= len(held)
@@ -241,7 +243,7 @@ class _Side:
                 self._owners.pop()
             yield source, hole
 
-    def check(self, lists: Sequence[list[int]]) -> None:
+    def check(self, lists: Sequence[array]) -> None:
         """Every held unit names its owner, and every hole can be found."""
         assert not self._owners or self._owners[-1] is not None, "the outermost unit is a hole"
         assert sum(map(len, lists)) == self.used
