@@ -16,7 +16,7 @@ from typing import ClassVar
 from hybridcache.errors import bad
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList
+from hybridcache.strategies.free_list import FreeList, runs
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")
@@ -137,8 +137,8 @@ class LcmCarve(Strategy):
     def spans(self) -> Iterator[Span]:
         for seq_id, request in self._requests.items():
             yield Span(request.state * self.large_page_bytes, self.large_page_bytes, Kind.STATE, seq_id)
-            for page in request.pages:
-                yield Span(page * self.page_bytes, self.page_bytes, Kind.KV, seq_id)
+            for first, count in runs(request.pages):
+                yield Span(first * self.page_bytes, count * self.page_bytes, Kind.KV, seq_id)
 
     def _check(self) -> None:
         pages = [page for request in self._requests.values() for page in request.pages]

@@ -23,6 +23,7 @@ from hybridcache.errors import bad
 from hybridcache.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 from hybridcache.strategies.base import Held, Kind, Move, Span, Strategy
+from hybridcache.strategies.free_list import runs
 
 
 @dataclass(eq=False)
@@ -136,8 +137,8 @@ class TwoEnded(Strategy):
     def spans(self) -> Iterator[Span]:
         for seq_id, request in self._requests.items():
             yield Span(request.slots[0] * self.slot_bytes, self.slot_bytes, Kind.STATE, seq_id)
-            for page in request.pages:
-                yield Span(self._page_offset(page), self.page_bytes, Kind.KV, seq_id)
+            for first, count in runs(request.pages):
+                yield Span(self._page_offset(first + count - 1), count * self.page_bytes, Kind.KV, seq_id)
 
     def _check(self) -> None:
         assert self._gap() >= 0, "the two sides overlap"
