@@ -47,6 +47,7 @@ DEVICE = DeviceSpec(
     bandwidth=1e6,
     flops=1e9,
     dense_efficiency=0.5,
+    dense_matmul_efficiency=0.4,
     expert_efficiency=0.25,
     expert_matmul_efficiency=0.1,
     kv_efficiency=0.8,
@@ -267,8 +268,8 @@ def test_terms_by_hand() -> None:
     delta_rule = 6 * 4 * (6 * 64 * 64 + 128 * (3 * 64 + 2 * 64))
     assert terms == pytest.approx(
         {
-            "dense": max(1000 * 2 / 0.5e6, 2 * 1000 * 102 / 1e9),
-            "head": max(400 * 2 / 0.5e6, 2 * 400 * 3 / 1e9),
+            "dense": max(1000 * 2 / 0.5e6, 2 * 1000 * 102 / 0.4e9),
+            "head": max(400 * 2 / 0.5e6, 2 * 400 * 3 / 0.4e9),
             # 102 tokens touch all 4 experts of all 8 layers.
             "experts": max(4 * 8 * 50 * 2 / 0.25e6, 2 * 102 * 2 * 8 * 50 / 0.1e9),
             "attention_decode": 42 * kv / 0.8e6,
@@ -285,7 +286,7 @@ def test_terms_by_hand() -> None:
 
 def test_compute_bound_terms_by_hand() -> None:
     terms = cost_model(flops=1e5).explain(mixed_step())
-    assert terms["dense"] == pytest.approx(2 * 1000 * 102 / 1e5)
+    assert terms["dense"] == pytest.approx(2 * 1000 * 102 / 0.4e5)
     assert terms["experts"] == pytest.approx(2 * 102 * 2 * 8 * 50 / 0.1e5)
     assert terms["attention_prefill"] == pytest.approx(5050 * 2 * 2 * 8 * 256 / 0.5e5)
     assert terms["state_prefill"] == pytest.approx(100 * 6 * 4 * (6 * 4096 + 128 * 320) / 0.2e5)

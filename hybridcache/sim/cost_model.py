@@ -183,8 +183,8 @@ class CostModel:
         expert_bytes = self.experts_touched(tokens) * p.expert_layers * p.expert * self.weight_bytes
         expert_flops = 2 * tokens * p.experts_per_token * p.expert_layers * p.expert
         terms = {
-            "dense": max(p.dense * self.weight_bytes * r.dense_byte, 2 * p.dense * tokens * r.flop),
-            "head": max(p.head * self.weight_bytes * r.dense_byte, 2 * p.head * work.sampled * r.flop)
+            "dense": max(p.dense * self.weight_bytes * r.dense_byte, 2 * p.dense * tokens * r.dense_flop),
+            "head": max(p.head * self.weight_bytes * r.dense_byte, 2 * p.head * work.sampled * r.dense_flop)
             if work.sampled
             else 0.0,
             "experts": max(expert_bytes * r.expert_byte, expert_flops * r.expert_flop),
@@ -214,7 +214,7 @@ class _Rates:
     """Seconds per unit of work, on all devices together."""
 
     dense_byte: float
-    flop: float
+    dense_flop: float
     expert_byte: float
     expert_flop: float
     kv_token: float
@@ -234,7 +234,7 @@ class _Rates:
         token = spec.tp_size * _delta_rule_flops(state.recurrent_shape) * len(spec.state_layers) if state else 0
         return cls(
             dense_byte=1 / (n * d.bandwidth * d.dense_efficiency),
-            flop=1 / (n * d.flops),
+            dense_flop=1 / (n * d.flops * d.dense_matmul_efficiency),
             expert_byte=1 / (n * d.bandwidth * d.expert_efficiency),
             expert_flop=1 / (n * d.flops * d.expert_matmul_efficiency),
             kv_token=spec.kv_bytes_per_token / (cache_devices * d.bandwidth * d.kv_efficiency),

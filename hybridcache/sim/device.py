@@ -28,6 +28,8 @@ class DeviceSpec:
     """bf16 matrix multiplication (large, square), FLOP per second."""
     dense_efficiency: float = 0.90
     """Dense weights read at small batch, of ``bandwidth``. Assumed, not measured."""
+    dense_matmul_efficiency: float = 0.80
+    """Dense layers and the head at large batch, of ``flops``. Assumed, not measured."""
     expert_efficiency: float = 0.83
     """Expert weights read, of ``bandwidth``: grouped_mm, 512 experts, 32 to 1,024 tokens (606 us where 503 is the floor)."""
     expert_matmul_efficiency: float = 0.39
@@ -40,7 +42,7 @@ class DeviceSpec:
     """Recurrent states read and written by decode, of ``bandwidth``: 64 fp32 states with conv, 100.5 us a layer."""
     state_prefill_efficiency: float = 0.095
     """Chunked delta rule, of ``flops``: vLLM 0.25.1's Triton kernels, 1 x 32,768 tokens (2.76 ms a layer)."""
-    step_overhead_s: float = 1.5e-3
+    step_overhead_s: float = 1.9e-3
     """Host, sampling and launch time of a step that the device does not hide: vLLM 0.25.1 at batch 1, 2.56 ms a token on
     Qwen3-Next cut to 8 layers, less the other terms."""
     link_bandwidth: float = 450e9

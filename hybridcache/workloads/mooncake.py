@@ -85,7 +85,11 @@ def _lines(path: Path) -> Iterator[Line]:
 
 
 def _row(line: Line, with_hashes: bool) -> Row:
-    time_s, prompt, output = line.seconds("timestamp") / 1000.0, line.tokens("input_length"), line.tokens("output_length")
+    time_s, prompt, output = (
+        line.seconds("timestamp") / 1000.0,
+        line.tokens("input_length"),
+        line.tokens("output_length"),
+    )
     return Row(time_s, prompt, output, _hashes(line, prompt) if with_hashes else None)
 
 

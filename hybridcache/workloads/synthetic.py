@@ -9,7 +9,7 @@ from hybridcache.workloads.options import number, whole
 
 def synthetic_chat(
     *,
-    num_requests: int = 256,
+    num_requests: int = 600,
     rate_per_s: float | None = None,
     prompt_median: float = 1024,
     prompt_sigma: float = 1.0,
