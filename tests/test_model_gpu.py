@@ -83,6 +83,7 @@ def test_decode_in_a_cuda_graph_with_padding_rows(rng):
         state_table_BL=F.pad(real.state_table_BL, (0, 0, 0, 2), value=-1),
         context_len_B=F.pad(real.context_len_B, (0, 2), value=1),
         logit_index_R=torch.arange(5, device="cuda"),
+        num_decode=5,
     )
     buffer, layout = loop.pool.buffer, loop.strategy.layout
     before = buffer.clone()

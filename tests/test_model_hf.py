@@ -14,7 +14,7 @@ from qwen3_next_runs import Loop, tiny_config
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from hybridcache.strategies import STRATEGIES, strategy_class
-from models.qwen3_next import load_model
+from models.qwen3_next import build_model, load_model
 from models.qwen3_next.model import has_experts
 
 LOGIT_TIE, ROUTING_TIE = 1e-5, 1e-4
@@ -217,12 +217,15 @@ def test_every_strategy_gives_the_same_float64_tokens(exact_model, strategy, opt
     assert_same_tokens(theirs, prompts[0], tokens[0])
 
 
-def test_a_model_in_bfloat16_stays_near_the_float64_one(exact_model, tmp_path, rng):
-    """bf16 weights and activations with a bf16 pool: close to the exact logits, and finite everywhere."""
-    theirs, _, prompts, _, exact = exact_model
-    theirs.save_pretrained(tmp_path)
-    model = load_model(tmp_path, "bfloat16", "cpu")
-    _, logits = Loop(model, placement_seed=2).generate(prompts[:1], 4, rng)
-    assert logits[0].dtype == torch.float32
-    error = (logits[0].double() - exact[0]).abs().max() / exact[0].abs().max()
-    assert error < 0.2, error
+def test_a_model_in_bfloat16_stays_near_the_float64_one(rng):
+    """The same weights, activations and pool in bf16: logits within a few per cent. (Without experts: rounding may route
+    a token elsewhere.)"""
+    config = tiny_config(initializer_range=0.1, num_experts=0)
+    rounded, exact = (build_model(config, dtype, "cpu", seed=rng.randrange(1000)) for dtype in ("bfloat16", "float64"))
+    exact.load_state_dict(rounded.state_dict())
+    prompts = [[rng.randrange(97) for _ in range(90)]]
+    (a,), (b,) = (Loop(model, placement_seed=2).generate(prompts, 1, rng)[1] for model in (rounded, exact))
+    assert a.dtype == torch.float32
+    error_T = (a.double() - b).norm(dim=1) / b.norm(dim=1)
+    assert error_T.median() < 0.05, error_T
+    assert error_T.quantile(0.9) < 0.2, error_T
