@@ -163,7 +163,13 @@ def test_kv_store_writes_rows_by_the_formula_and_nothing_else(rng, kind, dtype):
 @pytest.mark.parametrize("kind", ["block_major", "layer_major", "gaps"])
 @pytest.mark.parametrize(
     ("dtype", "pool_dtype"),
-    [("float64", "float64"), ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32")],
+    [
+        ("float64", "float64"),
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float32"),
+        ("bfloat16", "float8_e4m3fn"),
+    ],
 )
 def test_decode(rng, kind, dtype, pool_dtype):
     layout, entries = kv_layout(kind, pool_dtype, v_dim=rng.choice([DIM, 16]))

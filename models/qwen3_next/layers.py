@@ -56,6 +56,8 @@ class GatedRMSNorm(nn.Module):
 class Rotary(nn.Module):
     """Rotary positions of the first ``2 P`` dims of a head; the others pass."""
 
+    frequency_P: torch.Tensor
+
     def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         rope, dtype = config.rope_parameters, at_least_float32(dtype)

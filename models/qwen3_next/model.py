@@ -113,6 +113,7 @@ class Qwen3Next(nn.Module):
         """Slots of all checkpoint tensors, by the published names."""
         yield "model.embed_tokens.weight", Slot.of(self.embedding)
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
             yield from layer.slots(f"model.layers.{index}.", names)
         yield from self.norm.slots("model.norm.", names)
         if self.head is not self.embedding:
@@ -124,6 +125,7 @@ class Qwen3Next(nn.Module):
         generator = torch.Generator(self.device).manual_seed(seed)
         self.embedding.normal_(0.0, std, generator=generator)
         for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
             layer.init_weights(std, generator)
         self.norm.init_weights(std, generator)
         if self.head is not self.embedding:
