@@ -98,7 +98,7 @@ def _simulation(cfg: DictConfig, choices: list[StrategyChoice], workload: Worklo
     for choice in choices:
         choice.build(spec, budget)
     device = DeviceSpec(**_plain(cfg.device))
-    cost_model = CostModel.from_config(_plain(cfg.model.hf_config), spec, device)
+    cost_model = CostModel.from_config(_plain(cfg.model.hf_config), spec, device, cache_bytes=budget)
     scheduler = SchedulerConfig(**_plain(cfg.engine))
     stream = Workload(workload.name, workload.source, workload.requests[: cfg.simulation.num_requests])
     repetitions = cfg.simulation.repetitions

@@ -29,7 +29,7 @@ def print_capacity(console: Console, results: pd.DataFrame) -> None:
         by_workload = group.set_index("workload")
         counts = [f"{int(by_workload.loc[name, 'residents_peak']):,}" for name in workloads]
         charge = by_workload.loc[workloads[0], "held_bytes_per_request"] / MIB
-        table.add_row(str(strategy), *counts, f"{charge:.2f}")
+        table.add_row(str(strategy), *counts, "-" if math.isnan(charge) else f"{charge:.2f}")
     console.print(table)
 
 
@@ -43,13 +43,14 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
         f"{phase}: {first['workload']}, {first['model']}, {first['requests']} requests, "
         f"{_bytes(first['budget_bytes'])} budget, {first['device']}"
     )
+    if phase == "inference":
+        title += f", {first['backend']} backend, {first['dtype']}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("strategy", no_wrap=True)
     for name in ("residents", "useful", "held", "preempted", "recomputed", "tok/s", "TTFT p50", "p99", "TPOT p50"):
         table.add_column(name, justify="right", no_wrap=True)
     real = phase == "inference"
     if real:
-        table.add_column("backend")
         table.add_column("tokens", no_wrap=True)
     best = rows["output_tokens_per_s"].max()
     for row in rows.itertuples():
@@ -67,7 +68,7 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
             _seconds(row.tpot_p50_s),
         ]
         if real:
-            cells += [str(row.backend), str(row.tokens_sha256)[:8]]
+            cells.append(str(row.tokens_sha256)[:8])
         table.add_row(*cells)
     console.print(table)
 

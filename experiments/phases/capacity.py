@@ -1,5 +1,6 @@
 """Capacity phase: how many requests of one length fit a budget, and what one request is charged. Accounting only."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ from experiments.strategies import StrategyChoice
 from hybridcache.metrics import EventSink
 from hybridcache.sim.capacity import charge, residents
 from hybridcache.spec import CacheSpec
+from hybridcache.strategies import Usage
 
 
 def capacity_rows(
@@ -20,6 +22,9 @@ def capacity_rows(
                 return choice.build(spec, budget_bytes)
 
             count, usage = residents(make, length)
+            if count == 0:  # one request alone does not fit: there is nothing to charge
+                yield {**_row(choice.label, length, 0, usage), "held_bytes_per_request": math.nan}
+                continue
             one = charge(make, length)
             events.write(
                 {
@@ -41,20 +46,23 @@ def capacity_rows(
                     "useful_bytes": one.useful,
                 }
             )
-            yield {
-                "phase": "capacity",
-                "strategy": choice.label,
-                "workload": f"length={length}",
-                "repetition": 0,
-                "device": "accounting",
-                "backend": None,
-                "budget_bytes": budget_bytes,
-                "requests": count,
-                "residents_peak": count,
-                "useful_bytes_mean": float(usage.useful),
-                "held_bytes_mean": float(usage.held),
-                "reserved_bytes_mean": float(usage.reserved),
-                "free_bytes_mean": float(usage.free),
-                "utilization_mean": usage.utilization,
-                "held_bytes_per_request": float(one.held),
-            }
+            yield {**_row(choice.label, length, count, usage), "held_bytes_per_request": float(one.held)}
+
+
+def _row(label: str, length: int, count: int, usage: Usage) -> dict[str, Any]:
+    return {
+        "phase": "capacity",
+        "strategy": label,
+        "workload": f"length={length}",
+        "repetition": 0,
+        "device": "accounting",
+        "backend": None,
+        "budget_bytes": usage.budget,
+        "requests": count,
+        "residents_peak": count,
+        "useful_bytes_mean": float(usage.useful),
+        "held_bytes_mean": float(usage.held),
+        "reserved_bytes_mean": float(usage.reserved),
+        "free_bytes_mean": float(usage.free),
+        "utilization_mean": usage.utilization,
+    }

@@ -28,8 +28,8 @@ AUTO: dict[str, dict[str, Any]] = {
         "state_dtype": "float64",
         "budget_requests": 4.0,
         "num_requests": 24,
-        "max_prompt": 192,
-        "max_output": 32,
+        "max_prompt": 160,
+        "max_output": 96,
         "max_tokens_per_step": 128,
     },
     "cuda": {
@@ -39,7 +39,7 @@ AUTO: dict[str, dict[str, Any]] = {
         "budget_requests": 24.0,
         "num_requests": 256,
         "max_prompt": 2048,
-        "max_output": 128,
+        "max_output": 256,
         "max_tokens_per_step": 8192,
     },
 }

@@ -36,4 +36,4 @@ def simulation_rows(
             recorder = Recorder(labels, events)
             result = simulate(workload, strategy, scheduler, cost_model, recorder)
             row = recorder.finish(result.sequences, result.duration_s, strategy)
-            yield {**row, "device": f"cost model: {cost_model.device.name}", "backend": None, "refused": result.refused}
+            yield {**row, "device": f"cost model: {cost_model.label}", "backend": None, "refused": result.refused}

@@ -9,8 +9,8 @@ from hybridcache.workloads.options import number, whole
 
 def synthetic_chat(
     *,
-    num_requests: int = 600,
-    rate_per_s: float | None = None,
+    num_requests: int = 900,
+    rate_per_s: float | None = 44.0,
     prompt_median: float = 1024,
     prompt_sigma: float = 1.0,
     output_median: float = 128,
