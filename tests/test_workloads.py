@@ -99,7 +99,7 @@ def test_synthetic_lengths_have_the_asked_median_and_spread() -> None:
 
 
 def test_synthetic_arrivals() -> None:
-    assert set(arrivals(build_workload("synthetic_chat"))) == {0.0}
+    assert set(arrivals(build_workload("synthetic_chat", rate_per_s=None))) == {0.0}
     assert set(arrivals(build_workload("synthetic_chat", rate_per_s=0))) == {0.0}
     times = arrivals(build_workload("synthetic_chat", num_requests=4001, rate_per_s=5.0))
     assert times == sorted(times)
