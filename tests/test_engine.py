@@ -26,6 +26,8 @@ PHYSICAL = {
     "static_split": ("static_split", {}),
     "two_ended": ("two_ended", {"page_size": 16}),
 }
+PROMPTS = [40, 1, 65, 30, 2, 64, 100, 33]
+OUTPUTS = [27, 38, 37, 24, 31, 39, 35, 40, 38, 22]
 CHUNKED = SchedulerConfig(max_tokens_per_step=96, max_running=6)
 
 
@@ -40,13 +42,13 @@ def make_engine(label: str = "shared_pool", budget: int = 1 << 20, config: Sched
 
 
 def stream(seed: int, count: int = 10) -> list[tuple[list[int], SamplingParams]]:
-    """Random tokens; lengths such that a pool which just holds the longest request must preempt."""
+    """Random tokens; fixed lengths, so that a tight pool preempts in every run."""
     rng = random.Random(seed)
     requests = []
-    for i, length in zip(range(count), cycle([40, 1, 65, 30, 2, 64, 100, 33])):
+    for i, length, output in zip(range(count), cycle(PROMPTS), cycle(OUTPUTS)):
         prompt = [rng.randrange(101) for _ in range(length)]
         params = SamplingParams(
-            max_tokens=rng.randint(20, 40),
+            max_tokens=output,
             temperature=0.0 if i % 2 == 0 else 0.8,
             top_k=0 if i % 4 else 20,
             seed=None if i % 3 else rng.randrange(1000),
@@ -55,7 +57,7 @@ def stream(seed: int, count: int = 10) -> list[tuple[list[int], SamplingParams]]
     return requests
 
 
-def tight(label: str, requests, factor: float = 1.1) -> int:
+def tight(label: str, requests, factor: float = 1.5) -> int:
     """A budget of ``factor`` times what the longest request needs."""
     longest = max(len(prompt) + params.max_tokens for prompt, params in requests)
     return int(factor * smallest_budget(lambda budget: make_strategy(label, budget), longest))

@@ -76,7 +76,7 @@ def test_prompts_may_be_ids_and_may_stand_alone(llm, capsys):
 def test_a_tight_pool_preempts_and_gives_the_same_tokens(llm):
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    prompts = [[rng.randrange(256) for _ in range(rng.choice([3, 70, 130]))] for _ in range(6)]
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (70, 3, 130, 75, 70, 3)]
     params = [SamplingParams(max_tokens=30, temperature=rng.choice([0.0, 1.0]), ignore_eos=True) for _ in prompts]
     needed = llm.spec.request_bytes(160)
     tight = LLM(
