@@ -33,7 +33,7 @@ class _Outcomes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where the record goes (JSON)")
-    parser.add_argument("pytest_args", nargs="*", help="further arguments of pytest")
+    parser.add_argument("pytest_args", nargs="*", help="further arguments of pytest, after --")
     args = parser.parse_args()
     outcomes = _Outcomes()
     status = pytest.main(["-m", "gpu", str(ROOT / "tests"), *args.pytest_args], plugins=[outcomes])
