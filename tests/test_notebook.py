@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-import jupytext
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from synthetic_run import write_run
+
+jupytext = pytest.importorskip("jupytext", reason="the notebook's test needs the dev extra: pip install -e '.[dev]'")
+nbformat = pytest.importorskip("nbformat", reason="the notebook's test needs the dev extra")
+NotebookClient = pytest.importorskip("nbclient", reason="the notebook's test needs the dev extra").NotebookClient
 
 FOLDER = Path(__file__).resolve().parent.parent / "experiments" / "notebooks"
 NOTEBOOK = FOLDER / "reading_a_run.ipynb"
