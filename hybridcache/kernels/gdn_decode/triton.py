@@ -4,8 +4,18 @@ A program owns one tile of value dims of one value head of one row: it reads and
 It recomputes the conv of its key head's q and k. That is safe while other programs update the ring: a step at position
 ``p`` reads the columns of ``p - W + 1 .. p - 1`` and writes column ``p % W`` only, and every channel of that column has one
 writer (q and k: the first tile of the first value head of the key head).
+
+The step streams the state through the chip and does little else, so what counts is how many bytes are on their way:
+
+- All loads are issued before anything waits for one. Barriers pin that order: the assembler moves no load across one, and
+  it would otherwise move the state's behind the arithmetic of the conv, which costs a second trip to memory.
+- With ``s = S^T k`` and ``t = S^T q`` of the *stored* state and unnormalised k and q, the prediction is
+  ``decay |k|^-1 s`` and the output ``decay |q|^-1 t + (q . k) |q|^-1 |k|^-1 delta``: one pass over the tile yields all sums,
+  and norms and gates scale them afterwards instead of standing before them.
+- Few warps share a tile, so that sums over key dims stay inside a warp.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,41 +23,85 @@ import triton
 import triton.language as tl
 
 from hybridcache.dtypes import torch_dtype
+from hybridcache.errors import bad
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.memory import elements
 from hybridcache.layout import StateLayout
 
-VALUE_TILE = 32
-"""Value dims of one program at most; a tuning choice, independent of the head's width."""
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a launch is cut and compiled; the result is the same up to rounding.
+
+    Raises:
+        UserError: ``block_v`` is no power of two of 4 or more, or ``num_warps`` none of 1, 2, 4, 8.
+    """
+
+    block_v: int
+    """Value dims of one program at most."""
+    num_warps: int
+    evict_first: bool = False
+    """Tell the L2 cache that the state is not read again soon."""
+    max_registers: int | None = None
+    """Registers of a thread at most; None leaves it to the assembler."""
+    dependent_launch: bool = False
+    """Programmatic dependent launch: the grid is set up while the kernel before it ends (Hopper and later)."""
+
+    def __post_init__(self) -> None:
+        if self.block_v < 4 or self.block_v & (self.block_v - 1):
+            raise bad("block_v", self.block_v, "choose a power of two from 4 on")
+        if self.num_warps not in (1, 2, 4, 8):
+            raise bad("num_warps", self.num_warps, "choose 1, 2, 4 or 8")
+
+
+def default_tuning(rows: int) -> Tuning:
+    """Few rows do not fill the device: small tiles make more programs of them."""
+    return Tuning(block_v=8, num_warps=1) if rows < 8 else Tuning(block_v=32, num_warps=1)
 
 
 @triton.jit
-def conv_step(
+def conv_sum(
     x_ptr,
     weight_ptr,
     ring_ptr,
-    channel,
+    first,
+    c,
     inside,
-    writes,
     position,
-    weight_stride_c,
-    weight_stride_w,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Causal depthwise conv and SiLU of some channels; writes their inputs to the ring where ``writes``."""
-    weight = weight_ptr + channel * weight_stride_c
-    x = tl.load(x_ptr + channel, mask=inside, other=0.0)
-    acc = x.to(ACC) * tl.load(weight + (WIDTH - 1) * weight_stride_w, mask=inside, other=0.0).to(ACC)
+    """Causal depthwise conv of the channels ``first + c``: the token's own inputs and the sums."""
+    weight_ptr += first * WEIGHT_STRIDE_C
+    x = tl.load(x_ptr + first + c, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + (WIDTH - 1) * WEIGHT_STRIDE_W + c * WEIGHT_STRIDE_C, mask=inside, other=0.0)
+    acc = x.to(ACC) * weight.to(ACC)
     for back in tl.static_range(1, WIDTH):
         # Column of position - back. WIDTH keeps the dividend positive; positions before the first are masked, not read.
         column = (position + WIDTH - back) % WIDTH
         seen = inside & (position >= back)
-        past = tl.load(ring_ptr + column * CHANNELS + channel, mask=seen, other=0.0).to(ACC)
-        acc += past * tl.load(weight + (WIDTH - 1 - back) * weight_stride_w, mask=inside, other=0.0).to(ACC)
-    tl.store(ring_ptr + (position % WIDTH) * CHANNELS + channel, x, mask=inside & writes)
-    return acc / (1.0 + tl.exp(-acc))
+        past = tl.load(ring_ptr + column * CHANNELS + first + c, mask=seen, other=0.0)
+        tap = weight_ptr + (WIDTH - 1 - back) * WEIGHT_STRIDE_W
+        acc += past.to(ACC) * tl.load(tap + c * WEIGHT_STRIDE_C, mask=inside, other=0.0).to(ACC)
+    return x, acc
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def add_pairs(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def add_triples(a0, b0, c0, a1, b1, c1):
+    return a0 + a1, b0 + b1, c0 + c1
 
 
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["a_ptr", "b_ptr", "table_ptr", "position_ptr"])
@@ -65,8 +119,6 @@ def gdn_decode_kernel(
     out_ptr,
     layer,
     x_stride: tl.int64,
-    weight_stride_c: tl.int64,
-    weight_stride_w: tl.int64,
     a_stride: tl.int64,
     b_stride: tl.int64,
     table_stride: tl.int64,
@@ -74,6 +126,8 @@ def gdn_decode_kernel(
     state_stride: tl.int64,
     ring_base: tl.int64,
     ring_stride: tl.int64,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
     V_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -82,6 +136,8 @@ def gdn_decode_kernel(
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    EVICTION: tl.constexpr,
+    DEPENDENT_LAUNCH: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
@@ -89,62 +145,89 @@ def gdn_decode_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    j = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    j_inside = j < VALUE_DIM
-    out = out_ptr + (row * V_HEADS + head) * VALUE_DIM + j
-
-    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
-    if entry < 0:
-        tl.store(out, tl.zeros([BLOCK_V], dtype=out_ptr.dtype.element_ty), mask=j_inside)
-        return
-    position = tl.load(position_ptr + row).to(tl.int32)
-    state_ptr += state_base + entry * state_stride
-    ring_ptr += ring_base + entry * ring_stride
-
+    # What is equal for all threads goes into pointers and what is not stays below 2^31 by its range: so the compiler turns
+    # the distance between a thread's accesses into immediate offsets instead of one 64-bit address each.
+    first_value = tile * BLOCK_V
     i = tl.arange(0, BLOCK_K)
+    j = tl.arange(0, BLOCK_V)
     i_inside = i < KEY_DIM
-    tile_offset = head * (KEY_DIM * VALUE_DIM) + i[:, None] * VALUE_DIM + j[None, :]
-    tile_inside = i_inside[:, None] & j_inside[None, :]
-    state = tl.load(state_ptr + tile_offset, mask=tile_inside & (position > 0), other=0.0).to(ACC)
+    j_inside = j < (BLOCK_V if VALUE_DIM % BLOCK_V == 0 else VALUE_DIM - first_value)
+    out_ptr += (row * V_HEADS + head) * VALUE_DIM + first_value
 
-    x_ptr += row * x_stride
-    key_head = head // GROUP
-    K_CHANNELS: tl.constexpr = (V_HEADS // GROUP) * KEY_DIM
-    writes_qk = (tile == 0) & (head % GROUP == 0)
-    q_channel = key_head * KEY_DIM + i
-    v_channel = 2 * K_CHANNELS + head * VALUE_DIM + j
-    q = conv_step(
-        x_ptr, weight_ptr, ring_ptr, q_channel, i_inside, writes_qk, position, weight_stride_c, weight_stride_w,
-        CHANNELS, WIDTH, ACC,
-    )  # fmt: skip
-    k = conv_step(
-        x_ptr, weight_ptr, ring_ptr, K_CHANNELS + q_channel, i_inside, writes_qk, position, weight_stride_c,
-        weight_stride_w, CHANNELS, WIDTH, ACC,
-    )  # fmt: skip
-    v = conv_step(
-        x_ptr, weight_ptr, ring_ptr, v_channel, j_inside, True, position, weight_stride_c, weight_stride_w,
-        CHANNELS, WIDTH, ACC,
-    )  # fmt: skip
-    q *= tl.rsqrt(tl.sum(q * q, 0) + EPS) * SCALE
-    k *= tl.rsqrt(tl.sum(k * k, 0) + EPS)
-
+    if DEPENDENT_LAUNCH:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    position = tl.load(position_ptr + row).to(tl.int32)
+    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
     a = tl.load(a_ptr + row * a_stride + head).to(ACC) + tl.load(dt_bias_ptr + head).to(ACC)
+    b = tl.load(b_ptr + row * b_stride + head).to(ACC)
+    rate = tl.load(a_log_ptr + head).to(ACC)
+    if entry < 0:
+        tl.store(out_ptr + j, tl.zeros([BLOCK_V], dtype=out_ptr.dtype.element_ty), mask=j_inside)
+        return
+    state_ptr += state_base + entry * state_stride + head * (KEY_DIM * VALUE_DIM) + first_value
+    ring_ptr += ring_base + entry * ring_stride
+    x_ptr += row * x_stride
+
+    offset = i[:, None] * VALUE_DIM + j[None, :]
+    inside = i_inside[:, None] & j_inside[None, :]
+    state = tl.load(state_ptr + offset, mask=inside & (position > 0), other=0.0, eviction_policy=EVICTION)
+    tl.debug_barrier()
+
+    K_CHANNELS: tl.constexpr = (V_HEADS // GROUP) * KEY_DIM
+    q_channel = (head // GROUP) * KEY_DIM
+    k_channel = K_CHANNELS + q_channel
+    v_channel = 2 * K_CHANNELS + head * VALUE_DIM + first_value
+    x_v, v = conv_sum(
+        x_ptr, weight_ptr, ring_ptr, v_channel, j, j_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
+        WIDTH, ACC,
+    )  # fmt: skip
+    x_k, k = conv_sum(
+        x_ptr, weight_ptr, ring_ptr, k_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
+        WIDTH, ACC,
+    )  # fmt: skip
+    x_q, q = conv_sum(
+        x_ptr, weight_ptr, ring_ptr, q_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
+        WIDTH, ACC,
+    )  # fmt: skip
+    tl.debug_barrier()
+    column = ring_ptr + (position % WIDTH) * CHANNELS
+    writes_qk = i_inside & (tile == 0) & (head % GROUP == 0)
+    tl.store(column + q_channel + i, x_q, mask=writes_qk)
+    tl.store(column + k_channel + i, x_k, mask=writes_qk)
+    tl.store(column + v_channel + j, x_v, mask=j_inside)
+    q, k, v = silu(q), silu(k), silu(v)
+
     softplus = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
-    decay = tl.exp(-tl.exp(tl.load(a_log_ptr + head).to(ACC)) * softplus)
-    beta = 1.0 / (1.0 + tl.exp(-tl.load(b_ptr + row * b_stride + head).to(ACC)))
+    decay = tl.exp(-tl.exp(rate) * softplus)
+    beta = 1.0 / (1.0 + tl.exp(-b))
+    qq, kk, qk = tl.reduce((q * q, k * k, q * k), 0, add_triples)
+    q_norm = tl.rsqrt(qq + EPS) * SCALE
+    k_norm = tl.rsqrt(kk + EPS)
 
-    state *= decay
-    delta = (v - tl.sum(state * k[:, None], 0)) * beta
-    state += k[:, None] * delta[None, :]
-    tl.store(out, tl.sum(state * q[:, None], 0), mask=j_inside)
-    tl.store(state_ptr + tile_offset, state, mask=tile_inside)
+    state = state.to(ACC)
+    s, t = tl.reduce((state * k[:, None], state * q[:, None]), 0, add_pairs)
+    delta = (v - s * (decay * k_norm)) * beta
+    tl.store(out_ptr + j, t * (decay * q_norm) + delta * (qk * q_norm * k_norm), mask=j_inside)
+    state = state * decay + k[:, None] * (delta * k_norm)[None, :]
+    tl.store(state_ptr + offset, state, mask=inside, eviction_policy=EVICTION)
 
 
-def constants(layout: StateLayout, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time parameters of :func:`gdn_decode_kernel` for a layout and an activation dtype."""
+def constants(
+    layout: StateLayout,
+    dtype: torch.dtype,
+    tuning: Tuning | None = None,
+    weight_stride_CW: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
+    (contiguous where None)."""
+    tuning = tuning or default_tuning(1 << 30)
     v_heads, key_dim, value_dim = layout.recurrent_shape
     k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
+    stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
     return {
+        "WEIGHT_STRIDE_C": stride_c,
+        "WEIGHT_STRIDE_W": stride_w,
         "V_HEADS": v_heads,
         "GROUP": v_heads // k_heads,
         "KEY_DIM": key_dim,
@@ -152,16 +235,24 @@ def constants(layout: StateLayout, dtype: torch.dtype) -> dict[str, Any]:
         "CHANNELS": layout.conv_channels,
         "WIDTH": layout.conv_kernel,
         "BLOCK_K": triton.next_power_of_2(key_dim),
-        "BLOCK_V": min(triton.next_power_of_2(value_dim), VALUE_TILE),
+        "BLOCK_V": min(triton.next_power_of_2(value_dim), tuning.block_v),
+        "EVICTION": "evict_first" if tuning.evict_first else "",
+        "DEPENDENT_LAUNCH": tuning.dependent_launch,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
 
 
-def options() -> dict[str, Any]:
+def options(tuning: Tuning | None = None) -> dict[str, Any]:
     """Launch options."""
-    return {"num_warps": 4}
+    tuning = tuning or default_tuning(1 << 30)
+    chosen: dict[str, Any] = {"num_warps": tuning.num_warps}
+    if tuning.max_registers:
+        chosen["maxnreg"] = tuning.max_registers
+    if tuning.dependent_launch:
+        chosen["launch_pdl"] = True
+    return chosen
 
 
 def gdn_decode(
@@ -176,9 +267,10 @@ def gdn_decode(
     dt_bias_V: torch.Tensor,
     state_table_BL: torch.Tensor,
     position_B: torch.Tensor,
+    tuning: Tuning | None = None,
 ) -> torch.Tensor:
     """See :meth:`hybridcache.kernels.backend.Backend.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
-    whose last dimension has stride 1."""
+    whose last dimension has stride 1; the conv weight may have any strides (``W`` rows of ``C`` load as vectors)."""
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
@@ -187,8 +279,9 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
+    tuning = tuning or default_tuning(rows)
     state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
-    constant = constants(layout, x_BC.dtype)
+    constant = constants(layout, x_BC.dtype, tuning, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (triton.cdiv(value_dim, constant["BLOCK_V"]), v_heads, rows)
     gdn_decode_kernel[grid](
         elements(buffer, state_dtype),
@@ -204,8 +297,6 @@ def gdn_decode(
         out_BVJ,
         layer,
         x_BC.stride(0),
-        conv_weight_CW.stride(0),
-        conv_weight_CW.stride(1),
         a_BV.stride(0),
         b_BV.stride(0),
         state_table_BL.stride(0),
@@ -214,6 +305,6 @@ def gdn_decode(
         (layout.base[layer] + layout.conv_offset) // conv_dtype.itemsize,
         layout.stride // conv_dtype.itemsize,
         **constant,
-        **options(),
+        **options(tuning),
     )
     return out_BVJ
