@@ -22,6 +22,7 @@ import triton
 
 from hybridcache.dtypes import itemsize
 from hybridcache.kernels.block_copy import naive as naive_copy
+from hybridcache.kernels.block_copy import triton as triton_copy
 from hybridcache.kernels.gdn_decode import naive as naive_gdn
 from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
@@ -34,7 +35,7 @@ GDN_ROWS = (1, 8, 64, 256)
 DECODE_SHAPES = ((1, 32_768), (16, 4_096), (64, 8_192), (256, 2_048))
 DECODE_LAYOUTS = (("block_major", 8, 11), ("layer_major", 1_056, 1))
 STORE_TOKENS = (64, 8_192)
-BLOCK_BYTES, COPIED_BLOCKS = 2_162_688, 64
+BLOCK_BYTES, COPIED_BLOCKS, COPY_LAUNCHES = 2_162_688, 64, 4
 CHECKED_ROWS = 2
 """Rows of each case that are compared with the float64 reference."""
 
@@ -184,7 +185,8 @@ class Benchmark:
         self.add("kv_store", f"T={tokens}", graph_ms(launches), num_bytes, error, tokens=tokens)
 
     def block_copy(self) -> None:
-        """Scattered manager blocks; eager, the upload of the list of moves included."""
+        """Scattered manager blocks: with the moves on the device already, in a graph; and as one eager call, which checks,
+        cuts and uploads them while the device waits."""
         blocks = 1_024
         buffer = self.draw(blocks * BLOCK_BYTES // 2).view(torch.uint8)
         order = torch.randperm(blocks, generator=self.generator).tolist()
@@ -194,9 +196,11 @@ class Benchmark:
         naive_copy.block_copy(expected, moves)
         self.backend.block_copy(buffer, moves)
         error = 0.0 if torch.equal(buffer, expected) else float("inf")
-        milliseconds = time_ms(lambda: self.backend.block_copy(buffer, moves))
-        num_bytes = 2 * COPIED_BLOCKS * BLOCK_BYTES
-        self.add("block_copy", f"{COPIED_BLOCKS} blocks of {BLOCK_BYTES} B", milliseconds, num_bytes, error)
+        num_bytes, name = 2 * COPIED_BLOCKS * BLOCK_BYTES, f"{COPIED_BLOCKS} blocks of {BLOCK_BYTES} B"
+        planned = triton_copy.plan(buffer, moves)
+        milliseconds = graph_ms([lambda: triton_copy.run(buffer, buffer, planned)] * COPY_LAUNCHES)
+        self.add("block_copy", f"{name}, planned", milliseconds, num_bytes, error)
+        self.add("block_copy", name, time_ms(lambda: self.backend.block_copy(buffer, moves)), num_bytes, error)
 
 
 def environment() -> dict[str, str]:

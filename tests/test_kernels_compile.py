@@ -162,7 +162,7 @@ def test_kv_store(kv_dtype, tmp_path):
 
 @pytest.mark.parametrize(("unit", "element"), [(16, "i64"), (8, "i64"), (4, "i32"), (2, "i16"), (1, "u8")])
 def test_block_copy(unit, element, tmp_path):
-    pointers = {"pool_ptr": "*" + element, "move_ptr": "*i64"}
+    pointers = {"src_ptr": "*" + element, "dst_ptr": "*" + element, "move_ptr": "*i64"}
     compiled = compile_for_hopper(
         block_copy.block_copy_kernel, pointers, {}, block_copy.constants(unit), block_copy.options()
     )

@@ -55,7 +55,7 @@ def test_dependent_launches_wait_for_each_other():
     chained, alone, position_B = case.buffer.clone(), case.buffer.clone(), case.position_B
     outputs = []
     for buffer, tuning in ((chained, Tuning(16, 1, dependent_launch=True)), (alone, Tuning(16, 1))):
-        steps = [case.step(0)[:-1] + (position_B + step,) for step in range(20)]
+        steps = [(*case.step(0)[:-1], position_B + step) for step in range(20)]
         outputs.append([gdn_decode(buffer, *step, tuning=tuning) for step in steps])
     assert all(torch.equal(first, second) for first, second in zip(*outputs))
     assert torch.equal(chained, alone)
