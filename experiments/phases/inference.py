@@ -62,6 +62,7 @@ class InferenceSettings:
     max_prompt: int
     max_output: int
     max_tokens_per_step: int
+    cpu_threads: int
 
     @classmethod
     def resolve(cls, cfg: DictConfig) -> "InferenceSettings":
@@ -79,7 +80,7 @@ class InferenceSettings:
         values |= {"device": device, "backend": cfg.backend}
         values["dtype"] = dtype_name(values["dtype"], "inference.dtype")
         values["state_dtype"] = dtype_name(values["state_dtype"], "inference.state_dtype")
-        for key in ("repetitions", "num_requests", "max_prompt", "max_output", "max_tokens_per_step"):
+        for key in ("repetitions", "num_requests", "max_prompt", "max_output", "max_tokens_per_step", "cpu_threads"):
             if not isinstance(values[key], int) or values[key] < 1:
                 raise bad(f"inference.{key}", values[key], "give a positive whole number, or auto")
         return cls(**values)
@@ -97,6 +98,8 @@ class InferencePhase:
 
     def __init__(self, settings: InferenceSettings, seed: int) -> None:
         self.settings = settings
+        if settings.device == "cpu":
+            torch.set_num_threads(settings.cpu_threads)
         self.model, self.tokenizer = load_for_inference(
             settings.model, dtype=settings.dtype, device=settings.device, seed=seed
         )
