@@ -26,6 +26,8 @@ from hybridcache.kernels.block_copy import triton as triton_copy
 from hybridcache.kernels.gdn_decode import naive as naive_gdn
 from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
+from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
+from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
 from hybridcache.kernels.testing import AttentionCase, attention_case, normal, rel_error, state_case
 from hybridcache.kernels.triton_backend import TritonBackend
 
@@ -104,7 +106,7 @@ class Benchmark:
             }
         )
         print(
-            f"{operation:13} {case:42} {milliseconds * 1e3:10.1f} us {rate / 1e9:8.0f} GB/s "
+            f"{operation:18} {case:42} {milliseconds * 1e3:10.1f} us {rate / 1e9:8.0f} GB/s "
             f"{rate / self.copy_bytes_per_s:6.1%}  rel_error {error:.1e}",
             flush=True,
         )
@@ -184,6 +186,34 @@ class Benchmark:
         num_bytes = 2 * (k_TKD.numel() + v_TKD.numel()) * 2
         self.add("kv_store", f"T={tokens}", graph_ms(launches), num_bytes, error, tokens=tokens)
 
+    def qk_norm_rope_store(self, tokens: int) -> None:
+        """As ``kv_store``, with the query heads and the norms; q, k and v are slices of one projection."""
+        lengths = [100] * tokens if tokens <= 256 else [tokens]
+        case = self.attention(lengths, *DECODE_LAYOUTS[0])
+        device, count = case.buffer.device, len(lengths)
+        row_T = torch.arange(count, dtype=torch.int32, device=device).repeat(tokens // count)
+        position_T = torch.full((tokens,), 99, device=device) if count > 1 else torch.arange(tokens, device=device)
+        sizes = [2 * HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM]
+        angle_TP = torch.rand(tokens, DIM // 8, device=device) * 6.3
+        weights = (self.draw(DIM).float() * 0.1, self.draw(DIM).float() * 0.1, 1e-6, angle_TP.cos(), angle_TP.sin())
+        tables = (case.kv_table_BN, row_T, position_T)
+
+        def inputs() -> tuple[torch.Tensor, ...]:
+            q, k, v = self.draw(tokens, sum(sizes)).split(sizes, dim=1)
+            heads = (q.unflatten(1, (HEADS, 2 * DIM))[:, :, :DIM], k.unflatten(1, (KV_HEADS, DIM)))
+            return (*heads, v.unflatten(1, (KV_HEADS, DIM)))
+
+        of_layer = [inputs() for _ in range(ATTENTION_LAYERS)]
+        expected = naive_fused.qk_norm_rope_store(case.buffer.clone(), case.layout, 0, *of_layer[0], *weights, *tables)
+        out = qk_norm_rope_store(case.buffer, case.layout, 0, *of_layer[0], *weights, *tables)
+        launches = [
+            lambda i=i: qk_norm_rope_store(case.buffer, case.layout, i, *of_layer[i], *weights, *tables)
+            for i in range(ATTENTION_LAYERS)
+        ]
+        num_bytes = 2 * (HEADS + 2 * KV_HEADS) * DIM * 2 * tokens + angle_TP.numel() * 8
+        error = rel_error(out, expected)
+        self.add("qk_norm_rope_store", f"T={tokens}", graph_ms(launches), num_bytes, error, tokens=tokens)
+
     def block_copy(self) -> None:
         """Scattered manager blocks: with the moves on the device already, in a graph; and as one eager call, which checks,
         cuts and uploads them while the device waits."""
@@ -241,6 +271,9 @@ def main() -> None:
     if arguments.only in "kv_store":
         for tokens in STORE_TOKENS:
             bench.kv_store(tokens)
+    if arguments.only in "qk_norm_rope_store":
+        for tokens in STORE_TOKENS:
+            bench.qk_norm_rope_store(tokens)
     if arguments.only in "block_copy":
         bench.block_copy()
 
