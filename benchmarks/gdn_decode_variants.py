@@ -50,13 +50,13 @@ VARIANTS = (
     Variant("v16 w1", Tuning(16, 1)),
     Variant("v8 w1", Tuning(8, 1)),
     Variant("v64 w2", Tuning(64, 2)),
-    Variant("v64 w4", Tuning(64, 4)),
     Variant("v128 w4", Tuning(128, 4)),
     Variant("v32 w1 r200", Tuning(32, 1, max_registers=200)),
-    Variant("v32 w2 r112", Tuning(32, 2, max_registers=112)),
     Variant("v32 w1 evict", Tuning(32, 1, evict_first=True)),
     Variant("v32 w1 cols", Tuning(32, 1), weight_by_column=True),
     Variant("v16 w1 cols", Tuning(16, 1), weight_by_column=True),
+    Variant("v8 w1 cols pdl", Tuning(8, 1, dependent_launch=True), weight_by_column=True),
+    Variant("v32 w1 cols pdl", Tuning(32, 1, dependent_launch=True), weight_by_column=True),
     Variant("v16 w1 cols pdl", Tuning(16, 1, dependent_launch=True), weight_by_column=True),
 )
 
