@@ -1,0 +1,129 @@
+"""GDN prefill's launch over states: each goes through its row's chunks and gives their outputs.
+
+Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(
+    do_not_specialize=["layer", "interval", "checkpoints"],
+    do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "table_ptr", "checkpoint_ptr"],
+)
+def state_kernel(
+    out_ptr,
+    state_ptr,
+    key_desc,
+    value_desc,
+    solve_desc,
+    score_desc,
+    from_start_desc,
+    to_end_desc,
+    decay_ptr,
+    first_ptr,
+    table_ptr,
+    checkpoint_ptr,
+    cu_ptr,
+    start_ptr,
+    layer,
+    interval,
+    checkpoints,
+    table_stride: tl.int64,
+    checkpoint_stride_b: tl.int64,
+    checkpoint_stride_n: tl.int64,
+    state_base: tl.int64,
+    state_stride: tl.int64,
+    K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HEAD_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    CHECKPOINTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A program carries some value dims of one value head of one row through all chunks of the row, in registers."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    begin = tl.load(cu_ptr + row).to(tl.int32)
+    end = tl.load(cu_ptr + row + 1).to(tl.int32)
+    start = tl.load(start_ptr + row).to(tl.int32)
+    if (entry < 0) | (end <= begin):
+        return
+    GROUP: tl.constexpr = V_HEADS // K_HEADS
+    i = tl.arange(0, BLOCK_K)
+    i_inside = i < KEY_DIM
+    j = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    j_inside = j < VALUE_DIM
+    slot = tl.arange(0, CHUNK)
+
+    # The state lies as [key dim, value dim] and is kept transposed, so that it can stay in registers as the left
+    # operand of two products, and its update is the result of a third.
+    state_ptr += state_base + head * (KEY_DIM * VALUE_DIM)
+    inside = j_inside[:, None] & i_inside[None, :]
+    source = (state_ptr + entry * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
+    state = tl.load(source, mask=inside & (start > 0), other=0.0).to(tl.float32)
+
+    token0 = begin - start % CHUNK
+    chunks = tl.cdiv(end - token0, CHUNK)
+    q_channel = (head // GROUP) * BLOCK_K
+    k_channel = q_channel + K_HEADS * BLOCK_K
+    v_channel = 2 * K_HEADS * BLOCK_K + head * HEAD_V + tile * BLOCK_V
+    first_chunk = tl.load(first_ptr + row)
+    out_ptr += (token0.to(tl.int64) * V_HEADS + head) * VALUE_DIM
+    out_offset = slot[None, :] * (V_HEADS * VALUE_DIM) + j[:, None]
+    decay_ptr += CHUNK - 1
+
+    if CHECKPOINTS:
+        rank = 0
+        due = begin - start + (start // interval + 1) * interval
+    decay = tl.load(decay_ptr + (first_chunk * V_HEADS + head) * CHUNK)
+    for n in tl.range(0, chunks, num_stages=STAGES):
+        chunk = first_chunk + n
+        token = token0 + n * CHUNK
+        square = (chunk * V_HEADS + head) * CHUNK
+        # Loaded one turn ahead; behind the last chunk, the last chunk's own.
+        next_decay = tl.load(decay_ptr + (tl.minimum(chunk + 1, first_chunk + chunks - 1) * V_HEADS + head) * CHUNK)
+        k = key_desc.load([chunk * CHUNK, k_channel]).to(DOT)
+        q = key_desc.load([chunk * CHUNK, q_channel]).to(DOT)
+        v = value_desc.load([chunk * CHUNK, v_channel]).to(DOT)
+        solve = solve_desc.load([square, 0]).to(DOT)
+        score = score_desc.load([square, 0]).to(DOT)
+        from_start = from_start_desc.load([square])
+        to_end = to_end_desc.load([square])
+
+        left = state.to(DOT)
+        seen = tl.dot(left, tl.trans(k), input_precision=PRECISION) * -from_start[None, :]
+        new = tl.dot(tl.trans(v), tl.trans(solve), input_precision=PRECISION)
+        new = tl.dot(seen.to(DOT), tl.trans(solve), new, input_precision=PRECISION)
+        out = tl.dot(left, tl.trans(q), input_precision=PRECISION) * from_start[None, :]
+        out = tl.dot(new.to(DOT), tl.trans(score), out, input_precision=PRECISION)
+        state = tl.dot((new * to_end[None, :]).to(DOT), k, state * decay, input_precision=PRECISION)
+        valid = (token + slot >= begin) & (token + slot < end)
+        tl.store(
+            out_ptr + (token - token0).to(tl.int64) * (V_HEADS * VALUE_DIM) + out_offset,
+            out.to(out_ptr.dtype.element_ty),
+            mask=valid[None, :] & j_inside[:, None],
+        )
+        decay = next_decay
+        if CHECKPOINTS:  # noqa: SIM102 (known when the kernel is compiled)
+            if (token + CHUNK == due) & (due <= end) & (rank < checkpoints):
+                kept = tl.load(checkpoint_ptr + row * checkpoint_stride_b + rank * checkpoint_stride_n + layer).to(
+                    tl.int64
+                )
+                if kept >= 0:
+                    target = (state_ptr + kept * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
+                    tl.store(target, state.to(state_ptr.dtype.element_ty), mask=inside)
+                rank += 1
+                due += interval
+    # Read again, so that the addresses need no registers during the loop.
+    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    target = (state_ptr + entry * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
+    tl.store(target, state.to(state_ptr.dtype.element_ty), mask=inside)
