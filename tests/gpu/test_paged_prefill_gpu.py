@@ -11,8 +11,8 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.naive import gather
+    from hybridcache.kernels.paged_prefill import hopper, triton
     from hybridcache.kernels.paged_prefill.tiles import Tile
-    from hybridcache.kernels.paged_prefill.triton import paged_prefill
     from hybridcache.kernels.testing import attention_case, normal, rel_error
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -27,6 +27,14 @@ def generator() -> "torch.Generator":
     print(f"seed {seed}")
     yield torch.Generator().manual_seed(seed)
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=["triton", "hopper"])
+def prefill(request):
+    """The kernel for every GPU, and the one in Gluon for Hopper."""
+    if request.param == "hopper" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("compute capability is not 9.x")
+    return {"triton": triton, "hopper": hopper}[request.param].paged_prefill
 
 
 def paged_case(generator, lengths, order="block_major", kb=8, blocks=11, **options):
@@ -66,14 +74,15 @@ def expected_rows(case, q_THD, offsets, scale):
     return out_THD
 
 
-def check(generator, case, queries, heads=16, dtype="bfloat16", tile=None):
+def check(prefill, generator, case, queries, heads=16, dtype="bfloat16", **options):
     """The last ``queries[b]`` tokens of every row, from a tensor wider than its heads; every row within tolerance."""
     offsets = [0, *torch.tensor(queries).cumsum(0).tolist()]
     wide_THD = normal(generator, (offsets[-1], heads + 4, case.layout.k_dim), case.buffer.device, dtype)
     q_THD = wide_THD[:, 4:]
     scale = case.layout.k_dim**-0.5
     expected = expected_rows(case, q_THD, offsets, scale)
-    out = paged_prefill(
+    torch.full(expected.shape, float("nan"), dtype=q_THD.dtype, device="cuda")  # the memory that the output gets next
+    out = prefill(
         case.buffer,
         case.layout,
         LAYER,
@@ -84,7 +93,7 @@ def check(generator, case, queries, heads=16, dtype="bfloat16", tile=None):
         scale,
         max(queries),
         max(case.lengths),
-        tile=tile,
+        **options,
     )
     assert out.dtype == q_THD.dtype
     for row, length in enumerate(case.lengths):
@@ -100,21 +109,21 @@ def check(generator, case, queries, heads=16, dtype="bfloat16", tile=None):
     ("order", "kb", "blocks"),
     [*(("block_major", kb, 11) for kb in (8, 16, 32, 64)), ("layer_major", 1056, 1), ("layer_major", 64, 1)],
 )
-def test_whole_prompts_and_resumed_chunks(generator, order, kb, blocks):
+def test_whole_prompts_and_resumed_chunks(prefill, generator, order, kb, blocks):
     lengths = [1, 63, 64, 65, 130, 0, 2113, 1500, kb * blocks]
     queries = [1, 63, 64, 65, 130, 6, 2113, 333, 0]
-    check(generator, paged_case(generator, lengths, order, kb, blocks), queries)
+    check(prefill, generator, paged_case(generator, lengths, order, kb, blocks), queries)
 
 
-def test_short_chunks(generator):
+def test_short_chunks(prefill, generator):
     """Eight tokens at most: half a tile of queries."""
-    check(generator, paged_case(generator, [900, 0, 7, 88, 3000]), [8, 3, 7, 1, 5])
+    check(prefill, generator, paged_case(generator, [900, 0, 7, 88, 3000]), [8, 3, 7, 1, 5])
 
 
-def test_many_rows(generator):
+def test_many_rows(prefill, generator):
     lengths = torch.randint(1, 200, (300,), generator=generator).tolist()
     queries = [int(torch.randint(0, length + 1, (1,), generator=generator)) for length in lengths]
-    check(generator, paged_case(generator, lengths), queries)
+    check(prefill, generator, paged_case(generator, lengths), queries)
 
 
 @pytest.mark.parametrize(
@@ -129,33 +138,66 @@ def test_many_rows(generator):
     ],
 )
 def test_other_models(generator, dim, v_dim, heads, kv_heads, dtype):
+    prefill = triton.paged_prefill
     case = paged_case(
         generator, [700, 65, 0, 130], kb=16, kv_heads=kv_heads, k_dim=dim, v_dim=v_dim, dtype=dtype, extra_entries=0
     )
-    check(generator, case, [700, 65, 2, 40], heads, dtype)
-    check(generator, case, [3, 1, 1, 2], heads, dtype)
+    check(prefill, generator, case, [700, 65, 2, 40], heads, dtype)
+    check(prefill, generator, case, [3, 1, 1, 2], heads, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "dtype"),
+    [
+        pytest.param(128, 32, 8, "bfloat16", id="D128-G4-bf16"),
+        pytest.param(64, 14, 2, "bfloat16", id="D64-G7-bf16"),
+        pytest.param(256, 16, 2, "float16", id="D256-G8-fp16"),
+        pytest.param(128, 100, 1, "bfloat16", id="D128-G100-bf16"),
+        pytest.param(256, 4, 4, "bfloat16", id="D256-G1-bf16"),
+    ],
+)
+def test_other_models_on_hopper(generator, dim, heads, kv_heads, dtype):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("compute capability is not 9.x")
+    case = paged_case(
+        generator, [700, 65, 0, 130], kb=16, kv_heads=kv_heads, k_dim=dim, v_dim=dim, dtype=dtype, extra_entries=0
+    )
+    check(hopper.paged_prefill, generator, case, [700, 65, 2, 40], heads, dtype)
+    check(hopper.paged_prefill, generator, case, [3, 1, 1, 2], heads, dtype)
+
+
+def test_the_same_bits_every_time(prefill, generator):
+    """A race between copies and products would change them."""
+    case = paged_case(generator, [3000, 0, 700])
+    q_THD = normal(generator, (3705, 16, 256), case.buffer.device, "bfloat16")
+    offsets = torch.tensor([0, 3000, 3005, 3705], dtype=torch.int32, device="cuda")
+    inputs = (case.layout, LAYER, q_THD, case.kv_table_BN, offsets, case.context_len_B, 1 / 16, 3000, 3000)
+    first = prefill(case.buffer, *inputs)
+    assert first.isfinite().all()
+    for _ in range(20):
+        assert torch.equal(prefill(case.buffer, *inputs), first)
 
 
 @pytest.mark.parametrize(
     "shape", [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 32, 4, 3), (64, 64, 8, 2)], ids=str
 )
 def test_tiles(generator, shape):
-    check(generator, paged_case(generator, [1025, 300]), [1025, 77], tile=Tile(*shape))
+    check(triton.paged_prefill, generator, paged_case(generator, [1025, 300]), [1025, 77], tile=Tile(*shape))
 
 
-def test_beyond_2_32_elements(generator):
+def test_beyond_2_32_elements(prefill, generator):
     case = paged_case(generator, [700, 90], pool_bytes=LARGE_POOL)
     assert int(case.kv_table_BN[0, 0]) * (case.layout.manager_stride // 2) > 1 << 32
-    check(generator, case, [700, 20])
+    check(prefill, generator, case, [700, 20])
 
 
-def test_poison_in_a_live_block_shows(generator):
+def test_poison_in_a_live_block_shows(prefill, generator):
     case = paged_case(generator, [200, 200])
     address = case.layout.address(LAYER, int(case.kv_table_BN[1, 0]), 21, 1, 0)
     case.buffer[address : address + 512] = 0xFF
     q_THD = normal(generator, (400, 16, 256), case.buffer.device, "bfloat16")
     offsets = torch.tensor([0, 200, 400], dtype=torch.int32, device="cuda")
-    out = paged_prefill(
+    out = prefill(
         case.buffer, case.layout, LAYER, q_THD, case.kv_table_BN, offsets, case.context_len_B, 1 / 16, 200, 200
     )
     assert out[:200].isfinite().all()

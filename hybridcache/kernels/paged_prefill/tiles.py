@@ -1,11 +1,16 @@
-"""How paged prefill cuts its work: tiles of queries and keys, and which ones a model gets."""
+"""How paged prefill cuts its work: tiles of queries and keys, which ones a model gets, and what it refuses."""
 
 from dataclasses import dataclass
 
 import torch
 
-from hybridcache.dtypes import itemsize
+from hybridcache.dtypes import dtype_name, itemsize
+from hybridcache.errors import bad
+from hybridcache.kernels.addressing import row_strides
 from hybridcache.layout import AttentionLayout
+
+MAX_HEAD_DIM = 256
+"""Beyond it an output tile outgrows the registers."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +44,56 @@ def choose_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, max
 def max_tiles(tokens: int, rows: int, tile_tokens: int) -> int:
     """Tiles of ``tokens`` tokens at most, however they are split among ``rows`` rows and what lies behind the last."""
     return (tokens + (rows + 1) * (tile_tokens - 1)) // tile_tokens
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Shape of the Hopper kernel's ring of K and V tiles, and the registers of a thread on either side of it.
+
+    Two consumers and one producer of 128 threads each share 504 registers' worth.
+    """
+
+    keys: int
+    slots: int
+    consumer_registers: int
+    producer_registers: int
+
+
+RINGS = {256: Ring(64, 2, 224, 56), 128: Ring(128, 2, 216, 72), 64: Ring(64, 3, 224, 56)}
+"""By head width."""
+
+
+def choose_ring(layout: AttentionLayout, layer: int, q_THD: torch.Tensor) -> Ring | None:
+    """The ring of the Hopper kernel for a layout and queries, None where that kernel cannot do them: it copies K and V as
+    they are, in 16-byte pieces, and its heads are as wide as a power of two."""
+    group = q_THD.shape[1] // layout.num_kv_heads
+    same = layout.k_dim == layout.v_dim and layout.token_stride[0] == layout.token_stride[1]
+    copied = q_THD.dtype in (torch.bfloat16, torch.float16) and dtype_name(q_THD.dtype) == layout.dtype
+    aligned = all(stride % 16 == 0 for stride in (*row_strides(layout, layer).values(), *q_THD.stride()[:2]))
+    aligned = aligned and q_THD.data_ptr() % 16 == 0
+    return RINGS.get(layout.k_dim) if same and copied and aligned and group <= 128 else None
+
+
+def check_inputs(layout: AttentionLayout, q_THD: torch.Tensor, scale: float) -> None:
+    """What every Triton prefill needs.
+
+    Raises:
+        UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
+            more, or a scale that is not positive.
+        ValueError: queries that are not contiguous along their last dimension.
+    """
+    if q_THD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise bad(
+            "dtype", str(q_THD.dtype), "Triton prefills in bfloat16, float16 or float32; choose the torch backend"
+        )
+    if layout.v_dim == 0:
+        raise bad("v_dim", 0, "latent KV (MLA) has no Triton prefill kernel; choose the torch backend")
+    if max(layout.k_dim, layout.v_dim) > MAX_HEAD_DIM:
+        width = max(layout.k_dim, layout.v_dim)
+        raise bad("head_dim", width, f"Triton prefills heads of up to {MAX_HEAD_DIM}; choose the torch backend")
+    if layout.manager_stride // itemsize(layout.dtype) >= 1 << 31:
+        raise bad("manager_stride", layout.manager_stride, "Triton prefills blocks of fewer than 2^31 elements")
+    if not scale > 0:
+        raise bad("scale", scale, "the maximum of unscaled scores must be that of scaled ones; choose a scale above 0")
+    if q_THD.stride(-1) != 1:
+        raise ValueError(f"q strides {q_THD.stride()}: the last dimension must be contiguous")

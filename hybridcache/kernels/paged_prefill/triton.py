@@ -15,16 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import itemsize, torch_dtype
-from hybridcache.errors import bad
+from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.memory import elements
-from hybridcache.kernels.paged_prefill.tiles import Tile, choose_tile, max_tiles
+from hybridcache.kernels.paged_prefill.tiles import Tile, check_inputs, choose_tile, max_tiles
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
-MAX_HEAD_DIM = 256
-"""Beyond it an output tile outgrows the registers."""
 SEARCH_ROWS = 128
 """Requests that one step of the search in ``cu_seqlens`` looks at."""
 
@@ -282,21 +279,7 @@ def paged_prefill(
         UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
             more, or a scale that is not positive.
     """
-    if q_THD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise bad(
-            "dtype", str(q_THD.dtype), "Triton prefills in bfloat16, float16 or float32; choose the torch backend"
-        )
-    if layout.v_dim == 0:
-        raise bad("v_dim", 0, "latent KV (MLA) has no Triton prefill kernel; choose the torch backend")
-    if max(layout.k_dim, layout.v_dim) > MAX_HEAD_DIM:
-        width = max(layout.k_dim, layout.v_dim)
-        raise bad("head_dim", width, f"Triton prefills heads of up to {MAX_HEAD_DIM}; choose the torch backend")
-    if layout.manager_stride // itemsize(layout.dtype) >= 1 << 31:
-        raise bad("manager_stride", layout.manager_stride, "Triton prefills blocks of fewer than 2^31 elements")
-    if not scale > 0:
-        raise bad("scale", scale, "the maximum of unscaled scores must be that of scaled ones; choose a scale above 0")
-    if q_THD.stride(-1) != 1:
-        raise ValueError(f"q strides {q_THD.stride()}: the last dimension must be contiguous")
+    check_inputs(layout, q_THD, scale)
     tokens, num_heads, _ = q_THD.shape
     out_THD = torch.empty((tokens, num_heads, layout.v_dim), dtype=q_THD.dtype, device=q_THD.device)
     rows = context_len_B.shape[0]
