@@ -1,0 +1,261 @@
+"""Checks and times GDN prefill, whole and by launch, under several tilings, at the shapes of Qwen3-Next-80B-A3B.
+
+    python benchmarks/gdn_prefill.py --out benchmarks/results/gdn-prefill.json
+
+Every figure is one call among the SETS of a CUDA graph, each on inputs, scratch memory and states of its own. ``delta`` is
+the delta rule (chunks and states, without conv), ``+ckpt`` the same with a state kept every 512 tokens, ``whole`` all four
+launches. Every tiling is compared with a float64 reference first (outputs, states, rings, checkpoints); one that is wrong
+or does not build is reported and not timed.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import graph_ms
+
+from hybridcache.environment import environment
+from hybridcache.kernels.gdn_prefill.testing import (
+    PrefillCase,
+    block_errors,
+    checkpoint_table,
+    checkpointed,
+    prefill_case,
+    reference64,
+)
+from hybridcache.kernels.gdn_prefill.tiles import Tiles, default_tiles
+from hybridcache.kernels.gdn_prefill.triton import Prefill, gdn_prefill
+from hybridcache.kernels.testing import rel_error
+
+Record = dict[str, Any]
+SETS, INTERVAL, START = 3, 512, 4096
+SHAPES = {
+    "1x2048": [2048],
+    "1x8192": [8192],
+    "1x32768": [32768],
+    "16x1024": [1024] * 16,
+    "mixed 8192": [4000, 1, 130, 64, 777, 2048, 31, 1141],
+}
+BARS_MS = {"1x2048": 0.13, "1x8192": 0.36, "1x32768": 1.30, "16x1024": 0.62}
+"""What the delta rule may take on an H100."""
+CHECKPOINT_BAR = 1.10
+WIDE = Tiles(chunk=64, key_tile=128, value_tile=128, stages=2, state_warps=8)
+NARROW = replace(WIDE, value_tile=64, stages=3, state_warps=4)
+STATE_TILES = {
+    "v64 w4 s1": replace(NARROW, stages=1),
+    "v64 w4 s2": replace(NARROW, stages=2),
+    "v64 w4 s3": NARROW,
+    "v128 w8 s2": WIDE,
+    "v128 w8 s3": replace(WIDE, stages=3),
+    "v32 w4 s2": replace(NARROW, value_tile=32, stages=2),
+}
+CHUNK_TILES = {
+    "w4": NARROW,
+    "w4 r168": replace(NARROW, chunk_registers=168),
+    "w8": replace(NARROW, chunk_warps=8),
+}
+CONV_TILES = {"w4": replace(NARROW, conv_warps=4), "w8": NARROW}
+CHECK_LENGTHS, CHECK_STARTS = [0, 1, 63, 64, 65, 200, 9, 1100, 5], [7, 0, 1, 63, 64, 100, -1, 0, 1023]
+
+
+class Expected:
+    """One batch with checkpoints at every multiple of 64, and what a float64 reference makes of it."""
+
+    def __init__(self, case: PrefillCase) -> None:
+        self.case, self.before = case, case.buffer.clone()
+        self.table_BNL = checkpoint_table(case, 0, 64, spare=1)
+        self.buffer = case.buffer.clone()
+        self.kept = checkpointed(case, 0, 64, self.table_BNL, self.buffer, reference64)
+        self.out = reference64(self.buffer, *case.step(0))
+
+    def check(self, name: str, tiles: Tiles | None, tolerance: float) -> Record:
+        """Errors of one tiling, and whether two runs agree to the bit."""
+        case = self.case
+        record: Record = {"check": name, "dtype": str(case.x_TC.dtype), "tiles": tiles and asdict(tiles), "ok": False}
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            case.buffer.copy_(self.before)
+            table = {"checkpoint_table_BNL": self.table_BNL, "checkpoint_interval": 64}
+            return gdn_prefill(case.buffer, *case.step(0), **table, tiles=tiles), case.buffer.clone()
+
+        try:
+            (out, after), (again, after_again) = run(), run()
+            record["repeats"] = torch.equal(out, again) and torch.equal(after, after_again)
+            record["rel_error"] = rel_error(out, self.out)
+            expected = self.buffer.clone()
+            state, rings = block_errors(case, expected, 0)
+            checkpoint, checkpoint_rings = block_errors(case, expected, 0, [entry for _, _, entry in self.kept])
+            record |= {"state_rel_error": state, "checkpoint_rel_error": checkpoint, "checkpoints": len(self.kept)}
+            record |= {"rings": rings and checkpoint_rings, "rest_untouched": torch.equal(case.buffer, expected)}
+            small = all(error <= tolerance for error in (record["rel_error"], state, checkpoint))
+            record["ok"] = small and record["repeats"] and record["rings"] and record["rest_untouched"]
+        except Exception as error:  # a tiling that this compiler or device refuses must not hide the others
+            record["error"] = f"{type(error).__name__}: {error}"[:500]
+        return record
+
+
+def checks(generator: torch.Generator) -> list[Record]:
+    found, batch = [], {"lengths": CHECK_LENGTHS, "starts": CHECK_STARTS, "tail": 70, "layers": 1, "device": "cuda"}
+    expected = Expected(prefill_case(generator, **batch, pool_bytes=200 * 2_162_688))
+    for name, tiles in [*STATE_TILES.items(), *((f"chunk {name}", tiles) for name, tiles in CHUNK_TILES.items())]:
+        found.append(expected.check(name, tiles, 1e-2))
+    exact = {"dtype": "float32", "conv_dtype": "float32", "pool_bytes": 200 * 2_228_224}
+    found.append(Expected(prefill_case(generator, **batch, **exact)).check("float32", None, 1e-5))
+    for record in found:
+        errors = " ".join(
+            f"{key.removesuffix('_rel_error')} {record.get(key, math.nan):.1e}"
+            for key in ("rel_error", "state_rel_error", "checkpoint_rel_error")
+        )
+        print(f"{'ok   ' if record['ok'] else 'WRONG'} {record['check']:14} {errors} {record.get('error', '')}")
+        if not record["ok"]:
+            print(f"      {record}")
+    return found
+
+
+class Timed:
+    """One shape: SETS calls for any tiling, each on memory of its own."""
+
+    def __init__(self, generator: torch.Generator, lengths: list[int]) -> None:
+        blocks = len(lengths) * (SETS + max(lengths) // INTERVAL + 1) + 3
+        self.case = prefill_case(
+            generator,
+            lengths=lengths,
+            starts=[START] * len(lengths),
+            layers=SETS,
+            device="cuda",
+            pool_bytes=blocks * 2_162_688,
+        )
+        self.xs = [self.case.x_TC.clone() for _ in range(SETS)]
+
+    def calls(self, tiles: Tiles, checkpoints: bool = False) -> list[Prefill]:
+        made = []
+        for layer, x_TC in enumerate(self.xs):
+            at, _, _, *inputs = self.case.step(layer)
+            table = checkpoint_table(self.case, layer, INTERVAL) if checkpoints else None
+            call = Prefill(self.case.buffer, at, layer, x_TC, *inputs, table, INTERVAL if checkpoints else 0, tiles)
+            call.conv()
+            call.chunks()
+            made.append(call)
+        return made
+
+
+def stages(shape: str, timed: Timed, wrong: set[str]) -> list[Record]:
+    """Records of all launches and tilings of one shape."""
+    records: list[Record] = []
+
+    def measure(stage: str, name: str, tiles: Tiles, run: Callable[[Prefill], None], checkpoints: bool = False) -> None:
+        record: Record = {"shape": shape, "stage": stage, "variant": name, "tiles": asdict(tiles)}
+        try:
+            calls = timed.calls(tiles, checkpoints)
+            record["ms"] = graph_ms([lambda call=call: run(call) for call in calls * 2])
+        except Exception as error:
+            record["error"] = f"{type(error).__name__}: {error}"[:500]
+        records.append(record)
+
+    def delta(call: Prefill) -> None:
+        call.chunks()
+        call.states()
+
+    def whole(call: Prefill) -> None:
+        call.conv()
+        call.rings()
+        delta(call)
+
+    state = timed.case.state
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    default = default_tiles(state.layout, timed.case.x_TC.dtype, len(timed.case.lengths), processors)
+    for name, tiles in CONV_TILES.items():
+        measure("conv", name, tiles, Prefill.conv)
+    measure("rings", "", default, Prefill.rings)
+    for name, tiles in CHUNK_TILES.items():
+        if f"chunk {name}" not in wrong:
+            measure("chunks", name, tiles, Prefill.chunks)
+    for name, tiles in STATE_TILES.items():
+        if name not in wrong:
+            measure("states", name, tiles, Prefill.states)
+    measure("delta", "default", default, delta)
+    measure("delta", "default +ckpt", default, delta, checkpoints=True)
+    measure("whole", "default", default, whole)
+    return records
+
+
+def table(records: list[Record]) -> str:
+    """Microseconds by stage, variant and shape."""
+    lines = [f"{'us':24}" + "".join(f"{shape:>12}" for shape in SHAPES)]
+    for stage, variant in dict.fromkeys((r["stage"], r["variant"]) for r in records):
+        line = f"{stage + ' ' + variant:24}"
+        for shape in SHAPES:
+            ms = [r.get("ms") for r in records if (r["stage"], r["variant"], r["shape"]) == (stage, variant, shape)]
+            line += f"{ms[0] * 1e3:12.1f}" if ms and ms[0] is not None else f"{'failed':>12}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def verdicts(records: list[Record]) -> list[Record]:
+    """Each bar, the time of the default tiling, and that of the best pair of chunk and state tilings."""
+    found = []
+    for shape, bar in BARS_MS.items():
+        ms = {(r["stage"], r["variant"]): r.get("ms", math.inf) for r in records if r["shape"] == shape}
+        best = {stage: min((t, v) for (s, v), t in ms.items() if s == stage) for stage in ("chunks", "states")}
+        delta, kept = ms["delta", "default"], ms["delta", "default +ckpt"]
+        found.append(
+            {
+                "shape": shape,
+                "bar_ms": bar,
+                "delta_ms": delta,
+                "met": delta <= bar,
+                "checkpoint_factor": kept / delta,
+                "checkpoint_met": kept / delta <= CHECKPOINT_BAR,
+                "best_ms": best["chunks"][0] + best["states"][0],
+                "best": f"chunks {best['chunks'][1]}, states {best['states'][1]}",
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="to time; all by default"
+    )
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: this benchmark times CUDA kernels")
+    started, generator = time.perf_counter(), torch.Generator().manual_seed(arguments.seed)
+    checked = checks(generator)
+    print(f"checked in {time.perf_counter() - started:.0f} s")
+    wrong = {record["check"] for record in checked if not record["ok"]}
+    records: list[Record] = []
+    for shape in arguments.shapes:
+        records += stages(shape, Timed(generator, SHAPES[shape]), wrong)
+        torch.cuda.empty_cache()
+    for failed in (record for record in records if "error" in record):
+        print(f"{failed['shape']} {failed['stage']} {failed['variant']}: {failed['error'][:300]}")
+    print(table(records))
+    summary = verdicts(records) if set(BARS_MS) <= set(arguments.shapes) else []
+    for line in summary:
+        print(
+            f"{line['shape']:10} delta {line['delta_ms']:.3f} of {line['bar_ms']:.2f} ms "
+            f"{'met' if line['met'] else 'MISSED'}; checkpoints x{line['checkpoint_factor']:.3f} "
+            f"{'met' if line['checkpoint_met'] else 'MISSED'}; best {line['best_ms']:.3f} ({line['best']})"
+        )
+    result = {"environment": environment(), "seconds": time.perf_counter() - started, "bars": summary}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**result, "checks": checked, "records": records}, indent=1) + "\n")
+    print(f"{len(records)} records in {result['seconds']:.0f} s: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

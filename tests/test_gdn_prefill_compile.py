@@ -1,0 +1,97 @@
+"""GDN prefill's kernels compile for Hopper (sm_90) without a GPU, without spills, and use its matrix unit."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
+
+from test_kernels_compile import TRITON_TYPE, assert_fits, compile_for_hopper, ptxas_report  # noqa: E402
+
+from hybridcache.kernels.gdn_prefill.tiles import constants, default_tiles  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton import RING_TILE  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton_state import state_kernel  # noqa: E402
+from hybridcache.kernels.testing import state_case  # noqa: E402
+
+PROCESSORS = 132
+"""Of an H100."""
+
+
+class Target:
+    """One layout and activation dtype, and the kernels compiled for them as the launcher would."""
+
+    def __init__(self, dtype="bfloat16", dim=128, rows=1, checkpoints=False, state_dtype="float32"):
+        self.layout = state_case(
+            torch.Generator(), positions=[-1], layers=1, key_dim=dim, value_dim=dim, state_dtype=state_dtype,
+            conv_dtype=dtype,
+        ).layout  # fmt: skip
+        self.tiles = default_tiles(self.layout, getattr(torch, dtype), rows, PROCESSORS)
+        self.constant = constants(self.layout, getattr(torch, dtype), self.tiles, checkpoints)
+        element = TRITON_TYPE[dtype]
+        activations = ("y", "out", "x", "weight", "a", "b", "solve", "score", "ring")
+        self.pointers = {
+            "state_ptr": "*" + TRITON_TYPE[state_dtype],
+            **{f"{name}_ptr": "*" + element for name in activations},
+            **{f"{name}_ptr": "*fp32" for name in ("from_start", "to_end", "decay", "a_log", "dt_bias")},
+            **{f"{name}_ptr": "*i32" for name in ("index", "first", "table", "cu", "start", "checkpoint")},
+        }
+        self.scalars = dict.fromkeys(("layer", "interval", "rows", "tokens", "checkpoints"), "i32")
+
+    def compile(self, kernel, warps, key_tile=0, **extra):
+        names, chunk = [param.name for param in kernel.params], self.tiles.chunk
+        element = self.pointers["y_ptr"][1:]
+        descriptors = {
+            "key_desc": f"tensordesc<{element}[{chunk}, {key_tile or self.constant['BLOCK_K']}]>",
+            "value_desc": f"tensordesc<{element}[{chunk}, {self.tiles.value_tile}]>",
+            **dict.fromkeys(("solve_desc", "score_desc"), f"tensordesc<{element}[{chunk}, {chunk}]>"),
+            **dict.fromkeys(("from_start_desc", "to_end_desc"), f"tensordesc<fp32[{chunk}]>"),
+        }
+        pointers = {name: kind for name, kind in self.pointers.items() if name in names}
+        constant = {name: value for name, value in self.constant.items() if name in names}
+        return compile_for_hopper(kernel, pointers, self.scalars | descriptors, constant | extra, {"num_warps": warps})
+
+
+def assert_on_matrix_unit(compiled, tmp_path):
+    """Warpgroup products, and none that the assembler had to serialise."""
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert "serialized" not in ptxas_report(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_conv_and_rings(dtype, tmp_path):
+    target = Target(dtype, checkpoints=True)
+    assert_fits(target.compile(conv_kernel, target.tiles.conv_warps), tmp_path)
+    extra = {"CHANNELS": target.layout.conv_channels, "BLOCK": RING_TILE}
+    assert_fits(target.compile(ring_kernel, 4, **extra), tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("bfloat16", 256), ("float16", 64), ("float32", 128)])
+def test_chunks(dtype, dim, tmp_path):
+    target = Target(dtype, dim)
+    compiled = target.compile(chunk_kernel, target.tiles.chunk_warps, key_tile=target.tiles.key_tile)
+    assert_fits(compiled, tmp_path)
+    if dtype != "float32" and dim <= 128:
+        assert_on_matrix_unit(compiled, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rows", "checkpoints", "state_dtype"),
+    [
+        pytest.param("bfloat16", 128, 1, False, "float32", id="bf16-D128-B1"),
+        pytest.param("bfloat16", 128, 1, True, "float32", id="bf16-D128-B1-checkpoints"),
+        pytest.param("bfloat16", 128, 16, True, "float32", id="bf16-D128-B16-checkpoints"),
+        pytest.param("bfloat16", 128, 16, True, "bfloat16", id="bf16-D128-B16-checkpoints-bf16-state"),
+        pytest.param("float16", 64, 1, True, "float32", id="fp16-D64-B1-checkpoints"),
+        pytest.param("bfloat16", 256, 1, True, "float32", id="bf16-D256-B1-checkpoints"),
+        pytest.param("float32", 128, 1, True, "float32", id="fp32-D128-B1-checkpoints"),
+    ],
+)
+def test_states(dtype, dim, rows, checkpoints, state_dtype, tmp_path):
+    target = Target(dtype, dim, rows, checkpoints, state_dtype)
+    compiled = target.compile(state_kernel, target.tiles.state_warps)
+    assert_fits(compiled, tmp_path)
+    if dtype != "float32" and dim <= 128:
+        assert_on_matrix_unit(compiled, tmp_path)
