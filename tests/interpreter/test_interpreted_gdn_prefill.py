@@ -2,8 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
+import triton as triton_package
+from packaging.version import Version
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.gdn_prefill import naive, triton
@@ -11,6 +14,10 @@ from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_tab
 from hybridcache.kernels.gdn_prefill.tiles import Tiles
 from hybridcache.kernels.testing import rel_error
 
+pytestmark = pytest.mark.skipif(
+    Version(triton_package.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
+    reason="Triton 3.6's interpreter takes no tensor as a loop bound under NumPy >= 2.4",
+)
 LARGE_CHUNKS = Tiles(chunk=64, key_tile=16, value_tile=16, stages=2, state_warps=4)
 """What a GPU uses for 16-bit types, but for the head's width; float32 has chunks of 16 by default."""
 FLOAT32 = {"dtype": "float32", "state_dtype": "float32", "conv_dtype": "float32"}
