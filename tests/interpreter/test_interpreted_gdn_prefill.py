@@ -12,7 +12,6 @@ from hybridcache.errors import UserError
 from hybridcache.kernels.gdn_prefill import naive, triton
 from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, checkpointed, prefill_case
 from hybridcache.kernels.gdn_prefill.tiles import Tiles
-from hybridcache.kernels.testing import rel_error
 
 pytestmark = pytest.mark.skipif(
     Version(triton_package.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
@@ -39,11 +38,14 @@ def check(case, tiles, out_tolerance, state_tolerance):
     out = triton.gdn_prefill(case.buffer, *case.step(1), tiles=tiles)
     assert out.dtype == case.x_TC.dtype
     offsets = case.cu_seqlens.tolist()
+    # A row of one token from position 0 has the output (q . k) beta v, which may nearly vanish: no relative error there.
+    usual = expected.norm() / max(len(case.lengths), 1) ** 0.5
     for row, (first, last) in enumerate(zip(offsets, [*offsets[1:], out.shape[0]])):
         if (expected[first:last] == 0).all():
             assert (out[first:last] == 0).all(), f"tokens of padding row {row}"
         else:
-            assert rel_error(out[first:last], expected[first:last]) <= out_tolerance, f"row {row}"
+            error = (out[first:last].double() - expected[first:last]).norm()
+            assert error <= out_tolerance * max(expected[first:last].norm(), 0.1 * usual), f"row {row}"
     assert (out[offsets[-1] :] == 0).all()
     error, rings = block_errors(case, expected_buffer, 1)
     assert error <= state_tolerance
