@@ -88,6 +88,7 @@ class LLM:
         state_dtype: of the recurrent states; None for float32 (float64 with ``dtype`` float64).
         device: ``auto`` is CUDA where there is one.
         backend: of the cache operations: ``auto``, ``torch`` or ``triton``.
+        attention_backend: whose attention kernels: ``auto`` (the backend's own), ``torch``, ``triton`` or ``fa3``.
         seed: of random weights, and of requests that have no seed of their own.
         scheduler: fields of :class:`~hybridcache.engine.scheduler.SchedulerConfig`.
 
@@ -107,6 +108,7 @@ class LLM:
         state_dtype: str | None = None,
         device: str = "auto",
         backend: str = "auto",
+        attention_backend: str = "auto",
         seed: int = 0,
         **scheduler: Any,
     ) -> None:
@@ -130,7 +132,7 @@ class LLM:
             self.model,
             self.strategy,
             scheduler_config,
-            make_backend(backend, self.model.device),
+            make_backend(backend, self.model.device, attention_backend),
             seed=seed,
             eos_token_ids=_eos_token_ids(Path(model), self.model.config, self.tokenizer),
         )

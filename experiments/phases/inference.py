@@ -15,7 +15,7 @@ from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.environment import device_name
 from hybridcache.errors import bad
-from hybridcache.kernels.backend import make_backend
+from hybridcache.kernels.backend import Backend, make_backend
 from hybridcache.llm import load_for_inference
 from hybridcache.metrics import EventSink, Recorder
 from hybridcache.spec import CacheSpec
@@ -52,6 +52,7 @@ class InferenceSettings:
 
     device: str
     backend: str
+    attention_backend: str
     model: str
     dtype: str
     state_dtype: str
@@ -77,13 +78,19 @@ class InferenceSettings:
         values: dict[str, Any] = {
             str(key): AUTO[device].get(str(key)) if value == "auto" else value for key, value in cfg.items()
         }
-        values |= {"device": device, "backend": cfg.backend}
+        values |= {"device": device, "backend": cfg.backend, "attention_backend": cfg.attention_backend}
         values["dtype"] = dtype_name(values["dtype"], "inference.dtype")
         values["state_dtype"] = dtype_name(values["state_dtype"], "inference.state_dtype")
         for key in ("repetitions", "num_requests", "max_prompt", "max_output", "max_tokens_per_step", "cpu_threads"):
             if not isinstance(values[key], int) or values[key] < 1:
                 raise bad(f"inference.{key}", values[key], "give a positive whole number, or auto")
-        return cls(**values)
+        settings = cls(**values)
+        settings.make_backend()  # what is not installed is said before the model is loaded
+        return settings
+
+    def make_backend(self) -> Backend:
+        """Raises UserError for a backend that is unknown or not installed."""
+        return make_backend(self.backend, self.device, self.attention_backend)
 
     def budget(self, spec: CacheSpec, workload: Workload) -> int:
         """The one budget of all strategies: given, or ``budget_requests`` times the stream's longest request."""
@@ -147,7 +154,7 @@ class InferencePhase:
     ) -> tuple[Engine, float]:
         """The engine after the stream, and the seconds it took."""
         strategy = choice.build(self.spec, budget_bytes, physical=True)
-        backend = make_backend(self.settings.backend, self.settings.device)
+        backend = self.settings.make_backend()
         engine = Engine(self.model, strategy, scheduler, backend, recorder=recorder)
         for request in workload.requests:
             assert request.prompt_ids is not None

@@ -113,24 +113,29 @@ class Backend(Protocol):
         ...
 
 
-def make_backend(name: str, device: str | torch.device) -> Backend:
+def make_backend(name: str, device: str | torch.device, attention: str = "auto") -> Backend:
     """``torch`` (any device), ``triton`` (CUDA), or ``auto``: triton on CUDA, torch elsewhere.
 
+    Args:
+        attention: whose attention kernels: ``auto`` (the backend's own) or a name of
+            :func:`hybridcache.kernels.registry.attention_backends`.
+
     Raises:
-        UserError: an unknown name, or triton without CUDA.
+        UserError: an unknown name, triton without CUDA, or an attention backend that is not installed.
     """
     from hybridcache.errors import bad
+    from hybridcache.kernels.registry import with_attention
 
     on_cuda = torch.device(device).type == "cuda"
     chosen = ("triton" if on_cuda else "torch") if name == "auto" else name
     if chosen == "torch":
         from hybridcache.kernels.torch_backend import TorchBackend
 
-        return TorchBackend()
+        return with_attention(TorchBackend(), attention, device)
     if chosen == "triton":
         if not on_cuda:
             raise bad("backend", name, f"needs a CUDA device, not {device}; choose torch")
         from hybridcache.kernels.triton_backend import TritonBackend
 
-        return TritonBackend()
+        return with_attention(TritonBackend(), attention, device)
     raise bad("backend", name, "choose auto, torch or triton")

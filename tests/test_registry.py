@@ -1,0 +1,191 @@
+"""Attention backends: what is installed is said, what is not is refused by name, and FlashAttention-3 gets its arguments.
+
+A stand-in for ``flash_attn_interface`` computes attention from exactly the arguments that FlashAttention 3.0 documents, so
+that the translation is checked by its result.
+"""
+
+import itertools
+import random
+import sys
+from collections import Counter
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+
+from hybridcache.errors import UserError
+from hybridcache.kernels import flash_attention_3, registry
+from hybridcache.kernels.backend import make_backend
+from hybridcache.kernels.paged_decode import naive as naive_decode
+from hybridcache.kernels.paged_prefill import naive as naive_prefill
+from hybridcache.kernels.testing import attention_case, rel_error
+from hybridcache.kernels.torch_backend import TorchBackend
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    *,
+    cache_seqlens,
+    page_table,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
+    softmax_scale=None,
+    causal=False,
+):
+    """Attention over pages ``[pages, tokens, heads, dim]``; causal masks are aligned to the last key."""
+    assert page_table.dtype == cache_seqlens.dtype == torch.int32
+    assert page_table.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == q.stride(-1) == 1
+    assert causal
+    if cu_seqlens_q is None:
+        rows, out = list(q), torch.full_like(q, float("nan"))
+        outs = list(out)
+    else:
+        assert cu_seqlens_q.dtype == torch.int32
+        out, bounds = torch.full_like(q, float("nan")), cu_seqlens_q.tolist()
+        assert max_seqlen_q >= max(b - a for a, b in itertools.pairwise(bounds))
+        rows, outs = ([x[a:b] for a, b in itertools.pairwise(bounds)] for x in (q, out))
+    page_tokens, group = k_cache.shape[1], q.shape[-2] // k_cache.shape[2]
+    for q_QHD, out_QHD, table, length in zip(rows, outs, page_table, cache_seqlens.tolist()):
+        if length == 0 or q_QHD.shape[0] == 0:
+            out_QHD.zero_()
+            continue
+        used = table[: -(-length // page_tokens)].long()
+        assert (used >= 0).all()
+        k_SHD, v_SHD = (x[used].flatten(0, 1)[:length].double().repeat_interleave(group, 1) for x in (k_cache, v_cache))
+        score_HQS = torch.einsum("qhd,shd->hqs", q_QHD.double(), k_SHD) * softmax_scale
+        position_Q = torch.arange(length - q_QHD.shape[0], length)
+        score_HQS = score_HQS.masked_fill(torch.arange(length) > position_Q[:, None], float("-inf"))
+        out_QHD.copy_(torch.einsum("hqs,shd->qhd", score_HQS.softmax(-1), v_SHD))
+    return out
+
+
+@pytest.fixture
+def fa3_module(monkeypatch) -> ModuleType:
+    """The stand-in where ``import flash_attn_interface`` finds it."""
+    module = ModuleType("flash_attn_interface")
+    module.__spec__ = ModuleSpec("flash_attn_interface", None)
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    return module
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+LAYOUTS = [
+    pytest.param("block_major", 8, 3, id="block-kb8x3"),
+    pytest.param("block_major", 16, 1, id="block-kb16"),
+    pytest.param("layer_major", 24, 1, id="layer-kb24"),
+    pytest.param("layer_major", 8, 3, id="layer-kb8x3"),
+]
+
+
+def case_and_attention(generator, module, order, kb, blocks, lengths):
+    case = attention_case(
+        generator,
+        lengths=lengths,
+        order=order,
+        kernel_block_tokens=kb,
+        kernel_blocks=blocks,
+        k_dim=32,
+        v_dim=32,
+    )
+    return case, flash_attention_3.FlashAttention3(module)
+
+
+@pytest.mark.parametrize(("order", "kb", "blocks"), LAYOUTS)
+def test_decode_arguments(order, kb, blocks, generator, fa3_module):
+    case, attention = case_and_attention(generator, fa3_module, order, kb, blocks, [1, 0, 24, 25, 130])
+    q_BHD = torch.randn(5, 8, 32, generator=generator).bfloat16()
+    inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.3)
+    out = attention.paged_decode(case.buffer, *inputs)
+    assert out.shape == (5, 8, 32)
+    assert (out[1] == 0).all(), "a padding row's stale length reached the kernel"
+    assert rel_error(out, naive_decode.paged_decode(case.buffer, *inputs)) < 1e-2
+    expected = {"paged_decode[fa3]": 1} | ({"expand_table[fa3]": 1} if blocks > 1 else {})
+    assert attention.launches == expected
+
+
+@pytest.mark.parametrize(("order", "kb", "blocks"), LAYOUTS)
+def test_prefill_arguments(order, kb, blocks, generator, fa3_module):
+    lengths, queries = [65, 9, 0, 64, 7], [65, 0, 5, 3, 7]
+    case, attention = case_and_attention(generator, fa3_module, order, kb, blocks, lengths)
+    offsets = torch.tensor([0, *queries]).cumsum(0).int()
+    q_THD = torch.randn(sum(queries), 8, 32, generator=generator).bfloat16()
+    inputs = (case.layout, 0, q_THD, case.kv_table_BN, offsets, case.context_len_B, 0.3, max(queries), max(lengths))
+    out = attention.paged_prefill(case.buffer, *inputs)
+    assert rel_error(out, naive_prefill.paged_prefill(case.buffer, *inputs)) < 1e-2
+
+
+def test_a_layout_without_one_page_stride_is_refused(generator, fa3_module):
+    case, attention = case_and_attention(generator, fa3_module, "block_major", 8, 3, [10])
+    odd = type(case.layout)(**{**vars(case.layout), "manager_stride": case.layout.manager_stride + 64})
+    with pytest.raises(UserError, match=r"attention_backend='fa3'.*no one stride.*triton"):
+        attention.paged_decode(
+            case.buffer, odd, 0, torch.zeros(1, 8, 32).bfloat16(), case.kv_table_BN, case.context_len_B, 1.0
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k_dim", "v_dim", "words"),
+    [("float32", 32, 32, "float32"), ("bfloat16", 32, 64, "32 and 64"), ("bfloat16", 512, 512, "512")],
+)
+def test_what_it_cannot_compute_is_refused(dtype, k_dim, v_dim, words, generator, fa3_module):
+    case = attention_case(generator, lengths=[3], k_dim=k_dim, v_dim=v_dim, dtype=dtype)
+    q_BHD = torch.zeros(1, 2, k_dim, dtype=getattr(torch, dtype))
+    with pytest.raises(UserError, match=f"fa3.*{words}"):
+        flash_attention_3.FlashAttention3(fa3_module).paged_decode(
+            case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0
+        )
+
+
+def test_names_say_what_is_here(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # an import that fails
+    found = registry.attention_backends()
+    assert list(found) == ["torch", "triton", "fa3"]
+    assert found["torch"] == "installed"
+    assert found["fa3"] != "installed"
+
+
+def test_an_absent_one_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(UserError, match=r"attention_backend='fa3': flash_attn_interface .*choose triton or torch"):
+        registry.make_attention("fa3", "cuda")
+
+
+def test_wrong_names_and_devices():
+    with pytest.raises(UserError, match=r"attention_backend='fa9': choose auto or one of torch, triton, fa3"):
+        make_backend("torch", "cpu", "fa9")
+    for name in ("triton", "fa3"):
+        with pytest.raises(UserError, match=f"attention_backend='{name}': needs a CUDA device, not cpu"):
+            make_backend("torch", "cpu", name)
+
+
+def test_auto_and_the_own_name_change_nothing():
+    for name in ("auto", "torch"):
+        assert type(make_backend("auto", "cpu", name)) is TorchBackend
+
+
+def test_only_attention_is_replaced(generator, fa3_module):
+    base, attention = TorchBackend(), flash_attention_3.FlashAttention3(fa3_module)
+    backend = registry.WithAttention(base, attention, "fa3")
+    case = attention_case(generator, lengths=[40, 3], k_dim=32, v_dim=32)
+    q_BHD = torch.randn(2, 4, 32, generator=generator).bfloat16()
+    k_TKD, v_TKD = torch.randn(2, 2, 2, 32, generator=generator).bfloat16()
+    last = case.context_len_B - 1
+    backend.kv_store(case.buffer, case.layout, 0, k_TKD, v_TKD, case.kv_table_BN, torch.arange(2), last)
+    inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.2)
+    out = backend.paged_decode(case.buffer, *inputs)
+    assert rel_error(out, naive_decode.paged_decode(case.buffer, *inputs)) < 1e-2
+    assert backend.block_copy(case.buffer, [(0, 1024, 512)]) == 512
+    assert backend.name == "torch+fa3"
+    assert backend.launches == Counter(
+        {"kv_store[torch]": 1, "paged_decode[fa3]": 1, "expand_table[fa3]": 1, "block_copy[torch]": 1}
+    )
