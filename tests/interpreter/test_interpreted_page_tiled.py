@@ -78,12 +78,12 @@ def test_prefill(generator, order, page, kv_heads, dim, dtype, group):
 def test_a_table_of_larger_blocks_is_refused(generator):
     case = attention_case(generator, lengths=[20], kernel_block_tokens=8, kernel_blocks=3, k_dim=16, v_dim=16)
     q_BHD = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="kernel_block_tokens=8: .*24 tokens"):
+    with pytest.raises(UserError, match=r"kernel_block_tokens=8: .*24 tokens"):
         triton.paged_decode(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0)
 
 
 def test_k_and_v_of_two_widths_are_refused(generator):
     case = attention_case(generator, lengths=[20], kernel_block_tokens=8, kernel_blocks=1, k_dim=16, v_dim=32)
     q_BHD = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="v_dim=32: .*16"):
+    with pytest.raises(UserError, match=r"v_dim=32: .*16"):
         triton.paged_decode(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0)

@@ -347,14 +347,15 @@ def paged_prefill(
     max_query_len: int,
     max_context_len: int,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_prefill`. ``max_context_len`` is not needed.
+    """See :meth:`hybridcache.kernels.backend.Backend.paged_prefill`. ``max_context_len`` is not needed. What stands in the
+    output behind the last row is undefined.
 
     Raises:
         UserError: an entry is several kernel blocks, or K and V differ in width.
     """
     num_heads, group = q_THD.shape[1], q_THD.shape[1] // layout.num_kv_heads
     strides = _strides(layout, layer)
-    out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     grid = (triton.cdiv(max_query_len, QUERY_TILE // group), layout.num_kv_heads, context_len_B.shape[0])
     page_prefill_kernel[grid](
         elements(buffer, torch_dtype(layout.dtype)),

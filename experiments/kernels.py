@@ -1,0 +1,257 @@
+"""Experiment ``kernels``: every cache operation against its reference, the torch backend, installed peers and the device's
+ceilings.
+
+On CUDA at the shapes of Qwen3-Next-80B-A3B. On a CPU it is functional only: tiny shapes on the torch backend, checked by the
+naive references; its times claim nothing.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig
+from rich import box
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments.harness import CONSOLE, write_results
+from hybridcache.bench import peers
+from hybridcache.bench.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
+from hybridcache.bench.ceilings import Ceilings, measure_ceilings
+from hybridcache.bench.figures import fraction_of_ceiling, relative_errors, row_label
+from hybridcache.bench.isolate import isolated
+from hybridcache.bench.measure import Bench, Row, failed
+from hybridcache.bench.work import Setup
+from hybridcache.device import choose_device
+from hybridcache.environment import device_name, environment
+from hybridcache.errors import bad
+from hybridcache.report import style
+from hybridcache.report.page import Picture, Section, save_picture, write_page
+
+FUNCTIONAL = "functional, not a timing claim"
+HEADINGS = (
+    "operation",
+    "shape",
+    "impl",
+    "L2",
+    "ms",
+    "±",
+    "GB/s",
+    "TFLOP/s",
+    "of ceiling",
+    "rel error",
+    "clock x launches",
+)
+
+
+def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
+    """Measure; write ``kernels.json`` and ``results.parquet`` after every row, then figures and the report.
+
+    Raises:
+        UserError: an unknown operation or device, before anything is measured.
+        RuntimeError: at the end, where an operation failed or gave a wrong result; everything else was measured and written.
+    """
+    settings = cfg.kernels
+    device = choose_device(settings.device)
+    on_cuda = device.type == "cuda"
+    cases = _cases(list(settings.operations), on_cuda, cfg.fast)
+    isolate = on_cuda if settings.isolate == "auto" else bool(settings.isolate)
+    record = Record(run_dir, cfg, on_cuda)
+    if on_cuda:
+        record.ceilings = _ceilings(settings.limit_s)
+    if not on_cuda:
+        torch.set_num_threads(1)
+    bench = Bench(Setup.on(device, cfg.seed), record.ceilings)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=CONSOLE) as progress:
+        task = progress.add_task("kernels", total=len(cases))
+        if isolate:
+            for row in isolated(bench.rows, cases, failed, limit_s=settings.limit_s):
+                record.add(row)
+                progress.update(task, completed=record.cases, description=f"{row['op']} {row['shape']}")
+        else:
+            for case in cases:
+                for row in bench.rows(case):
+                    record.add(row)
+                progress.update(task, advance=1, description=case.operation)
+    results = record.results()
+    _show(record, results, run_dir)
+    errors = [row for row in record.rows if row["error"]]
+    if errors:
+        first = errors[0]
+        raise RuntimeError(
+            f"{len(errors)} of {len(record.rows)} measurements failed, the first: {first['op']} {first['shape']} "
+            f"{first['impl']}: {first['error']}"
+        )
+    return results
+
+
+def _cases(operations: list[str], on_cuda: bool, fast: bool) -> list[Case]:
+    for name in operations:
+        if name not in OPERATIONS:
+            raise bad("kernels.operations", name, f"choose some of {', '.join(OPERATIONS)}, or none for all")
+    cases = select((fast_cuda_cases() if fast else cuda_cases()) if on_cuda else cpu_cases(), operations)
+    if not cases:
+        raise bad("kernels.operations", operations, "have no form on a CPU; choose others or device cuda")
+    return cases
+
+
+def _ceilings(limit_s: float) -> Ceilings:
+    """Measured in a process of its own, which then gives its memory back.
+
+    Raises:
+        RuntimeError: the plainest operations fail on this device.
+    """
+    row, *_ = list(isolated(_ceiling_rows, [None], lambda _, text: {"error": text}, limit_s=limit_s))
+    if "error" in row:
+        raise RuntimeError(f"the device's ceilings cannot be measured: {row['error']}")
+    return Ceilings(**row)
+
+
+def _ceiling_rows(_: None) -> Iterator[Row]:
+    yield measure_ceilings().to_json()
+
+
+class Record:
+    """What is measured so far, on disk after every row."""
+
+    def __init__(self, run_dir: Path, cfg: DictConfig, on_cuda: bool) -> None:
+        self.run_dir, self.experiment, self.on_cuda = run_dir, cfg.experiment_name, on_cuda
+        self.device = device_name() if on_cuda else "cpu"
+        self.model = "qwen3_next_80b_a3b" if on_cuda else "tiny"
+        self.environment = environment()
+        self.peers = peers.states()
+        self.ceilings: Ceilings | None = None
+        self.rows: list[Row] = []
+
+    @property
+    def cases(self) -> int:
+        """Distinct cases that have a row."""
+        return len({(row["op"], row["shape"], row["dtype"], row["kernel_block"], row["layout"]) for row in self.rows})
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        if row["error"]:
+            CONSOLE.print(f"[red]{row['op']} {row['shape']} {row['impl']}[/]: {row['error']}", markup=True)
+        whole = {
+            "environment": self.environment,
+            "device": self.device,
+            "claim": "measured" if self.on_cuda else FUNCTIONAL,
+            "ceilings": self.ceilings.to_json() if self.ceilings else None,
+            "peers": self.peers,
+            "rows": self.rows,
+        }
+        target = self.run_dir / "kernels.json"
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(whole, indent=1, default=str) + "\n")
+        os.replace(part, target)
+        self.results()
+
+    def results(self) -> pd.DataFrame:
+        """``results.parquet``: the rows with the columns that every experiment has."""
+        return write_results([self._full(row) for row in self.rows], self.run_dir)
+
+    def _full(self, row: Row) -> dict[str, Any]:
+        where = [row["op"], row["shape"], row["dtype"]]
+        where += [f"kb={row['kernel_block']}", row["layout"]] if row["kernel_block"] else []
+        where += [row["l2"]] if row["l2"] else []
+        return {
+            "experiment": self.experiment,
+            "phase": "kernels",
+            "strategy": row["impl"],
+            "workload": " ".join(map(str, where)),
+            "repetition": 0,
+            "device": self.device,
+            "model": self.model,
+            **row,
+        }
+
+
+# -- tables, figures, page ---------------------------------------------------------------------------------------------
+
+
+def _show(record: Record, results: pd.DataFrame, run_dir: Path) -> None:
+    title = f"kernels, {record.device}" + ("" if record.on_cuda else f": {FUNCTIONAL}")
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in HEADINGS[:-1]:
+        table.add_column(name, justify="left" if name in ("operation", "shape", "impl") else "right", no_wrap=True)
+    for _, rows in results.groupby("op", sort=False):
+        for cells in _cells(rows):
+            table.add_row(*cells[:-1])
+        table.add_section()
+    CONSOLE.print(table)
+    absent = [f"{name} ({text})" for name, text in record.peers.items() if text != "installed"]
+    if absent:
+        CONSOLE.print(f"peers that are not here: {', '.join(absent)}", markup=False)
+    pictures = _pictures(results, run_dir / "figures")
+    write_page(run_dir, "Kernels", _about(record), _sections(record, results, pictures))
+
+
+def _cells(rows: pd.DataFrame) -> list[list[str]]:
+    """One line per row of one operation."""
+    lines = []
+    for _, row in rows.iterrows():
+        if row["error"]:
+            lines.append([row["op"], row_label(row), row["impl"], *["failed"] * 2, *["-"] * 6])
+            continue
+        lines.append(
+            [
+                row["op"],
+                row_label(row),
+                row["impl"],
+                row["l2"] or "-",
+                f"{row['median_ms']:.4f}",
+                f"{row['spread']:.0%}",
+                f"{row['gbps']:,.0f}" if row["gbps"] >= 10 else f"{row['gbps']:.2g}",
+                f"{row['tflops']:,.1f}" if row["tflops"] >= 0.1 else f"{row['tflops']:.1g}",
+                "-" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%} {row['bound']}",
+                f"{row['rel_error']:.1e}",
+                f"{row['clock']} x {int(row['launches'])}",
+            ]
+        )
+    return lines
+
+
+def _pictures(results: pd.DataFrame, folder: Path) -> dict[str, Picture]:
+    found = {}
+    with style.styled():
+        if results["fraction"].notna().any():
+            caption = (
+                "The least time that a measured ceiling allows (device copy, bf16 matrix product, host link) over the "
+                "median time. 100 % is the ceiling; a mark beyond it had its data in the L2 cache."
+            )
+            found["fraction"] = save_picture(folder, "kernels_fraction", *fraction_of_ceiling(results), caption)
+        if results["rel_error"].notna().any():
+            caption = "Norm of the difference from a float64 reference over the norm of the reference, on fresh random inputs."
+            found["error"] = save_picture(folder, "kernels_error", *relative_errors(results), caption)
+    return found
+
+
+def _about(record: Record) -> list[str]:
+    if record.ceilings is None:
+        return [f"Device cpu: {FUNCTIONAL}. Tiny shapes on the torch backend, checked by the naive references."]
+    at = record.ceilings
+    return [
+        f"{record.device}, shapes of Qwen3-Next-80B-A3B. Measured ceilings: copy {at.copy_bytes / 1e12:.2f} TB/s, bf16 matrix "
+        f"product {at.matmul_flops / 1e12:.0f} TFLOP/s, host link {at.to_host_bytes / 1e9:.0f} out and "
+        f"{at.from_host_bytes / 1e9:.0f} GB/s in.",
+        "Times are medians of one launch among those of a CUDA graph, each on memory of its own (clock: graph), or of single "
+        "calls by events. Cold: a launch's data was evicted from the L2 cache by the launches before it. Warm: it was not.",
+    ]
+
+
+def _sections(record: Record, results: pd.DataFrame, pictures: dict[str, Picture]) -> list[Section]:
+    overview = Section("Overview", figures=list(pictures.values()))
+    overview.texts = [f"Peer {name}: {text}." for name, text in record.peers.items()]
+    failures = [f"{row['op']} {row['shape']} {row['impl']}: {row['error']}" for row in record.rows if row["error"]]
+    parts = [overview]
+    if failures:
+        parts.append(Section("Failures", failures))
+    for op, rows in results.groupby("op", sort=False):
+        cells = [line[1:] for line in _cells(rows)]
+        parts.append(Section(str(op), headings=HEADINGS[1:], rows=cells))
+    return parts

@@ -1,0 +1,141 @@
+"""Cases: which operation is measured at which shape. A case is plain data, so that it can travel to another process."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model's layers and of its manager block."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention_layers: int
+    k_heads: int
+    v_heads: int
+    state_dim: int
+    """Key and value dim of a state."""
+    block_bytes: int
+
+
+QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 16, 32, 128, 2_162_688)
+TINY = Dims(4, 2, 16, 3, 2, 4, 16, 4_096)
+"""For a CPU: every operation runs, no time means anything."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        lengths: tokens of every row (context for attention, new tokens for a prefill, rows of a decode as one token each).
+        dtype: of what lies in the pool: the recurrent state for the gated delta net, K and V for attention.
+        kernel_block, kernel_blocks: tokens of a kernel block, and kernel blocks of a table entry.
+        layout: ``block_major`` or ``layer_major``.
+        checkpoint: tokens between checkpoints of a prefill, 0 for none.
+        warm_sets: disjoint sets of memory that launches of the warm timing take in turn.
+        with_torch: whether the torch backend runs it too.
+    """
+
+    operation: str
+    lengths: tuple[int, ...]
+    dims: Dims
+    dtype: str = "bfloat16"
+    kernel_block: int | None = None
+    kernel_blocks: int = 1
+    layout: str | None = None
+    checkpoint: int = 0
+    warm_sets: int = 1
+    with_torch: bool = True
+
+    @property
+    def shape(self) -> str:
+        """``rows x tokens``, for example ``64x8192``; rows of a decode step of states, tokens of a store, blocks of a copy."""
+        rows, longest = len(self.lengths), max(self.lengths)
+        if self.operation in ("kv_store", "qk_norm_rope_store"):
+            text = f"{sum(self.lengths)} tokens"
+        elif self.operation in ("block_copy", "swap_out", "swap_in"):
+            text = f"{rows} blocks"
+        else:
+            text = f"{rows}" if self.operation == "gdn_decode" else f"{rows}x{longest}"
+        return f"{text} ckpt{self.checkpoint}" if self.checkpoint else text
+
+    @property
+    def label(self) -> str:
+        """Everything that tells it from other cases of its operation."""
+        parts = [self.shape, self.dtype]
+        if self.kernel_block:
+            parts += [f"kb={self.kernel_block}", str(self.layout)]
+        return " ".join(parts)
+
+
+Lengths = tuple[int, ...]
+
+PREFILLS: tuple[Lengths, ...] = ((2_048,), (8_192,), (32_768,), (1_024,) * 16)
+DECODES: tuple[Lengths, ...] = ((32_768,), (4_096,) * 16, (8_192,) * 64, (2_048,) * 256)
+ATTENTION_PREFILLS: tuple[Lengths, ...] = ((8_192,), (2_048,) * 4, (32_768,))
+STORES: tuple[Lengths, ...] = ((1,) * 64, (8_192,))
+GDN_ROWS = (1, 8, 64, 256)
+GDN_SLOTS = 16
+"""Launches on disjoint slots of one graph: the procedure by which vLLM's GDN decode was measured."""
+
+
+def cuda_cases() -> Iterator[Case]:
+    """Qwen3-Next-80B-A3B: layouts are those of shared_pool (block-major) and padded_page (layer-major, 1,056 tokens)."""
+    dims = QWEN3_NEXT_80B
+    for dtype in ("float32", "bfloat16"):
+        for rows in GDN_ROWS:
+            yield Case("gdn_decode", (1,) * rows, dims, dtype, warm_sets=GDN_SLOTS)
+    for lengths in PREFILLS:
+        for operation in ("gdn_prefill", "gdn_delta", "gdn_conv"):
+            yield Case(operation, lengths, dims, "float32")
+        if lengths == (8_192,):
+            yield Case("gdn_prefill", lengths, dims, "float32", checkpoint=512, with_torch=False)
+            yield Case("gdn_delta", lengths, dims, "float32", checkpoint=512, with_torch=False)
+    for lengths in DECODES:
+        for kb in (8, 16, 32, 64):
+            yield Case("paged_decode", lengths, dims, "bfloat16", kb, 11, "block_major", with_torch=kb == 8)
+        yield Case("paged_decode", lengths, dims, "bfloat16", 1_056, 1, "layer_major", with_torch=False)
+    for lengths in ATTENTION_PREFILLS:
+        yield Case("paged_prefill", lengths, dims, "bfloat16", 8, 11, "block_major")
+        yield Case("paged_prefill", lengths, dims, "bfloat16", 1_056, 1, "layer_major", with_torch=False)
+    for operation in ("kv_store", "qk_norm_rope_store"):
+        for lengths in STORES:
+            yield Case(operation, lengths, dims, "bfloat16", 8, 11, "block_major")
+    for operation in ("block_copy", "swap_out", "swap_in"):
+        yield Case(operation, (1,) * 64, dims, "uint8")
+
+
+def fast_cuda_cases() -> Iterator[Case]:
+    """One or two shapes of every operation."""
+    keep = {"1", "64", "1x2048", "64 tokens", "1x8192 ckpt512", "16x4096", "4x2048"}
+    seen: set[str] = set()
+    for case in cuda_cases():
+        small = case.shape in keep and case.kernel_block in (None, 8)
+        if small or case.operation not in seen:
+            yield case
+        seen.add(case.operation)
+
+
+def cpu_cases() -> Iterator[Case]:
+    """Every operation of the torch backend at sizes that a CPU checks in seconds."""
+    dims = TINY
+    for dtype in ("float32", "bfloat16"):
+        yield Case("gdn_decode", (1,) * 3, dims, dtype)
+    yield Case("gdn_prefill", (130, 5), dims, "float32")
+    for kb, blocks, layout in ((8, 11, "block_major"), (16, 11, "block_major"), (88, 1, "layer_major")):
+        yield Case("paged_decode", (200, 1, 89), dims, "bfloat16", kb, blocks, layout)
+        yield Case("paged_prefill", (150, 7), dims, "bfloat16", kb, blocks, layout)
+    yield Case("kv_store", (100,), dims, "bfloat16", 8, 11, "block_major")
+    yield Case("block_copy", (1,) * 8, dims, "uint8")
+    for operation in ("swap_out", "swap_in"):
+        yield Case(operation, (1,) * 8, dims, "uint8")
+
+
+def select(cases: Iterator[Case], operations: list[str]) -> list[Case]:
+    """Cases of the named operations, all where none is named."""
+    return [case for case in cases if not operations or case.operation in operations]
+
+
+OPERATIONS = tuple(dict.fromkeys(case.operation for case in cuda_cases()))

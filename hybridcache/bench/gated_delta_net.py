@@ -1,0 +1,243 @@
+"""Gated delta net: decode steps and prefills, whole and in their parts, on states scattered over a pool.
+
+Shapes: T tokens, B rows, L layers (here: disjoint sets of memory), C conv channels, V value heads, J value dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hybridcache.bench import peers
+from hybridcache.bench.case import Case
+from hybridcache.bench.work import Implementation, Saved, Setup, Work, worst
+from hybridcache.dtypes import itemsize
+from hybridcache.kernels.gdn_decode import naive as naive_decode
+from hybridcache.kernels.gdn_decode.naive import stored_state
+from hybridcache.kernels.gdn_prefill import naive as naive_prefill
+from hybridcache.kernels.gdn_prefill.testing import PrefillCase, checkpoint_table, prefill_case
+from hybridcache.kernels.testing import state_case
+from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.torch_ops import gated_delta_net as torch_ops
+from hybridcache.spec import RecurrentState
+
+WIDTH = 4
+MAX_SETS = 192
+CHECKED_ROWS = 2
+CHECKED_TOKENS = 2_048
+"""Outputs of so many first tokens of a checked row are compared: later ones cannot change them."""
+NAIVE_TOKENS = 512
+"""Up to so many tokens the reference takes one after the other, beyond them the torch backend's chunks in float64."""
+START_CHUNKS = {"cuda": 64, "cpu": 1}
+"""Chunks of 64 tokens that lie before a prefill, so that it reads a state."""
+
+
+def _state(case: Case) -> RecurrentState:
+    dims = case.dims
+    shape = (dims.v_heads, dims.state_dim, dims.state_dim)
+    return RecurrentState(shape, case.dtype, _channels(case), WIDTH, "bfloat16")
+
+
+def _channels(case: Case) -> int:
+    return (2 * case.dims.k_heads + case.dims.v_heads) * case.dims.state_dim
+
+
+def _options(case: Case) -> dict[str, Any]:
+    dims = case.dims
+    sizes = {"key_dim": dims.state_dim, "value_dim": dims.state_dim, "width": WIDTH}
+    return {"k_heads": dims.k_heads, "v_heads": dims.v_heads, "state_dtype": case.dtype, **sizes}
+
+
+def _delta_flops(case: Case, tokens: int) -> int:
+    """Of the recurrence: decay, prediction, outer product and output, ``7 I J`` per token and value head. A chunked
+    form does more, so its rate counts useful operations only."""
+    return tokens * case.dims.v_heads * 7 * case.dims.state_dim**2
+
+
+def decode(case: Case, setup: Setup) -> Work:
+    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place."""
+    rows, stored = len(case.lengths), _state(case).stored_bytes
+    sets = setup.sets(rows * stored, case.warm_sets, MAX_SETS)
+    at = state_case(
+        setup.generator(),
+        positions=[100 + row for row in range(rows)],
+        layers=sets,
+        device=setup.device,
+        **_options(case),
+    )
+    checked = min(CHECKED_ROWS, rows)
+    entries = at.state_table_BL[:checked, 0].tolist()
+    saved = Saved(at.buffer, [(at.layout.address(0, entry), stored) for entry in entries])
+    part = slice(0, checked)
+    inputs = (at.x_BC[part], at.conv_weight_CW, at.a_BV[part], at.b_BV[part], at.a_log_V, at.dt_bias_V)
+    expected = naive_decode.gdn_decode(at.buffer, at.layout, 0, *inputs, at.state_table_BL[part], at.position_B[part])
+    states = [stored_state(at.buffer, at.layout, 0, entry)[0].clone() for entry in entries]
+    saved.restore()
+
+    def implementation(operation: Callable[..., torch.Tensor], graph: bool) -> Implementation:
+        def run(i: int) -> torch.Tensor:
+            return operation(at.buffer, *at.step(i))
+
+        def error() -> float:
+            saved.restore()
+            out = run(0)[:checked]
+            found = [stored_state(at.buffer, at.layout, 0, entry)[0] for entry in entries]
+            return worst([(out, expected), *zip(found, states)])
+
+        return Implementation(run, error, graph)
+
+    def triton() -> Implementation:
+        from hybridcache.kernels.gdn_decode.triton import gdn_decode
+
+        return implementation(gdn_decode, True)
+
+    channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
+    state_bytes = v_heads * dim * dim * itemsize(case.dtype)
+    ring_bytes = channels * WIDTH * 2  # W - 1 columns read and one written
+    activation_bytes = 2 * (channels + 2 * v_heads + v_heads * dim)
+    work = Work(
+        sets=sets,
+        footprint=rows * stored,
+        bytes=rows * (2 * state_bytes + ring_bytes + activation_bytes) + channels * WIDTH * 2,
+        flops=_delta_flops(case, rows) + rows * channels * 2 * WIDTH,
+    )
+    if setup.device.type == "cuda":
+        work.build["triton"] = triton
+    if case.with_torch:
+        work.build["torch"] = lambda: implementation(TorchBackend().gdn_decode, False)
+    if setup.device.type == "cuda" and peers.state("fla") == "installed":
+        work.build["fla"] = lambda: peers.fla_decode(case.dims, rows, sets, case.dtype, setup)
+    return work
+
+
+def prefill(case: Case, setup: Setup) -> Work:
+    """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings)."""
+    rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
+    channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
+    out_channels = v_heads * dim
+    footprint = 2 * tokens * (channels + out_channels + 2 * v_heads) + rows * stored
+    sets = setup.sets(footprint, 1, 4)
+    kept = sum(length // case.checkpoint for length in case.lengths) if case.checkpoint else 0
+    at = prefill_case(
+        setup.generator(),
+        lengths=case.lengths,
+        starts=[64 * START_CHUNKS[setup.device.type]] * rows,
+        layers=sets,
+        device=setup.device,
+        pool_bytes=(rows * sets + kept + rows + 3) * stored,
+        **_options(case),
+    )
+    part = _Part(at, stored)
+    xs = [at.x_TC, *(at.x_TC.clone() for _ in range(sets - 1))]
+
+    def step(i: int) -> tuple[Any, ...]:
+        layout, layer, _, *inputs = at.step(i)
+        return (layout, layer, xs[i], *inputs)
+
+    def whole(operation: Callable[..., torch.Tensor], graph: bool, **options: Any) -> Implementation:
+        def run(i: int) -> torch.Tensor:
+            return operation(at.buffer, *step(i), **options)
+
+        return Implementation(run, lambda: part.error(lambda: run(0)), graph)
+
+    def checkpoints(layer: int) -> dict[str, Any]:
+        if not case.checkpoint:
+            return {}
+        table_BNL = checkpoint_table(at, layer, case.checkpoint)
+        return {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": case.checkpoint}
+
+    def triton() -> Implementation:
+        from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
+
+        tables = [checkpoints(layer) for layer in range(sets)]
+
+        def run(i: int) -> torch.Tensor:
+            return gdn_prefill(at.buffer, *step(i), **tables[i])
+
+        return Implementation(run, lambda: part.error(lambda: run(0)))
+
+    def parts() -> Implementation:
+        """The launches of one part; those that it needs before it have run once."""
+        from hybridcache.kernels.gdn_prefill.triton import Prefill
+
+        calls = [Prefill(at.buffer, *step(i), **checkpoints(i)) for i in range(sets)]
+
+        def prepare(i: int) -> None:
+            calls[i].conv()
+            calls[i].chunks()
+
+        def run(i: int) -> torch.Tensor:
+            if case.operation == "gdn_conv":
+                calls[i].conv()
+                calls[i].rings()
+            else:
+                calls[i].chunks()
+                calls[i].states()
+            return calls[i].out_TVJ
+
+        def complete() -> torch.Tensor:
+            prepare(0)
+            calls[0].rings()
+            calls[0].states()
+            return calls[0].out_TVJ
+
+        for i in range(sets):
+            prepare(i)
+        return Implementation(run, lambda: part.error(complete))
+
+    state_bytes = v_heads * dim * dim * itemsize(case.dtype)
+    delta_bytes = 2 * tokens * (out_channels + 2 * v_heads) + (2 * rows + kept) * state_bytes
+    ring_bytes = (2 * rows + kept) * channels * WIDTH * 2
+    bytes_of = {
+        "gdn_prefill": 2 * tokens * channels + ring_bytes + delta_bytes,
+        "gdn_delta": 2 * tokens * channels + delta_bytes,
+        "gdn_conv": 4 * tokens * channels + ring_bytes,
+    }
+    conv_flops = tokens * channels * 2 * WIDTH
+    delta_flops = _delta_flops(case, tokens)
+    flops_of = {"gdn_prefill": conv_flops + delta_flops, "gdn_delta": delta_flops, "gdn_conv": conv_flops}
+    work = Work(sets, footprint, bytes_of[case.operation], flops_of[case.operation])
+    if setup.device.type == "cuda":
+        work.build["triton"] = triton if case.operation == "gdn_prefill" else parts
+    if case.with_torch and case.operation == "gdn_prefill":
+        work.build["torch"] = lambda: whole(TorchBackend().gdn_prefill, False)
+    by_peer = case.operation == "gdn_delta" and not case.checkpoint and setup.device.type == "cuda"
+    if by_peer and peers.state("fla") == "installed":
+        work.build["fla"] = lambda: peers.fla_prefill(case.dims, rows, case.lengths[0], sets, setup)
+    return work
+
+
+class _Part:
+    """The first tokens of some rows: what they should give, and the error of a run that is to give it."""
+
+    def __init__(self, at: PrefillCase, stored: int) -> None:
+        self.at = at
+        rows = range(min(CHECKED_ROWS, len(at.lengths)))
+        offsets = at.cu_seqlens.tolist()
+        counts = [min(at.lengths[row], CHECKED_TOKENS) for row in rows]
+        self.entries = at.state.state_table_BL[: len(rows), 0].tolist()
+        self.whole = [count == at.lengths[row] for row, count in zip(rows, counts)]
+        self.tokens = torch.cat([torch.arange(offsets[row], offsets[row] + count) for row, count in zip(rows, counts)])
+        self.tokens = self.tokens.to(at.buffer.device)
+        layout = at.state.layout
+        self.saved = Saved(at.buffer, [(layout.address(0, entry), stored) for entry in self.entries])
+        _, _, x, weight, a, b, a_log, dt_bias, table_BL, cu, start = at.step(0)
+        inputs = [x[self.tokens], weight, a[self.tokens], b[self.tokens], a_log, dt_bias]
+        bounds = torch.tensor([0, *counts]).cumsum(0).to(cu)
+        inputs += [table_BL[: len(rows)], bounds, start[: len(rows)]]
+        if len(self.tokens) <= NAIVE_TOKENS:
+            self.out = naive_prefill.gdn_prefill(at.buffer, layout, 0, *inputs)
+        else:
+            exact = [x.double() if x.is_floating_point() else x for x in inputs]
+            self.out = torch_ops.gdn_prefill(at.buffer, layout, 0, *exact)
+        self.states = [stored_state(at.buffer, layout, 0, entry)[0].clone() for entry in self.entries]
+        self.saved.restore()
+
+    def error(self, run: Callable[[], torch.Tensor]) -> float:
+        """Of the outputs, and of the states of rows that were compared whole."""
+        self.saved.restore()
+        pairs = [(run()[self.tokens], self.out)]
+        for entry, expected, whole in zip(self.entries, self.states, self.whole):
+            if whole:
+                pairs.append((stored_state(self.at.buffer, self.at.state.layout, 0, entry)[0], expected))
+        return worst(pairs)

@@ -1,0 +1,160 @@
+"""Measure: a case's implementations checked, then timed; one row each, also where one fails."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybridcache.bench import attention, copies, gated_delta_net
+from hybridcache.bench.case import Case
+from hybridcache.bench.ceilings import Ceilings
+from hybridcache.bench.timing import Timing, time_launches
+from hybridcache.bench.work import Implementation, Setup, Work
+
+Row = dict[str, Any]
+
+Builder = Callable[[Case, Setup], Work]
+
+BUILDERS: dict[str, Builder] = {
+    "gdn_decode": gated_delta_net.decode,
+    "gdn_prefill": gated_delta_net.prefill,
+    "gdn_delta": gated_delta_net.prefill,
+    "gdn_conv": gated_delta_net.prefill,
+    "paged_decode": attention.decode,
+    "paged_prefill": attention.prefill,
+    "kv_store": attention.store,
+    "qk_norm_rope_store": attention.fused_store,
+    "block_copy": copies.copy,
+    "swap_out": copies.swap,
+    "swap_in": copies.swap,
+}
+
+TOLERANCE = 1e-2
+"""Relative error, above which a result is wrong and its time is not reported."""
+LAUNCHES = 16
+"""Launches of a warm timing; a cold one has one per disjoint set, at least ``MIN_COLD``."""
+MIN_COLD = 4
+ERROR_CHARS = 400
+COLUMNS = (
+    "op", "impl", "shape", "dtype", "kernel_block", "layout", "l2", "median_ms", "spread", "launches", "clock", "bytes",
+    "flops", "gbps", "tflops", "fraction", "bound", "rel_error", "error",
+)  # fmt: skip
+"""Of every row; None where a column has no meaning."""
+
+
+class DeviceLost(RuntimeError):
+    """The device answers no more: nothing can be measured in this process."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cases of a run share. ``ceilings`` is None on a CPU."""
+
+    setup: Setup
+    ceilings: Ceilings | None
+
+    def rows(self, case: Case, builder: Builder | None = None) -> Iterator[Row]:
+        """Rows of every implementation of a case, one per state of the L2 cache that its memory allows. ``builder``: of the
+        work, the operation's own where None.
+
+        Raises:
+            DeviceLost: an error after which the device is of no more use.
+        """
+        try:
+            work = (builder or BUILDERS[case.operation])(case, self.setup)
+        except Exception as error:  # one case must not hide the others; its row says what happened
+            yield failed(case, describe(error))
+            self._require_device()
+            return
+        for name, build in work.build.items():
+            try:
+                implementation = build()
+                rel_error = implementation.error()
+                if not rel_error <= TOLERANCE:
+                    raise ArithmeticError(f"wrong result: relative error {rel_error:.2e}, at most {TOLERANCE:g}")
+                for l2, order in self.orders(case, work):
+                    timing = self._time(implementation, order)
+                    yield self._row(case, name, work, l2, timing, rel_error)
+            except Exception as error:
+                yield failed(case, describe(error), name)
+                self._require_device()
+            if self.setup.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def orders(self, case: Case, work: Work) -> Iterator[tuple[str | None, list[int]]]:
+        """State of the L2 cache, and which set of memory each launch of a timing takes.
+
+        Warm: the sets fit in the cache, and every launch finds what an earlier one left. Cold: a launch's data was evicted
+        by those of the launches in between.
+        """
+        if self.setup.device.type != "cuda":
+            yield None, [0]
+            return
+        if case.warm_sets * work.footprint <= self.setup.l2_bytes:
+            yield "warm", [i % min(case.warm_sets, work.sets) for i in range(LAUNCHES)]
+        if work.sets * work.footprint >= 2 * self.setup.l2_bytes:
+            launches = max(work.sets, MIN_COLD)
+            yield "cold", [i % work.sets for i in range(launches)]
+
+    def _time(self, implementation: Implementation, order: list[int]) -> Timing:
+        launches = [lambda i=i: implementation.run(i) for i in order]
+        return time_launches(launches, self.setup.device, graph=implementation.graph)
+
+    def _row(self, case: Case, name: str, work: Work, l2: str | None, timing: Timing, rel_error: float) -> Row:
+        seconds = timing.median_ms * 1e-3
+        row = {
+            **blank(case, name),
+            "l2": l2,
+            "median_ms": timing.median_ms,
+            "spread": timing.spread,
+            "launches": timing.launches,
+            "clock": timing.clock,
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "gbps": work.bytes / seconds / 1e9,
+            "tflops": work.flops / seconds / 1e12,
+            "rel_error": rel_error,
+        }
+        if self.ceilings is not None:
+            row["fraction"], row["bound"] = fraction(work, seconds, self.ceilings)
+        return row
+
+    def _require_device(self) -> None:
+        if self.setup.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.setup.device)
+        except Exception as error:
+            raise DeviceLost(describe(error)) from error
+
+
+def fraction(work: Work, seconds: float, ceilings: Ceilings) -> tuple[float, str]:
+    """The least time that the ceilings allow over the time it took, and which ceiling that is."""
+    rate = {"copy": ceilings.copy_bytes, "to_host": ceilings.to_host_bytes, "from_host": ceilings.from_host_bytes}
+    floors = {work.link: work.bytes / rate[work.link], "matmul": work.flops / ceilings.matmul_flops}
+    bound = max(floors, key=lambda name: floors[name])
+    return floors[bound] / seconds, bound
+
+
+def blank(case: Case, name: str) -> Row:
+    """A row that says what was to be measured."""
+    known = {
+        "op": case.operation,
+        "impl": name,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "kernel_block": case.kernel_block,
+        "layout": case.layout,
+    }
+    return {column: known.get(column) for column in COLUMNS}
+
+
+def failed(case: Case, text: str, name: str = "all") -> Row:
+    """The row of an implementation (or of all of a case) that gave no time."""
+    return {**blank(case, name), "error": text[:ERROR_CHARS]}
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

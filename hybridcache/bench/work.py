@@ -1,0 +1,90 @@
+"""Work: what a case needs to run, built on one device: memory, inputs, implementations and the reference to check them by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hybridcache.kernels.testing import rel_error
+
+ROTATION = 3
+"""Disjoint sets of memory together exceed the L2 cache by this factor, so that none of a launch's data is left in it."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where cases are built."""
+
+    device: torch.device
+    seed: int
+    l2_bytes: int
+
+    @classmethod
+    def on(cls, device: torch.device, seed: int = 0) -> "Setup":
+        """With the device's own size of the L2 cache, 0 on a CPU."""
+        on_cuda = device.type == "cuda"
+        return cls(device, seed, torch.cuda.get_device_properties(device).L2_cache_size if on_cuda else 0)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def sets(self, footprint: int, least: int, most: int) -> int:
+        """Disjoint sets of ``footprint`` bytes whose rotation evicts the cache, within bounds; 1 on a CPU."""
+        if self.device.type != "cuda":
+            return 1
+        return min(max(-(-ROTATION * self.l2_bytes // footprint), least), most)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run the work.
+
+    Attributes:
+        run: one launch on a set of memory, given by its number.
+        error: relative error of its results against the reference, from the bytes before any launch; NaN where one is NaN.
+        graph: whether it can be captured in a CUDA graph.
+    """
+
+    run: Callable[[int], Any]
+    error: Callable[[], float]
+    graph: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case on a device.
+
+    Attributes:
+        sets: disjoint sets of memory; launch ``i`` of a timing works on one of them.
+        footprint: distinct bytes that one launch touches.
+        bytes: that one launch must move at least, each input read once and each output written once.
+        flops: that the operation is made of, by its definition.
+        build: implementations by name, each built when its turn comes, so that one that is broken does not hide others.
+        link: what bounds its bytes: ``copy`` (device memory), ``to_host`` or ``from_host``.
+    """
+
+    sets: int
+    footprint: int
+    bytes: int
+    flops: int
+    build: dict[str, Callable[[], Implementation]] = field(default_factory=dict)
+    link: str = "copy"
+
+
+class Saved:
+    """Bytes of a buffer, to be put back before each check."""
+
+    def __init__(self, buffer: torch.Tensor, pieces: Sequence[tuple[int, int]]) -> None:
+        """``pieces``: first byte and number of bytes of each."""
+        self.buffer = buffer
+        self.pieces = [(start, buffer[start : start + size].clone()) for start, size in pieces]
+
+    def restore(self) -> None:
+        for start, piece in self.pieces:
+            self.buffer[start : start + piece.numel()] = piece
+
+
+def worst(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Largest relative error of ``(result, reference)`` pairs; NaN where any is NaN."""
+    return float(torch.tensor([rel_error(out, reference) for out, reference in pairs]).max())
