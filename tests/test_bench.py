@@ -1,0 +1,394 @@
+"""Measurements of kernels: what is checked, what a row says, what survives a failure, and what an experiment leaves."""
+
+import json
+import os
+import random
+import sys
+import time
+from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from isolated_deeds import deeds
+from omegaconf import OmegaConf
+
+from hybridcache.bench import block_size_figures, measure, peers
+from hybridcache.bench.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
+from hybridcache.bench.ceilings import Ceilings
+from hybridcache.bench.figures import fraction_of_ceiling, relative_errors
+from hybridcache.bench.isolate import isolated
+from hybridcache.bench.measure import BUILDERS, COLUMNS, Bench, blank, fraction
+from hybridcache.bench.table_cost import WAYS, measure_table, table_width
+from hybridcache.bench.timing import summary, time_host
+from hybridcache.bench.work import Implementation, Setup, Work
+from hybridcache.errors import UserError
+from hybridcache.report import style
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def seed() -> int:
+    chosen = random.SystemRandom().randrange(1 << 31)
+    print(f"seed {chosen}")
+    return chosen
+
+
+# -- cases and rows ----------------------------------------------------------------------------------------------------
+
+
+def test_cases_are_told_apart_by_their_rows():
+    for cases in (cuda_cases(), fast_cuda_cases(), cpu_cases()):
+        found = [(c.operation, c.shape, c.dtype, c.kernel_block, c.layout) for c in cases]
+        assert len(set(found)) == len(found)
+
+
+def test_every_operation_has_a_builder_and_a_fast_form():
+    assert set(OPERATIONS) == set(BUILDERS)
+    assert {case.operation for case in fast_cuda_cases()} == set(OPERATIONS)
+
+
+def test_shapes_asked_for_are_measured():
+    found = {(case.operation, case.shape) for case in cuda_cases()}
+    for shape in ("1x32768", "16x4096", "64x8192", "256x2048"):
+        blocks = {case.kernel_block for case in cuda_cases() if (case.operation, case.shape) == ("paged_decode", shape)}
+        assert blocks == {8, 16, 32, 64, 1056}
+    for shape in ("1x2048", "1x8192", "1x32768", "16x1024", "1x8192 ckpt512"):
+        assert ("gdn_delta", shape) in found
+    assert {shape for operation, shape in found if operation == "gdn_decode"} == {"1", "8", "64", "256"}
+
+
+@pytest.mark.parametrize("case", list(cpu_cases()), ids=lambda case: f"{case.operation}-{case.label}".replace(" ", "-"))
+def test_rows_on_a_cpu(case, seed):
+    rows = list(Bench(Setup.on(CPU, seed), None).rows(case))
+    assert rows
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert row["error"] is None
+        assert 0 <= row["rel_error"] <= measure.TOLERANCE
+        assert row["median_ms"] > 0
+        assert row["fraction"] is None, "a CPU has no ceiling here"
+
+
+def work_of(implementations, **sizes) -> Work:
+    return Work(**{"sets": 1, "footprint": 1, "bytes": 10**6, "flops": 0, **sizes}, build=implementations)
+
+
+def implementation(error=0.0, run=lambda i: None) -> Implementation:
+    return Implementation(run, lambda: error)
+
+
+def test_a_wrong_result_gives_no_time_and_hides_nothing():
+    def broken() -> Implementation:
+        raise ImportError("no such kernel")
+
+    def crashes(i: int) -> None:
+        raise RuntimeError("launch failed")
+
+    builds = {
+        "wrong": lambda: implementation(0.5),
+        "nan": lambda: implementation(float("nan")),
+        "absent": broken,
+        "crashes": lambda: implementation(run=crashes),
+        "fine": implementation,
+    }
+    case = Case("kv_store", (3,), TINY)
+    rows = {row["impl"]: row for row in Bench(Setup.on(CPU), None).rows(case, lambda *_: work_of(builds))}
+    assert list(rows) == list(builds)
+    assert "wrong result" in rows["wrong"]["error"]
+    assert "wrong result" in rows["nan"]["error"]
+    assert rows["absent"]["error"] == "ImportError: no such kernel"
+    assert rows["crashes"]["error"] == "RuntimeError: launch failed"
+    assert all(rows[name]["median_ms"] is None for name in builds if name != "fine")
+    assert rows["fine"]["error"] is None
+
+
+def test_work_that_cannot_be_built_is_one_row():
+    def build(case: Case, setup: Setup) -> Work:
+        raise MemoryError("too large")
+
+    case = Case("kv_store", (3,), TINY)
+    (row,) = Bench(Setup.on(CPU), None).rows(case, build)
+    assert (row["op"], row["impl"], row["error"]) == ("kv_store", "all", "MemoryError: too large")
+
+
+def test_l2_is_named_by_what_the_sets_allow():
+    bench = Bench(Setup(torch.device("cuda"), 0, l2_bytes=50), None)
+    case = Case("gdn_decode", (1,), TINY, warm_sets=4)
+    orders = dict(bench.orders(case, work_of({}, sets=20, footprint=10)))
+    assert orders["warm"] == [0, 1, 2, 3] * 4, "four sets of 10 bytes stay in a cache of 50"
+    assert orders["cold"] == list(range(20))
+    assert [name for name, _ in bench.orders(case, work_of({}, sets=9, footprint=10))] == ["warm"]
+    assert dict(bench.orders(case, work_of({}, sets=1, footprint=1000))) == {"cold": [0] * 4}
+    assert list(Bench(Setup.on(CPU), None).orders(case, work_of({}))) == [(None, [0])]
+
+
+def test_sets_evict_the_cache():
+    setup = Setup(torch.device("cuda"), 0, l2_bytes=50)
+    assert setup.sets(10, least=1, most=100) * 10 >= 3 * 50
+    assert setup.sets(10, least=1, most=12) == 12
+    assert setup.sets(1000, least=16, most=100) == 16
+    assert Setup.on(CPU).sets(10, least=16, most=100) == 1
+
+
+def test_fraction_is_of_the_binding_ceiling():
+    ceilings = Ceilings(copy_bytes=1e12, matmul_flops=1e14, to_host_bytes=1e10, from_host_bytes=2e10)
+    assert fraction(work_of({}, bytes=10**9), 2e-3, ceilings) == (pytest.approx(0.5), "copy")
+    assert fraction(work_of({}, bytes=10**9, flops=10**12), 2e-2, ceilings) == (pytest.approx(0.5), "matmul")
+    assert fraction(work_of({}, bytes=10**9, link="to_host"), 0.2, ceilings) == (pytest.approx(0.5), "to_host")
+
+
+def test_timing_summary():
+    timing = summary([8.0, 10.0, 12.0], launches=2, clock="graph")
+    assert timing.median_ms == 5.0
+    assert timing.spread == pytest.approx(0.36)
+    slept = time_host([lambda: time.sleep(2e-3)])
+    assert 2.0 <= slept.median_ms < 20.0
+    assert slept.repeats >= 5
+
+
+# -- isolation ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_or_a_hang_costs_only_itself():
+    items = ["a", "raises", "b", "dies", "hangs", "c"]
+    rows = list(isolated(deeds, items, lambda item, text: {"item": item, "error": text}, limit_s=3.0))
+    by_item = {item: [row for row in rows if row["item"] == item] for item in items}
+    for item in ("a", "b", "c"):
+        assert [row.get("second", False) for row in by_item[item]] == [False, True]
+    assert by_item["raises"][1]["error"] == "ValueError: as told"
+    assert by_item["dies"][1]["error"] == "its process ended with status 7"
+    assert by_item["hangs"][1]["error"] == "stopped: no answer within 3 s"
+    assert os.getpid() not in {row.get("process") for row in rows}
+
+
+def test_an_isolated_case_gives_the_same_columns():
+    case = Case("block_copy", (1,) * 4, TINY, "uint8")
+    bench = Bench(Setup.on(CPU), None)
+    (row,) = isolated(bench.rows, [case], measure.failed, limit_s=60.0)
+    assert tuple(row) == COLUMNS
+    assert row["error"] is None
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fla(monkeypatch) -> ModuleType:
+    """A stand-in that computes from exactly the arguments that fla-core documents, in its layouts."""
+    module = ModuleType("fla.ops.gated_delta_rule")
+
+    def operation(q, k, v, g, beta, *, initial_state, output_final_state, use_qk_l2norm_in_kernel):
+        assert use_qk_l2norm_in_kernel
+        assert output_final_state
+        assert q.shape == k.shape == v.shape
+        assert g.shape == beta.shape == q.shape[:3]
+        assert (g <= 0).all(), "the decay is given as a logarithm"
+        assert initial_state.shape == (q.shape[0], *q.shape[2:], v.shape[-1])
+        return peers.delta_rule(q, k, v, g, beta, initial_state).to(q.dtype), initial_state
+
+    module.chunk_gated_delta_rule = module.fused_recurrent_gated_delta_rule = operation
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        found = module if name.endswith("rule") else ModuleType(name)
+        found.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, found)
+    return module
+
+
+def test_fla_gets_its_arguments(fla, seed):
+    setup = Setup.on(CPU, seed)
+    decode = peers.fla_decode(TINY, rows=3, sets=2, state_dtype="float32", setup=setup)
+    assert decode.run(1).shape == (3, 1, TINY.v_heads, TINY.state_dim)
+    assert decode.error() <= measure.TOLERANCE
+    prefill = peers.fla_prefill(TINY, rows=2, tokens=70, sets=1, setup=setup)
+    assert prefill.run(0).shape == (2, 70, TINY.v_heads, TINY.state_dim)
+    assert prefill.error() <= measure.TOLERANCE
+    assert peers.state("fla") == "installed"
+
+
+def test_absent_peers_are_named(monkeypatch):
+    for name in ("fla", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for text in peers.states().values():
+        assert text.startswith("not measured: ")
+
+
+def test_the_delta_rule_agrees_with_the_decode_reference(seed):
+    """``peers.delta_rule`` against ``gdn_decode.naive.step`` whose conv passes the current token on."""
+    from hybridcache.kernels.gdn_decode import naive
+    from hybridcache.kernels.testing import rel_error
+
+    generator = torch.Generator().manual_seed(seed)
+    heads, dim = 3, 8
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    x_TC, state, a_TV, b_TV = draw(5, 3 * heads * dim), draw(heads, dim, dim), draw(5, heads), draw(5, heads)
+    weight = torch.zeros(3 * heads * dim, 2, dtype=torch.float64)
+    weight[:, 1] = 1.0
+    ring, expected, now = torch.zeros(2, 3 * heads * dim, dtype=torch.float64), [], state
+    a_log, dt_bias = draw(heads), draw(heads)
+    for t in range(5):
+        out, now = naive.step(now, ring, x_TC[t], weight, a_TV[t], b_TV[t], a_log, dt_bias, t)
+        expected.append(out)
+    q, k, v = torch.nn.functional.silu(x_TC).view(5, 3, heads, dim).unbind(1)
+    g = -a_log.exp() * torch.nn.functional.softplus(a_TV + dt_bias)
+    inputs = [x.unsqueeze(0) for x in (q, k, v, g, b_TV.sigmoid(), state)]
+    assert rel_error(peers.delta_rule(*inputs)[0], torch.stack(expected)) < 1e-12
+
+
+# -- tables of kernel blocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 11, 66])
+def test_both_ways_of_expansion_agree(n, seed):
+    generator = np.random.default_rng(seed)
+    ids_BN = generator.integers(0, 1 << 20, (5, 7), dtype=np.int32)
+    expected = np.array([[entry * n + j for entry in row for j in range(n)] for row in ids_BN.tolist()])
+    for way in ("loop", "broadcast"):
+        staging = np.full((5, 7 * n), -7, dtype=np.int32)
+        WAYS[way](ids_BN, n, staging)
+        assert np.array_equal(staging, expected), way
+    staging = np.full((5, 7), -7, dtype=np.int32)
+    WAYS["none"](ids_BN, n, staging)
+    assert np.array_equal(staging, ids_BN)
+
+
+def test_bytes_of_a_table():
+    generator = np.random.default_rng(0)
+    for way in WAYS:
+        seconds, num_bytes = measure_table(way, 3, 1057, 1056, 16, generator)
+        assert seconds > 0
+        assert num_bytes == 3 * (2 if way == "none" else 132) * 4
+    assert table_width("none", 88, 88, 11) == 1
+
+
+# -- figures and runs --------------------------------------------------------------------------------------------------
+
+
+def measured_rows() -> pd.DataFrame:
+    rows = []
+    for i, case in enumerate(cuda_cases()):
+        names = ["triton", *(["torch"] if case.with_torch else []), *(["unknown"] if i == 0 else [])]
+        for name in names:
+            times = {
+                "l2": "cold",
+                "fraction": 0.9 - 0.01 * (i % 7),
+                "bound": "copy",
+                "median_ms": 1.0,
+                "rel_error": 1e-3,
+            }
+            rows.append({**blank(case, name), **times})
+    rows.append({**blank(Case("gdn_decode", (1,), QWEN3_NEXT_80B), "triton"), "error": "failed"})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("draw", [fraction_of_ceiling, relative_errors])
+def test_figures_of_a_gpu_run(draw, tmp_path):
+    with style.styled():
+        figure, data = draw(measured_rows())
+        figure.savefig(tmp_path / "figure.png", dpi=50)
+    assert len(data) == len(measured_rows()) - 1, "the failed row has nothing to draw"
+    assert len([axes for axes in figure.axes if axes.get_title(loc="left")]) == len(OPERATIONS)
+
+
+def test_figure_of_times_marks_what_does_not_fit(tmp_path):
+    common = {"operation": "paged_decode", "shape": "64x1024", "l2": "cold", "spread": 0.0}
+    rows = [
+        {**common, "strategy": "page_tiled", "kernel_block": 16, "median_ms": 2.0, "overflow": False},
+        {**common, "strategy": "page_tiled", "kernel_block": 256, "median_ms": None, "l2": None, "overflow": True},
+        {**common, "strategy": "independent", "kernel_block": 16, "median_ms": 1.0, "overflow": False},
+        {**common, "strategy": "independent", "kernel_block": 256, "median_ms": 1.1, "overflow": False},
+    ]
+    with style.styled():
+        figure, data = block_size_figures.time(pd.DataFrame(rows))
+        figure.savefig(tmp_path / "figure.png", dpi=50)
+    assert "1.10" in figure.get_suptitle()
+    assert len(data) == 4
+    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in crosses] == [[256]]
+
+
+def config(**kernels) -> OmegaConf:
+    found = OmegaConf.load(ROOT / "conf" / "experiment" / "kernels.yaml")
+    return OmegaConf.merge(found, {"fast": True, "seed": 0, "kernels": {"device": "cpu", **kernels}})
+
+
+def test_a_run_keeps_its_record_and_says_what_it_claims(tmp_path):
+    from experiments import kernels
+
+    results = kernels.run(config(), tmp_path)
+    record = json.loads((tmp_path / "kernels.json").read_text())
+    assert record["claim"] == "functional, not a timing claim"
+    assert record["device"] == "cpu"
+    assert record["ceilings"] is None
+    assert set(record["peers"]) == {"fla", "fa3"}
+    assert len(record["rows"]) == len(results) == len(pd.read_parquet(tmp_path / "results.parquet"))
+    assert {row["op"] for row in record["rows"]} >= {"gdn_decode", "gdn_prefill", "paged_decode", "paged_prefill"}
+    page = (tmp_path / "report.html").read_text()
+    assert "functional, not a timing claim" in page
+    assert (tmp_path / "figures" / "kernels_error.csv").exists()
+
+
+def test_a_failure_is_a_row_and_ends_the_run_badly(tmp_path, monkeypatch):
+    from experiments import kernels
+
+    def build(case: Case, setup: Setup) -> Work:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(measure.BUILDERS, "kv_store", build)
+    with pytest.raises(
+        RuntimeError, match=r"1 of \d+ measurements failed, the first: kv_store 100 tokens all: .*no memory"
+    ):
+        kernels.run(config(), tmp_path)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [row["op"] for row in rows if row["error"]] == ["kv_store"]
+    assert rows[-1]["op"] == "swap_in", "operations after it were measured"
+    assert "no memory" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("operations", "words"),
+    [(["gdn_decod"], "kernels.operations='gdn_decod'.*gdn_decode"), (["gdn_conv"], "no form on a CPU")],
+)
+def test_wrong_operations_are_refused(operations, words, tmp_path):
+    from experiments import kernels
+
+    with pytest.raises(UserError, match=words):
+        kernels.run(config(operations=operations), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"blocks": [12]}, "blocks=12: give multiples of 8"),
+        ({"operations": ["paged"]}, "operations='paged'"),
+        ({"tables": {"geometries": [[100, 16]]}}, "geometries="),
+        ({"tables": {"lengths": [0]}}, "lengths=0"),
+    ],
+)
+def test_wrong_block_sizes_are_refused(changes, words, tmp_path):
+    from experiments import kernel_block_size
+
+    found = OmegaConf.load(ROOT / "conf" / "experiment" / "kernel_block_size.yaml")
+    cfg = OmegaConf.merge(found, {"fast": False, "seed": 0, "kernel_block_size": {"device": "cpu", **changes}})
+    with pytest.raises(UserError, match=words):
+        kernel_block_size.run(cfg, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("operation", ["gdn_decode", "paged_decode", "kv_store", "block_copy", "swap_out"])
+def test_rows_on_cuda(operation, seed):
+    case = next(case for case in fast_cuda_cases() if case.operation == operation)
+    ceilings = Ceilings(copy_bytes=3e12, matmul_flops=7e14, to_host_bytes=5e10, from_host_bytes=5e10)
+    rows = list(Bench(Setup.on(torch.device("cuda"), seed), ceilings).rows(case))
+    assert rows
+    for row in rows:
+        assert row["error"] is None, row
+        assert row["l2"] in ("warm", "cold")
+        assert row["fraction"] > 0
