@@ -110,7 +110,9 @@ def check_kv_rows(spec: CacheSpec) -> None:
     for field, dim in (("k_dim", kv.k_dim), ("v_dim", kv.v_dim)):
         row = dim * itemsize(kv.dtype)
         if row % KV_ROW_ALIGNMENT:
-            raise bad(field, dim, f"a row of {row} B does not start on {KV_ROW_ALIGNMENT} B; choose a wider dtype or head")
+            raise bad(
+                field, dim, f"a row of {row} B does not start on {KV_ROW_ALIGNMENT} B; choose a wider dtype or head"
+            )
 
 
 def attention_layout(

@@ -108,7 +108,8 @@ def reference64(buffer: torch.Tensor, *step: Any) -> torch.Tensor:
     """The torch backend's operation on float64 copies of the inputs: for lengths where one token after the other takes
     too long."""
     at, layer, *inputs, table_BL, cu_seqlens, start_B = step
-    return torch_prefill(buffer, at, layer, *(t.double() for t in inputs), table_BL, cu_seqlens, start_B)
+    arguments = [at, layer, *(t.double() for t in inputs), table_BL, cu_seqlens, start_B]
+    return torch_prefill(buffer, *arguments)
 
 
 def block_errors(
