@@ -9,8 +9,6 @@ once per direction. The ceiling is a large device-to-device copy on the same dev
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +16,9 @@ from statistics import median
 from typing import Any
 
 import torch
-import triton
 
 from hybridcache.dtypes import itemsize
+from hybridcache.environment import environment
 from hybridcache.kernels.block_copy import naive as naive_copy
 from hybridcache.kernels.block_copy import triton as triton_copy
 from hybridcache.kernels.gdn_decode import naive as naive_gdn
@@ -233,21 +231,6 @@ class Benchmark:
         self.add("block_copy", name, time_ms(lambda: self.backend.block_copy(buffer, moves)), num_bytes, error)
 
 
-def environment() -> dict[str, str]:
-    """Device, versions and commit."""
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -277,7 +260,11 @@ def main() -> None:
     if arguments.only in "block_copy":
         bench.block_copy()
 
-    result = {**environment(), "copy_gb_per_s": bench.copy_bytes_per_s / 1e9, "seconds": time.perf_counter() - started}
+    result = {
+        "environment": environment(),
+        "copy_gb_per_s": bench.copy_bytes_per_s / 1e9,
+        "seconds": time.perf_counter() - started,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**result, "records": bench.records}, indent=1) + "\n")
     print(f"{len(bench.records)} records in {result['seconds']:.0f} s: {arguments.out}")
