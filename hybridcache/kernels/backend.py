@@ -19,7 +19,7 @@ from hybridcache.layout import AttentionLayout, StateLayout
 
 class Backend(Protocol):
     """One implementation of every cache operation. ``launches`` counts calls by ``operation[implementation]``, so that a
-    result can say which code ran, for example ``{"paged_decode[triton]": 96, "paged_prefill[torch]": 24}``."""
+    result can say which code ran, for example ``{"paged_decode[triton]": 96, "paged_prefill[gluon]": 24}``."""
 
     name: str
     launches: Counter[str]

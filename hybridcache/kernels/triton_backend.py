@@ -1,49 +1,71 @@
 """TritonBackend: every cache operation on CUDA.
 
-The prefill operations run the torch backend's code for now, and say so: their launches are counted under
-``gdn_prefill[torch]`` and ``paged_prefill[torch]``. Nothing falls back: a Triton kernel that fails to compile or to launch
-raises.
+Paged prefill has two kernels: one in Gluon for Hopper, counted as ``paged_prefill[gluon]``, and one for other devices and
+for what the first cannot do, ``paged_prefill[triton]``. Shapes, dtypes and the device choose, so a run's choice is known
+before it starts; nothing falls back: a kernel that fails to compile or to launch raises.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
+from hybridcache.dtypes import dtype_name
+from hybridcache.errors import bad
 from hybridcache.kernels.block_copy.triton import block_copy
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
+from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
 from hybridcache.kernels.kv_store.triton import kv_store
 from hybridcache.kernels.paged_decode.triton import paged_decode
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.paged_prefill import hopper, triton
+from hybridcache.kernels.paged_prefill.tiles import choose_ring
 from hybridcache.layout import AttentionLayout, StateLayout
 
 IMPLEMENTATION = {
     "kv_store": "triton",
     "paged_decode": "triton",
-    "paged_prefill": "torch",
+    "paged_prefill": "triton",
     "gdn_decode": "triton",
-    "gdn_prefill": "torch",
+    "gdn_prefill": "triton",
     "block_copy": "triton",
 }
-"""Which code runs each operation."""
+"""Which language's kernels run each operation; Gluon is Triton's own."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of activations."""
+
+
+def check_dtype(operation: str, x: torch.Tensor) -> None:
+    """Raises UserError for a dtype that Triton does not compute in."""
+    if x.dtype not in DTYPES:
+        raise bad(
+            "dtype",
+            dtype_name(x.dtype),
+            f"{operation} of backend=triton takes {', '.join(map(dtype_name, DTYPES))}; choose backend=torch",
+        )
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device's compute capability is 9.x."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class TritonBackend:
-    """Triton kernels for decode, store and copy; torch for prefill. Kernels run on the buffer's device and on its current
-    stream. All operations but ``block_copy`` and the prefills can be captured in a CUDA graph."""
+    """Kernels run on the buffer's device and on its current stream. All operations but ``block_copy`` can be captured in a
+    CUDA graph. Attention and prefill refuse float64, in which the torch backend computes."""
 
     name = "triton"
 
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()
-        self._torch = TorchBackend()
 
     def describe(self) -> dict[str, str]:
         """Operation to implementation."""
         return dict(IMPLEMENTATION)
 
-    def _count(self, operation: str) -> None:
-        self.launches[f"{operation}[{IMPLEMENTATION[operation]}]"] += 1
+    def _count(self, operation: str, implementation: str = "triton") -> None:
+        self.launches[f"{operation}[{implementation}]"] += 1
 
     def kv_store(
         self,
@@ -72,6 +94,7 @@ class TritonBackend:
         scale: float,
     ) -> torch.Tensor:
         """See :class:`hybridcache.kernels.backend.Backend`. Output of a padding row is 0."""
+        check_dtype("paged_decode", q_BHD)
         with torch.cuda.device_of(buffer):
             out_BHD = paged_decode(buffer, layout, layer, q_BHD, kv_table_BN, context_len_B, scale)
         self._count("paged_decode")
@@ -90,11 +113,14 @@ class TritonBackend:
         max_query_len: int,
         max_context_len: int,
     ) -> torch.Tensor:
-        """See :class:`hybridcache.kernels.backend.Backend`."""
-        out_THD = self._torch.paged_prefill(
-            buffer, layout, layer, q_THD, kv_table_BN, cu_seqlens, context_len_B, scale, max_query_len, max_context_len
-        )
-        self._count("paged_prefill")
+        """See :class:`hybridcache.kernels.backend.Backend`. Output of padding rows, and behind the last row, is 0."""
+        check_dtype("paged_prefill", q_THD)
+        on_hopper = is_hopper(buffer.device) and choose_ring(layout, layer, q_THD) is not None
+        operation = hopper.paged_prefill if on_hopper else triton.paged_prefill
+        lengths = (cu_seqlens, context_len_B, scale, max_query_len, max_context_len)
+        with torch.cuda.device_of(buffer):
+            out_THD = operation(buffer, layout, layer, q_THD, kv_table_BN, *lengths)
+        self._count("paged_prefill", "gluon" if on_hopper else "triton")
         return out_THD
 
     def gdn_decode(
@@ -133,11 +159,12 @@ class TritonBackend:
         cu_seqlens: torch.Tensor,
         start_B: torch.Tensor,
     ) -> torch.Tensor:
-        """See :class:`hybridcache.kernels.backend.Backend`."""
+        """See :class:`hybridcache.kernels.backend.Backend`. Output of padding rows, and behind the last row, is 0."""
+        check_dtype("gdn_prefill", x_TC)
         gates = (a_TV, b_TV, a_log_V, dt_bias_V)
-        out_TVJ = self._torch.gdn_prefill(
-            buffer, layout, layer, x_TC, conv_weight_CW, *gates, state_table_BL, cu_seqlens, start_B
-        )
+        rows = (state_table_BL, cu_seqlens, start_B)
+        with torch.cuda.device_of(buffer):
+            out_TVJ = gdn_prefill(buffer, layout, layer, x_TC, conv_weight_CW, *gates, *rows)
         self._count("gdn_prefill")
         return out_TVJ
 

@@ -14,6 +14,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.block_copy import naive as naive_copy
     from hybridcache.kernels.gdn_decode import naive as naive_gdn
     from hybridcache.kernels.gdn_prefill import naive as naive_gdn_prefill
+    from hybridcache.kernels.gdn_prefill.testing import block_errors, prefill_case
     from hybridcache.kernels.kv_store import naive as naive_store
     from hybridcache.kernels.paged_decode import naive as naive_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
@@ -298,34 +299,51 @@ def test_decode_operations_replay_in_a_cuda_graph(backend, generator):
     assert (captured[1][1] == 0).all()
 
 
-def test_prefill_runs_on_torch_by_name(backend, generator):
-    state = state_case(generator, positions=[0, 100], device="cuda", dtype="float32", conv_dtype="float32")
-    channels, v_heads = state.x_BC.shape[1], state.a_BV.shape[1]
-    cu_seqlens = torch.tensor([0, 40, 110], dtype=torch.int32, device="cuda")
-    x_TC = normal(generator, (110, channels), state.buffer.device, "float32")
-    a_TV, b_TV = (normal(generator, (110, v_heads), state.buffer.device, "float32") for _ in range(2))
-    gates = (a_TV, b_TV, state.a_log_V, state.dt_bias_V)
-    start_B = state.position_B.int()
-    inputs = (state.layout, 1, x_TC, state.conv_weight_CW, *gates, state.state_table_BL, cu_seqlens, start_B)
-    expected_buffer = state.buffer.clone()
-    expected = naive_gdn_prefill.gdn_prefill(expected_buffer, *inputs)
-    assert rel_error(backend.gdn_prefill(state.buffer, *inputs), expected) <= 1e-4
-    assert state_error(state, expected_buffer, 1) <= 1e-4
-
-    kv = paged_case(generator, [300, 70], "block_major", 8, 11)
-    q_THD = normal(generator, (80, HEADS, DIM), kv.buffer.device, "bfloat16")
-    cu_seqlens = torch.tensor([0, 10, 80], dtype=torch.int32, device="cuda")
-    inputs = (kv.layout, 7, q_THD, kv.kv_table_BN, cu_seqlens, kv.context_len_B, DIM**-0.5, 70, 300)
-    expected = naive_prefill.paged_prefill(kv.buffer, *inputs)
-    assert rel_error(backend.paged_prefill(kv.buffer, *inputs), expected) <= 1e-2
-    assert backend.launches == {"gdn_prefill[torch]": 1, "paged_prefill[torch]": 1}
-    assert backend.describe()["paged_prefill"] == "torch"
-    assert backend.describe()["paged_decode"] == "triton"
+def hopper() -> bool:
+    return torch.cuda.get_device_capability()[0] == 9
 
 
-def test_a_failing_launch_raises(backend, generator):
-    case = paged_case(generator, [10], "block_major", 8, 11)
-    on_cpu = torch.randn(1, HEADS, DIM, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="cpu"):
-        backend.paged_decode(case.buffer, case.layout, 7, on_cpu, case.kv_table_BN, case.context_len_B, 1.0)
-    assert not backend.launches
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gdn_prefill(backend, generator, dtype):
+    options = {"dtype": dtype, "conv_dtype": dtype, "device": "cuda"}
+    case = prefill_case(generator, lengths=[40, 3, 70, 129], starts=[0, -1, 100, 63], tail=5, **options)
+    expected_buffer = case.buffer.clone()
+    expected = naive_gdn_prefill.gdn_prefill(expected_buffer, *case.step(1))
+    assert rel_error(backend.gdn_prefill(case.buffer, *case.step(1)), expected) <= TOLERANCE[dtype]
+    error, rings = block_errors(case, expected_buffer, 1)
+    assert error <= TOLERANCE[dtype]
+    assert rings
+    assert torch.equal(case.buffer, expected_buffer)
+    assert backend.launches == {"gdn_prefill[triton]": 1}
+
+
+@pytest.mark.parametrize(("order", "kb", "blocks"), BLOCK_MAJOR + LAYER_MAJOR)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_paged_prefill_is_chosen_by_device_and_dtype(backend, generator, order, kb, blocks, dtype):
+    lengths, queries = [300, 70, 0, 129], [10, 70, 4, 129]
+    case = paged_case(generator, lengths, order, kb, blocks, dtype=dtype)
+    q_THD = normal(generator, (sum(queries), HEADS, DIM), case.buffer.device, dtype)
+    cu_seqlens = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
+    inputs = (case.layout, 7, q_THD, case.kv_table_BN, cu_seqlens, case.context_len_B, DIM**-0.5, 129, 300)
+    expected = naive_prefill.paged_prefill(case.buffer, *inputs)
+    out = backend.paged_prefill(case.buffer, *inputs)
+    assert out.dtype == q_THD.dtype
+    for first, last in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
+        if (expected[first:last] == 0).all():
+            assert (out[first:last] == 0).all()
+        else:
+            assert rel_error(out[first:last], expected[first:last]) <= TOLERANCE[dtype]
+    name = "gluon" if dtype == "bfloat16" and hopper() else "triton"
+    assert backend.launches == {f"paged_prefill[{name}]": 1}
+
+
+def test_paged_prefill_of_what_the_hopper_kernel_cannot_do(backend, generator):
+    """Queries that do not start on 16 bytes."""
+    case = paged_case(generator, [90], "block_major", 8, 11)
+    wide = normal(generator, (90 * HEADS * DIM + 1,), case.buffer.device, "bfloat16")
+    q_THD = wide[1:].view(90, HEADS, DIM)
+    cu_seqlens = torch.tensor([0, 90], dtype=torch.int32, device="cuda")
+    inputs = (case.layout, 7, q_THD, case.kv_table_BN, cu_seqlens, case.context_len_B, DIM**-0.5, 90, 90)
+    expected = naive_prefill.paged_prefill(case.buffer, *inputs)
+    assert rel_error(backend.paged_prefill(case.buffer, *inputs), expected) <= 1e-2
+    assert backend.launches == {"paged_prefill[triton]": 1}
