@@ -40,6 +40,7 @@ def run_experiment(cfg: DictConfig, run_dir: Path) -> None:
             raise
         raise bad("experiment_name", name, f"choose one of {', '.join(experiment_names())}") from error
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "events.jsonl").unlink(missing_ok=True)  # it is appended to; an older run's would mix with this one's
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     started = time.perf_counter()
     env = environment()

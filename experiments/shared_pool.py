@@ -110,7 +110,7 @@ def _simulation(cfg: DictConfig, choices: list[StrategyChoice], workload: Worklo
 def _inference(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
     from experiments.phases.inference import InferencePhase, InferenceSettings
 
-    settings = InferenceSettings.resolve(cfg.inference)
+    settings = InferenceSettings.resolve(cfg.inference, "inference")
     physical = [choice for choice in choices if choice.supports_physical]
     if not physical:
         raise bad("strategies", list(cfg.strategies), "none is physical; inference needs one, e.g. shared_pool")

@@ -73,6 +73,36 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
     console.print(table)
 
 
+def print_throughput(console: Console, results: pd.DataFrame) -> None:
+    """Output tokens per second by strategy and workload, means over repetitions, with the most residents behind them."""
+    first = results.iloc[0]
+    table = Table(
+        title=f"output tokens/s (residents at most): {first['model']}, {_bytes(first['budget_bytes'])} of cache, "
+        f"{first['device']}, {first['backend']} backend, {first['dtype']}, {first['state_dtype']} states",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("strategy", no_wrap=True)
+    workloads = list(dict.fromkeys(results["workload"]))
+    for workload in workloads:
+        of_workload = results[results["workload"] == workload].iloc[0]
+        requests = int(of_workload["requests"])
+        prompt, output = (int(of_workload[f"{kind}_tokens"]) // requests for kind in ("prompt", "output"))
+        table.add_column(f"{workload}\n{requests} x {prompt:,}/{output:,}", justify="right")
+    columns = ["output_tokens_per_s", "residents_peak"]
+    means = results.groupby(["strategy", "workload"], sort=False)[columns].mean()
+    best = means["output_tokens_per_s"].groupby("workload").max()
+    for strategy in dict.fromkeys(results["strategy"]):
+        cells = []
+        for workload in workloads:
+            rate, residents = means.loc[(strategy, workload)]
+            text = f"{rate:,.0f}"
+            cells.append(
+                f"[bold]{text}[/] ({residents:.0f})" if rate == best[workload] else f"{text} ({residents:.0f})"
+            )
+        table.add_row(str(strategy), *cells)
+    console.print(table)
+
+
 def _bytes(value: float) -> str:
     return f"{value / GIB:.3g} GiB" if value >= GIB else f"{value / MIB:.3g} MiB"
 

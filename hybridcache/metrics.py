@@ -132,11 +132,14 @@ class Recorder:
 
 
 def tokens_sha256(sequences: Iterable[Sequence]) -> str | None:
-    """One hash over all sampled tokens in order of request id; None where nothing was sampled (simulation)."""
+    """One hash over all sampled tokens in order of request id, counted from the first; None where nothing was sampled
+    (simulation)."""
     digest, any_tokens = hashlib.sha256(), False
-    for seq in sorted(sequences, key=lambda s: s.seq_id):
+    ordered = sorted(sequences, key=lambda s: s.seq_id)
+    for seq in ordered:
         any_tokens |= bool(seq.output_ids)
-        digest.update(np.array([seq.seq_id, len(seq.output_ids), *seq.output_ids], dtype="<i8").tobytes())
+        head = [seq.seq_id - ordered[0].seq_id, len(seq.output_ids)]
+        digest.update(np.array([*head, *seq.output_ids], dtype="<i8").tobytes())
     return digest.hexdigest() if any_tokens else None
 
 

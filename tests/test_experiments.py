@@ -54,6 +54,27 @@ def test_runs_in_fast_form(name, tmp_path):
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
 
 
+def test_serve_throughput_serves_every_workload_under_every_strategy(tmp_path):
+    options = ["fast=true", "tracking=disabled", "serve_trace=true", f"hydra.run.dir={tmp_path}"]
+    done = run("+experiment=serve_throughput", *options)
+    assert done.returncode == 0, done.stderr
+    results = pd.read_parquet(tmp_path / "results.parquet")
+    assert set(REQUIRED) <= set(results.columns)
+    assert set(results["strategy"]) == set(PHYSICAL)
+    assert (results.groupby("workload")["strategy"].nunique() == len(PHYSICAL)).all()
+    assert results.groupby("workload")["output_tokens"].first().to_dict() == {"bs1": 4, "chat": 16}
+    assert (results["output_tokens_per_s"] > 0).all()
+    assert "step_profile_inference" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "decode-trace.json").exists()
+
+
+def test_serve_throughput_needs_physical_memory(fails, tmp_path):
+    line = fails("+experiment=serve_throughput", "strategies=[byte_exact]", f"hydra.run.dir={tmp_path}")
+    assert "byte_exact" in line
+    line = fails("+experiment=serve_throughput", "serving.workloads={a:[1,2]}", f"hydra.run.dir={tmp_path}")
+    assert "serving.workloads.a" in line
+
+
 def test_shared_pool_leaves_everything(tmp_path):
     done = run("+experiment=shared_pool", "fast=true", "tracking=disabled", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -52,7 +52,7 @@ def test_a_function_of_the_users_own_goes_in_by_dotted_path() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nonesuch", {}, "synthetic_chat, azure, mooncake, burstgpt"),
+        ("nonesuch", {}, "synthetic_chat, fixed_lengths, azure, mooncake, burstgpt"),
         ("no.such.module", {}, "cannot be imported"),
         (f"{__name__}.CONF", {}, "is not callable"),
         (f"{__name__}.not_a_workload", {}, "returned a int"),

@@ -17,6 +17,11 @@ CAPTIONS = {
         "its memory, and how many tokens had to be computed again for it. Bars are means over repetitions, dots single "
         "repetitions (where they differ)."
     ),
+    "step_profile": (
+        "Where the time of one engine step goes, from the profiler: kernels by class, and the time in which the device had "
+        "nothing to do (on a CPU: operators by class, and Python). A mean over consecutive steps of the first strategy. "
+        "Profiling slows the host, so idle time is an upper bound."
+    ),
     "latency": (
         "Over all finished requests. The bar spans the middle half (p25 to p75) with the median as a white line; the thin line "
         "spans p5 to p95; the tick on the right is p99. Logarithmic; left is better. A strategy that admits more requests "

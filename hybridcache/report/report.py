@@ -18,6 +18,7 @@ from hybridcache.report.captions import CAPTIONS, PHASES, TERMS
 from hybridcache.report.data import NoData
 from hybridcache.report.figures import Drawn
 from hybridcache.report.load import SERVING_PHASES, Run, load_run
+from hybridcache.report.step_figure import step_profile
 from hybridcache.report.tables import (
     Table,
     capacity_table,
@@ -109,6 +110,8 @@ def _plans(run: Run) -> Iterator[_Plan]:
             yield _Plan("waste_by_length", "waste_by_length", phase, partial(figures.waste_by_length, run))
             continue
         yield _Plan(f"throughput_{_slug(phase)}", "throughput", phase, partial(figures.throughput, run, phase))
+        if "step_profile" in run.events:
+            yield _Plan(f"step_profile_{_slug(phase)}", "step_profile", phase, partial(step_profile, run, phase))
         for workload in run.workloads(phase):
             for kind, draw in WORKLOAD_FIGURES.items():
                 name = f"{kind}_{_slug(phase)}_{_slug(workload)}"

@@ -11,6 +11,7 @@ from hybridcache.workloads.resize import cut_to_size, with_text_prompts
 
 _READERS = {
     "synthetic_chat": "hybridcache.workloads.synthetic",
+    "fixed_lengths": "hybridcache.workloads.fixed",
     "azure": "hybridcache.workloads.azure",
     "mooncake": "hybridcache.workloads.mooncake",
     "burstgpt": "hybridcache.workloads.burstgpt",
