@@ -16,7 +16,7 @@ from synthetic_run import STRATEGIES, hybrid_spec, write_run
 
 from hybridcache.errors import UserError
 from hybridcache.report import figures, load_run, style, write_report
-from hybridcache.report.tables import highlights, serving_table, token_agreement
+from hybridcache.report.tables import highlights, serving_table, shortfall, token_agreement
 from hybridcache.report.words import contest, number_text
 from hybridcache.strategies import build
 
@@ -198,6 +198,18 @@ def test_wall_clock_of_a_cpu_is_not_ranked(run, run_dir):
     assert "Times of inference are not ranked" in (run_dir / "report.html").read_text()
     on_gpu = dataclasses.replace(run, results=run.results.assign(device="NVIDIA H100"))
     assert "inference, chat: highest output tokens/s" in titles(on_gpu)
+
+
+def test_a_shortfall_says_by_how_much_and_why(run):
+    assert shortfall(run, "inference", "chat") is None  # times of a CPU rank nothing
+    results = run.results.assign(device="a GPU")
+    chat = (results["phase"] == "inference") & (results["workload"] == "chat")
+    results.loc[chat, "output_tokens_per_s"] = 100.0
+    assert shortfall(dataclasses.replace(run, results=results), "inference", "chat") is None
+    results.loc[chat & (results["strategy"] == "padded_page"), ["output_tokens_per_s", "residents_peak"]] = [112.5, 9999]
+    results.loc[chat & (results["strategy"] == "byte_exact"), "output_tokens_per_s"] = 200.0
+    text = shortfall(dataclasses.replace(run, results=results), "inference", "chat")
+    assert text.startswith("padded_page serves 12.5% more tokens a second than shared_pool: residents, peak 9,999 against")
 
 
 def test_token_agreement_is_read_from_the_hashes(run):

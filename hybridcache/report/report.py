@@ -25,6 +25,7 @@ from hybridcache.report.tables import (
     conditions,
     highlights,
     serving_table,
+    shortfall,
     times_mean_nothing,
     token_agreement,
 )
@@ -70,7 +71,7 @@ class _Section:
     title: str
     about: str = ""
     conditions: str = ""
-    note: str | None = None
+    notes: list[str] = field(default_factory=list)
     table: Table | None = None
     figures: list[_Shown] = field(default_factory=list)
 
@@ -146,7 +147,11 @@ def _sections(run: Run, shown: Mapping[str, list[_Shown]]) -> dict[str, list[_Se
                 _Section(
                     title=f"{phase}, {workload}",
                     conditions=conditions(run, phase),
-                    note=token_agreement(run, phase, workload),
+                    notes=[
+                        note
+                        for note in (token_agreement(run, phase, workload), shortfall(run, phase, workload))
+                        if note is not None
+                    ],
                     table=serving_table(run, phase, workload),
                     figures=shown.get(f"{phase}, {workload}", []),
                 )

@@ -161,6 +161,30 @@ def token_agreement(run: Run, phase: str, workload: str) -> str | None:
     )
 
 
+def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") -> str | None:
+    """Where ``name`` serves more than 1 % fewer tokens a second than the best: by how much, and which of the memory's
+    figures speak for the other. None where it is the best or close, where times mean nothing, or in a simulation."""
+    if phase != "inference" or times_mean_nothing(run, phase):
+        return None
+    means = _means(run, phase, workload)
+    if name not in means.index or "output_tokens_per_s" not in means.columns:
+        return None
+    rates = means.loc[competitors(list(means.index)), "output_tokens_per_s"].dropna()
+    best = str(rates.idxmax())
+    ahead = rates[best] / rates[name] - 1
+    if ahead <= CLOSE:
+        return None
+    reasons = []
+    for metric in METRICS:
+        if metric.column in TIMES or metric.column not in means.columns:
+            continue
+        theirs, ours = means.loc[best, metric.column], means.loc[name, metric.column]
+        if metric.better * (theirs - ours) > 0 and metric.text(theirs) != metric.text(ours):
+            reasons.append(f"{metric.heading} {metric.text(theirs)} against {metric.text(ours)}")
+    because = "; ".join(reasons) or "none of the memory's figures is in its favour, so look at the spread of repetitions"
+    return f"{best} serves {ahead:.1%} more tokens a second than {name}: {because}."
+
+
 def _means(run: Run, phase: str, workload: str) -> pd.DataFrame:
     rows = run.rows(phase).query("workload == @workload")
     columns = [
