@@ -20,10 +20,13 @@ from hybridcache.kernels.block_copy import triton as block_copy  # noqa: E402
 from hybridcache.kernels.gdn_decode import triton as gdn_decode  # noqa: E402
 from hybridcache.kernels.kv_store import triton as kv_store  # noqa: E402
 from hybridcache.kernels.paged_decode import triton as paged_decode  # noqa: E402
+from hybridcache.kernels.paged_decode.tiles import narrow, wide  # noqa: E402
 from hybridcache.kernels.testing import attention_case, state_case  # noqa: E402
 
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes that one program may use on Hopper (227 KiB)."""
+SHARED_MEMORY_PER_SM, REGISTERS_PER_SM = 233_472, 65_536
+"""Of a multiprocessor; each program also takes 1 KiB of its shared memory (CUDA C++ Programming Guide)."""
 
 TRITON_TYPE = {
     "float32": "fp32",
@@ -101,8 +104,23 @@ def decode_variants():
     yield pytest.param("float32", "float32", 16, 11, 256, id="fp32-kb16-D256")
 
 
+def compile_decode(layout, heads, dtype, choose, *, split=True):
+    pointers = {
+        "pool_ptr": "*" + TRITON_TYPE[layout.dtype],
+        "q_ptr": "*" + TRITON_TYPE[dtype],
+        **dict.fromkeys(("table_ptr", "length_ptr"), "*i32"),
+        **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32" if split else "*" + TRITON_TYPE[dtype]),
+    }
+    tuning = choose(layout, heads, getattr(torch, dtype))
+    constants = paged_decode.constants(layout, heads, getattr(torch, dtype), tuning, split=split)
+    options = {"num_warps": tuning.num_warps}
+    scalars = {"scale_log2": "fp32", "splits": "i32"}
+    return compile_for_hopper(paged_decode.paged_decode_kernel, pointers, scalars, constants, options), tuning
+
+
+@pytest.mark.parametrize("choose", [wide, narrow])
 @pytest.mark.parametrize(("dtype", "kv_dtype", "kb", "blocks", "dim"), decode_variants())
-def test_paged_decode(dtype, kv_dtype, kb, blocks, dim, tmp_path):
+def test_paged_decode(dtype, kv_dtype, kb, blocks, dim, choose, tmp_path):
     layout = attention_case(
         torch.Generator(),
         lengths=[0],
@@ -113,36 +131,40 @@ def test_paged_decode(dtype, kv_dtype, kb, blocks, dim, tmp_path):
         v_dim=dim,
         dtype=kv_dtype,
     ).layout
-    pointers = {
-        "pool_ptr": "*" + TRITON_TYPE[kv_dtype],
-        "q_ptr": "*" + TRITON_TYPE[dtype],
-        **dict.fromkeys(("table_ptr", "length_ptr"), "*i32"),
-        **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32"),
-    }
-    constants = paged_decode.constants(layout, 16, getattr(torch, dtype), split=True)
-    scalars = {"scale_log2": "fp32", "splits": "i32"}
-    compiled = compile_for_hopper(
-        paged_decode.paged_decode_kernel, pointers, scalars, constants, paged_decode.options()
-    )
+    compiled, tuning = compile_decode(layout, 16, dtype, choose)
     assert_fits(compiled, tmp_path)
+    assert tuning.programs_per_sm * (compiled.metadata.shared + 1024) <= SHARED_MEMORY_PER_SM
+    registers = int(re.findall(r"Used (\d+) registers", ptxas_report(compiled, tmp_path))[-1])
+    assert tuning.programs_per_sm * tuning.num_warps * 32 * registers <= REGISTERS_PER_SM
     if kv_dtype != "float32":
         assert "mma.sync" in compiled.asm["ptx"], "the matrix unit is not used"
+    if kv_dtype == dtype:
+        assert "cp.async" in compiled.asm["ptx"], "loads are not pipelined"
 
 
-def test_paged_decode_without_splits_and_combine(tmp_path):
+@pytest.mark.parametrize("choose", [wide, narrow])
+@pytest.mark.parametrize(("dtype", "heads", "dim"), [("bfloat16", 64, 256), ("float32", 64, 128), ("bfloat16", 72, 64)])
+def test_paged_decode_of_many_heads(dtype, heads, dim, choose, tmp_path):
+    layout = attention_case(
+        torch.Generator(), lengths=[0], layers=1, kv_heads=1, k_dim=dim, v_dim=dim, dtype=dtype
+    ).layout
+    assert_fits(compile_decode(layout, heads, dtype, choose)[0], tmp_path)
+
+
+@pytest.mark.parametrize("choose", [wide, narrow])
+def test_paged_decode_without_splits(choose, tmp_path):
     layout = attention_case(torch.Generator(), lengths=[0], layers=1).layout
-    pointers = {
-        **dict.fromkeys(("pool_ptr", "q_ptr", "out_ptr", "lse_ptr"), "*bf16"),
-        **dict.fromkeys(("table_ptr", "length_ptr"), "*i32"),
-    }
-    constants = paged_decode.constants(layout, 16, torch.bfloat16, split=False)
-    scalars = {"scale_log2": "fp32", "splits": "i32"}
-    single = compile_for_hopper(paged_decode.paged_decode_kernel, pointers, scalars, constants, paged_decode.options())
-    assert_fits(single, tmp_path)
+    assert_fits(compile_decode(layout, 16, "bfloat16", choose, split=False)[0], tmp_path)
+
+
+@pytest.mark.parametrize("splits", [2, 66, 128])
+def test_combine(splits, tmp_path):
     pointers = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16"}
-    constants = paged_decode.combine_constants(layout.v_dim)
-    combine = compile_for_hopper(paged_decode.combine_kernel, pointers, scalars, constants, {"num_warps": 1})
-    assert_fits(combine, tmp_path)
+    constants = paged_decode.combine_constants(256, splits, dependent=True)
+    options = paged_decode.combine_options(dependent=True)
+    compiled = compile_for_hopper(paged_decode.combine_kernel, pointers, {"splits": "i32"}, constants, options)
+    assert_fits(compiled, tmp_path)
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])

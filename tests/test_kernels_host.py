@@ -10,23 +10,61 @@ pytest.importorskip("triton")
 from hybridcache.errors import UserError
 from hybridcache.kernels.block_copy.triton import MAX_MOVES, independent_batches, unit
 from hybridcache.kernels.gdn_prefill.testing import prefill_case
-from hybridcache.kernels.paged_decode.triton import MAX_SPLITS, MIN_SPLIT_TOKENS, choose_splits
+from hybridcache.kernels.paged_decode.tiles import (
+    MAX_SPLITS,
+    MIN_FILL,
+    MIN_SPLIT_TOKENS,
+    Tuning,
+    choose_splits,
+    choose_tuning,
+    head_tile,
+)
 from hybridcache.kernels.testing import attention_case
 from hybridcache.kernels.triton_backend import IMPLEMENTATION, TritonBackend
 
 
-@given(st.integers(1, 10_000), st.integers(1, 1 << 20), st.integers(1, 200))
-def test_splits_stay_within_their_bounds(programs, max_tokens, multiprocessors):
-    splits = choose_splits(programs, max_tokens, multiprocessors)
+@given(st.integers(1, 10_000), st.integers(1, 1 << 20), st.integers(1, 200), st.integers(1, 8))
+def test_splits_stay_within_their_bounds_and_one_wave(programs, max_tokens, multiprocessors, programs_per_sm):
+    tuning = Tuning(16, 4, 3, programs_per_sm)
+    splits = choose_splits(programs, max_tokens, multiprocessors, tuning)
     assert 1 <= splits <= MAX_SPLITS
     assert (splits - 1) * MIN_SPLIT_TOKENS < max_tokens
+    assert splits == 1 or programs * splits <= programs_per_sm * multiprocessors
 
 
-def test_splits_fill_the_device_only_where_rows_do_not():
-    assert choose_splits(programs=2, max_tokens=32_768, multiprocessors=132) == 128
-    assert choose_splits(programs=512, max_tokens=2_048, multiprocessors=132) == 2
-    assert choose_splits(programs=4_000, max_tokens=32_768, multiprocessors=132) == 1
-    assert choose_splits(programs=2, max_tokens=88, multiprocessors=132) == 1
+def qwen3_next_layout():
+    return attention_case(torch.Generator(), lengths=[0], layers=1).layout
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "keys", "splits"),
+    [
+        (1, 32_768, 64, 66),
+        (16, 4_096, 64, 4),
+        (64, 8_192, 64, 1),
+        (256, 2_048, 16, 1),
+        (1, 88, 64, 1),
+        (35, 4_096, 16, 7),
+    ],
+)
+def test_decode_of_qwen3_next_on_132_multiprocessors(rows, tokens, keys, splits):
+    tuning = choose_tuning(qwen3_next_layout(), 16, torch.bfloat16, 2 * rows, 132)
+    assert tuning.keys == keys
+    assert choose_splits(2 * rows, tokens, 132, tuning) == splits
+
+
+@given(st.integers(1, 2_000), st.sampled_from([1, 16, 108, 132, 144]))
+def test_large_tiles_need_full_multiprocessors(programs, multiprocessors):
+    tuning = choose_tuning(qwen3_next_layout(), 16, torch.bfloat16, programs, multiprocessors)
+    splits = choose_splits(programs, 1 << 20, multiprocessors, tuning)
+    if tuning.programs_per_sm == 1 and splits < MAX_SPLITS:
+        assert MIN_FILL * multiprocessors <= programs * splits <= multiprocessors
+
+
+@pytest.mark.parametrize(("heads", "dtype", "tile"), [(16, "bfloat16", 16), (48, "float16", 32), (200, "bfloat16", 64)])
+def test_heads_of_a_program(heads, dtype, tile):
+    assert head_tile(qwen3_next_layout(), heads, getattr(torch, dtype)) == tile
+    assert head_tile(qwen3_next_layout(), heads, torch.float32) == 16
 
 
 MOVES = st.lists(

@@ -79,9 +79,11 @@ def _compiled(kind: str, operation: str, layout: AttentionLayout) -> tuple[Any, 
         return page_tiled.page_prefill_kernel, constants, {"num_warps": page_tiled.PREFILL.num_warps}
     if operation == "paged_decode":
         from hybridcache.kernels.paged_decode import triton as decode
+        from hybridcache.kernels.paged_decode.tiles import wide
 
-        constants = decode.constants(layout, DIMS.heads, DTYPE, split=True)
-        return decode.paged_decode_kernel, constants, decode.options()
+        tuning = wide(layout, DIMS.heads, DTYPE)
+        constants = decode.constants(layout, DIMS.heads, DTYPE, tuning, split=True)
+        return decode.paged_decode_kernel, constants, {"num_warps": tuning.num_warps}
     from hybridcache.kernels.paged_prefill import triton as prefill
     from hybridcache.kernels.paged_prefill.tiles import choose_tile
 
@@ -122,9 +124,9 @@ def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
 
 
 def _page_tiled() -> tuple[attention.Operation, attention.Operation]:
-    """Page-tiled decode, with the splits that the library's own would choose, and prefill."""
+    """Page-tiled decode, whose splits give a multiprocessor four programs, and prefill."""
     from hybridcache.kernels.page_tiled import triton as page_tiled
-    from hybridcache.kernels.paged_decode.triton import choose_splits
+    from hybridcache.kernels.paged_decode.tiles import Tuning, choose_splits
 
     def decode(
         buffer: torch.Tensor,
@@ -137,7 +139,9 @@ def _page_tiled() -> tuple[attention.Operation, attention.Operation]:
     ) -> torch.Tensor:
         processors = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count
         max_tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
-        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, max_tokens, processors)
+        launch = page_tiled.DECODE
+        tuning = Tuning(layout.kernel_block_tokens, launch.num_warps, launch.num_stages, programs_per_sm=4)
+        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, max_tokens, processors, tuning)
         at = (buffer, layout, layer, q_BHD, kv_table_BN, context_len_B, scale)
         return page_tiled.paged_decode(*at, num_splits=splits)
 

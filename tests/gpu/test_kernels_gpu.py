@@ -17,6 +17,8 @@ if torch.cuda.is_available():
     from hybridcache.kernels.gdn_prefill.testing import block_errors, prefill_case
     from hybridcache.kernels.kv_store import naive as naive_store
     from hybridcache.kernels.paged_decode import naive as naive_decode
+    from hybridcache.kernels.paged_decode.tiles import Tuning
+    from hybridcache.kernels.paged_decode.triton import paged_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
     from hybridcache.kernels.testing import attention_case, normal, poisoned, rel_error, state_case, state_error
 
@@ -175,6 +177,44 @@ def test_paged_decode_of_other_shapes(backend, generator, dim, heads, kv_heads):
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, dim**-0.5)
     expected = naive_decode.paged_decode(case.buffer, *inputs)
     assert rel_error(backend.paged_decode(case.buffer, *inputs), expected) <= 1e-2
+
+
+@pytest.mark.parametrize("tuning", [(64, 4, 3, 1), (64, 8, 3, 1), (32, 4, 4, 1), (16, 4, 3, 4), (16, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2, 7, 66, 128])
+def test_paged_decode_tunings(generator, tuning, splits):
+    lengths = [1, 0, 63, 64, 65, 16 * splits, 64 * splits, 64 * splits + 1, 5000]
+    case = paged_case(generator, lengths, "block_major", 8, 11)
+
+    class Tuned:
+        @staticmethod
+        def paged_decode(*inputs):
+            return paged_decode(*inputs, num_splits=splits, tuning=Tuning(*tuning))
+
+    check_paged_decode(Tuned, generator, case)
+
+
+def test_a_reduction_waits_for_every_split(backend, generator):
+    """It is set up while the splits still run: whatever it read too early would be the step before's, or poison."""
+    case = paged_case(generator, [4000, 20_000], "block_major", 8, 11)
+    q_NBHD = normal(generator, (40, 2, HEADS, DIM), case.buffer.device, "bfloat16")
+    rest = (case.kv_table_BN, case.context_len_B, DIM**-0.5)
+    alone = []
+    for q_BHD in q_NBHD:
+        alone.append(paged_decode(case.buffer, case.layout, 7, q_BHD, *rest, tuning=Tuning(64, 4, 3, 1, False)))
+        torch.cuda.synchronize()
+    eager = [paged_decode(case.buffer, case.layout, 7, q, *rest, tuning=Tuning(64, 4, 3, 1)) for q in q_NBHD]
+    for found, expected in zip(eager, alone):
+        assert torch.equal(found, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        together = [paged_decode(case.buffer, case.layout, 7, q, *rest, tuning=Tuning(64, 4, 3, 1)) for q in q_NBHD]
+    for _ in range(3):
+        for out in together:
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for found, expected in zip(together, alone):
+            assert torch.equal(found, expected)
 
 
 def test_paged_decode_reads_the_pool_at_each_call(backend, generator):

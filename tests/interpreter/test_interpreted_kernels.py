@@ -21,6 +21,7 @@ from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.kv_store import triton as triton_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
+from hybridcache.kernels.paged_decode.tiles import Tuning
 from hybridcache.kernels.testing import attention_case, poisoned, rel_error, state_case, state_error
 
 device_loop_bounds = pytest.mark.skipif(
@@ -198,6 +199,21 @@ def test_paged_decode_with_more_heads_than_a_tile(generator):
 
 
 @device_loop_bounds
+@pytest.mark.parametrize("keys", [16, 64])
+@pytest.mark.parametrize("splits", [1, 2, 5, 9])
+def test_paged_decode_around_a_tile_and_a_split(generator, keys, splits):
+    """Splits that end with a whole tile, with a part of one, or have no token."""
+    lengths = [1, keys - 1, keys, keys + 1, 2 * keys * splits, 2 * keys * splits + 1, keys * splits - 1]
+    case = attention_case(generator, lengths=lengths, kv_heads=1, k_dim=16, v_dim=32, dtype="float32")
+    q_BHD = torch.randn(len(lengths), 3, 16, generator=generator)
+    inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
+    expected = naive_decode.paged_decode(case.buffer, *inputs)
+    out = triton_decode.paged_decode(case.buffer, *inputs, num_splits=splits, tuning=Tuning(keys, 4, 1, 1))
+    for row, length in enumerate(lengths):
+        assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
+
+
+@device_loop_bounds
 def test_paged_decode_sees_its_keys_and_values(generator):
     """Poisoning one row of a live request shows in its output and in no other's."""
     case = attention_case(generator, lengths=[20, 20], k_dim=16, v_dim=16, dtype="float32")
@@ -218,6 +234,8 @@ def test_paged_decode_refuses_what_it_cannot_do(generator):
     latent = attention_case(generator, lengths=[4], kv_heads=1, k_dim=16, v_dim=0, dtype="float32")
     with pytest.raises(UserError, match="v_dim=0"):
         triton_decode.paged_decode(latent.buffer, latent.layout, 0, torch.randn(1, 2, 16), *inputs)
+    with pytest.raises(UserError, match=r"scale=-0\.5"):
+        triton_decode.paged_decode(case.buffer, case.layout, 0, torch.randn(1, 2, 16), *inputs[:2], -0.5)
 
 
 # -- Block copy ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.memory import elements
-from hybridcache.kernels.paged_decode.triton import combine_constants, combine_kernel
+from hybridcache.kernels.paged_decode.triton import combine
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
@@ -329,9 +329,7 @@ def paged_decode(
         num_warps=DECODE.num_warps,
     )
     if num_splits > 1:
-        constant = combine_constants(dim)
-        grid = (rows * num_heads, triton.cdiv(dim, constant["BLOCK_V"]))
-        combine_kernel[grid](part, lse, out_BHD, num_splits, **constant, num_warps=1)
+        combine(part, lse, out_BHD)
     return out_BHD
 
 
