@@ -1,14 +1,27 @@
-"""Times the GDN decode kernel under several tunings, at the shapes of Qwen3-Next-80B-A3B.
+"""Times the GDN decode kernels under several cuts, at the shapes of Qwen3-Next-80B-A3B.
 
-    python benchmarks/gdn_decode_variants.py --out benchmarks/results/gdn-decode-variants.json
+    python benchmarks/gdn_decode_variants.py --out benchmarks/results/variants-gdn_decode-h100.json
 
 Every figure is one launch (conv update included) among the 16 of a CUDA graph, each on slots of its own. At one row the 16
 launches' states fit in the L2 cache of a Hopper GPU; from 8 rows on they don't. Each variant is compared with the float64
-reference first, output and stored state; one that is wrong or does not build is reported and not timed.
+reference first, output and stored state; one that is wrong or does not build is reported and not timed. Worker processes
+compile all variants at once before the first is timed.
+
+Three families (``registers`` is ``gdn_decode/triton.py``, the others ``gdn_decode/hopper.py``):
+
+- ``registers``: the tile waits in registers, widened to float32: 8 or 9 warps and 64 KiB of bfloat16 state a multiprocessor,
+  17.8 KB/us where the copy ceiling is 23. ``packed`` keeps it as it is stored: 12 to 14 warps.
+- ``cp.async``: the tile waits in shared memory: 160 to 224 KiB of state, whatever its type.
+- ``bulk``: the same with one TMA copy per chunk, in both directions.
+
+Suffixes: ``h2`` both value heads of a key head in one program, ``c1``/``c8`` chunks of a tile (else 4), ``r`` register cap,
+``cols`` conv weight by column, ``pdl`` dependent launch.
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +37,16 @@ from kernels import copy_bandwidth, graph_ms
 
 from hybridcache.dtypes import itemsize
 from hybridcache.environment import environment
-from hybridcache.kernels.gdn_decode import naive
+from hybridcache.kernels.gdn_decode import hopper, naive
+from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.triton import Tuning, gdn_decode
 from hybridcache.kernels.testing import StateCase, rel_error, state_case
 
 LAUNCHES, CHECKED_ROWS = 16, 2
 ROWS = (1, 8, 64, 256)
 STATE_DTYPES = ("float32", "bfloat16")
+WORKER_SECONDS = 40
+"""Until a worker that is still compiling, or hangs, is given up."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 """Of the stored state; the output is bfloat16 and gets 1e-2."""
 
@@ -38,26 +54,61 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 @dataclass(frozen=True)
 class Variant:
     name: str
-    tuning: Tuning
+    cut: Tuning | Staging
     weight_by_column: bool = False
     """Conv weight stored as ``[W, C]``: the channels of one column lie side by side and load as vectors."""
+    state_dtypes: tuple[str, ...] = STATE_DTYPES
+
+    def launches(self, case: StateCase) -> Callable[[int], torch.Tensor]:
+        """One step by its layer."""
+        weight_CW = case.conv_weight_CW.t().contiguous().t() if self.weight_by_column else case.conv_weight_CW
+        inputs = (case.x_BC, weight_CW, case.a_BV, case.b_BV, case.a_log_V, case.dt_bias_V)
+
+        def step(layer: int) -> torch.Tensor:
+            arguments = (case.buffer, case.layout, layer, *inputs, case.state_table_BL, case.position_B)
+            if isinstance(self.cut, Staging):
+                return hopper.gdn_decode(*arguments, staging=self.cut)
+            return gdn_decode(*arguments, tuning=self.cut)
+
+        return step
 
 
+def registers(block_v: int, num_warps: int, cap: int | None = None, packed: bool = False, **more: Any) -> Tuning:
+    return Tuning(block_v, num_warps, max_registers=cap, packed=packed, dependent_launch=True, **more)
+
+
+def shared(block_v: int, num_warps: int, chunks: int = 4, **more: Any) -> Staging:
+    return Staging(block_v, num_warps, chunks, dependent_launch=True, **more)
+
+
+BF16 = ("bfloat16",)
 VARIANTS = (
-    Variant("v32 w4", Tuning(32, 4)),
-    Variant("v32 w2", Tuning(32, 2)),
-    Variant("v32 w1", Tuning(32, 1)),
-    Variant("v16 w1", Tuning(16, 1)),
-    Variant("v8 w1", Tuning(8, 1)),
-    Variant("v64 w2", Tuning(64, 2)),
-    Variant("v128 w4", Tuning(128, 4)),
-    Variant("v32 w1 r200", Tuning(32, 1, max_registers=200)),
-    Variant("v32 w1 evict", Tuning(32, 1, evict_first=True)),
-    Variant("v32 w1 cols", Tuning(32, 1), weight_by_column=True),
-    Variant("v16 w1 cols", Tuning(16, 1), weight_by_column=True),
-    Variant("v8 w1 cols pdl", Tuning(8, 1, dependent_launch=True), weight_by_column=True),
-    Variant("v32 w1 cols pdl", Tuning(32, 1, dependent_launch=True), weight_by_column=True),
-    Variant("v16 w1 cols pdl", Tuning(16, 1, dependent_launch=True), weight_by_column=True),
+    Variant("registers v32 w1", Tuning(32, 1)),
+    Variant("registers v32 w1 pdl", registers(32, 1)),
+    Variant("registers v32 w1 cols pdl", registers(32, 1), weight_by_column=True),
+    Variant("registers v64 w2 pdl", registers(64, 2)),
+    Variant("registers v128 w4 pdl", registers(128, 4)),
+    Variant("registers v32 w1 r144 packed pdl", registers(32, 1, 144, True), state_dtypes=BF16),
+    Variant("registers v64 w2 r168 packed pdl", registers(64, 2, 168, True), state_dtypes=BF16),
+    Variant("registers v128 w4 r168 packed pdl", registers(128, 4, 168, True), state_dtypes=BF16),
+    Variant("cp.async v128 w4", Staging(128, 4)),
+    Variant("cp.async v128 w4 pdl", shared(128, 4)),
+    Variant("cp.async v128 w4 cols pdl", shared(128, 4), weight_by_column=True),
+    Variant("cp.async v128 w4 c1 pdl", shared(128, 4, 1)),
+    Variant("cp.async v128 w4 c8 pdl", shared(128, 4, 8)),
+    Variant("cp.async v128 w8 pdl", shared(128, 8)),
+    Variant("cp.async v64 w4 pdl", shared(64, 4)),
+    Variant("cp.async v64 w2 pdl", shared(64, 2)),
+    Variant("cp.async v32 w2 pdl", shared(32, 2)),
+    Variant("cp.async v32 w1 pdl", shared(32, 1)),
+    Variant("cp.async v128 w4 h2 pdl", shared(128, 4, heads=2)),
+    Variant("cp.async v128 w8 h2 pdl", shared(128, 8, heads=2)),
+    Variant("cp.async v64 w4 h2 pdl", shared(64, 4, heads=2)),
+    Variant("cp.async v32 w2 h2 pdl", shared(32, 2, heads=2)),
+    Variant("bulk v128 w4 pdl", shared(128, 4, bulk=True)),
+    Variant("bulk v128 w8 pdl", shared(128, 8, bulk=True)),
+    Variant("bulk v64 w4 pdl", shared(64, 4, bulk=True)),
+    Variant("bulk v128 w4 h2 pdl", shared(128, 4, heads=2, bulk=True)),
 )
 
 
@@ -100,17 +151,15 @@ class Checked:
         return out_error, max(state_errors)
 
 
-def measure(case: StateCase, checked: Checked, variant: Variant, state_dtype: str) -> dict[str, Any]:
-    """One record; ``error`` says why a variant was not timed."""
-    weight_CW = case.conv_weight_CW.t().contiguous().t() if variant.weight_by_column else case.conv_weight_CW
-    gates = (case.a_BV, case.b_BV, case.a_log_V, case.dt_bias_V)
-
-    def step(layer: int) -> torch.Tensor:
-        inputs = (case.layout, layer, case.x_BC, weight_CW, *gates, case.state_table_BL, case.position_B)
-        return gdn_decode(case.buffer, *inputs, tuning=variant.tuning)
-
-    record: dict[str, Any] = {"variant": variant.name, "tuning": asdict(variant.tuning)}
+def measure(
+    case: StateCase, checked: Checked, variant: Variant, state_dtype: str, refused: str | None
+) -> dict[str, Any]:
+    """One record; ``error`` says why a variant was not timed. ``refused`` is what kept it from running at all."""
+    step = variant.launches(case)
+    record: dict[str, Any] = {"variant": variant.name, "cut": asdict(variant.cut)}
     record |= {"rows": case.x_BC.shape[0], "state_dtype": state_dtype, "weight_by_column": variant.weight_by_column}
+    if refused:
+        return {**record, "error": refused}
     try:
         out_error, state_error = checked.errors(step)
         record |= {"rel_error": out_error, "state_rel_error": state_error}
@@ -127,9 +176,9 @@ def table(records: Sequence[dict[str, Any]], state_dtype: str) -> str:
     """Microseconds by variant and rows; the best of a column is marked."""
     cells = {(r["variant"], r["rows"]): r.get("us") for r in records if r["state_dtype"] == state_dtype}
     times = {rows: [us for (_, r), us in cells.items() if r == rows and us is not None] for rows in ROWS}
-    lines = [f"{state_dtype + ' state, us':24}" + "".join(f"{f'B={rows}':>10}" for rows in ROWS)]
-    for variant in VARIANTS:
-        line = f"{variant.name:24}"
+    lines = [f"{state_dtype + ' state, us':36}" + "".join(f"{f'B={rows}':>10}" for rows in ROWS)]
+    for variant in offered(state_dtype):
+        line = f"{variant.name:36}"
         for rows in ROWS:
             us = cells.get((variant.name, rows))
             mark = "*" if us is not None and us == min(times[rows]) else " "
@@ -138,23 +187,78 @@ def table(records: Sequence[dict[str, Any]], state_dtype: str) -> str:
     return "\n".join(lines)
 
 
+def decode_case(generator: torch.Generator, rows: int, state_dtype: str) -> StateCase:
+    positions = [100 + row for row in range(rows)]
+    return state_case(generator, positions=positions, layers=LAUNCHES, state_dtype=state_dtype, device="cuda")
+
+
+def offered(state_dtype: str) -> list[Variant]:
+    return [variant for variant in VARIANTS if state_dtype in variant.state_dtypes]
+
+
+def compile_share(part: int, parts: int) -> None:
+    """A worker: run every ``parts``-th variant once, so that its binary is in Triton's cache. Prints a line of JSON before
+    each and one after it, with its error if it had one."""
+    generator = torch.Generator().manual_seed(part)
+    for state_dtype in STATE_DTYPES:
+        case = decode_case(generator, 1, state_dtype)
+        for variant in offered(state_dtype)[part::parts]:
+            key = [variant.name, state_dtype]
+            print(json.dumps([*key, "did not end"]), flush=True)
+            try:
+                variant.launches(case)(0)
+                torch.cuda.synchronize()
+                print(json.dumps([*key, None]), flush=True)
+            except Exception as error:
+                print(json.dumps([*key, f"{type(error).__name__}: {error}"]), flush=True)
+                torch.cuda.synchronize()  # a device that is lost ends this worker, not the measurement
+
+
+def compile_all() -> dict[tuple[str, str], str]:
+    """Compile all variants in worker processes: the errors of those that don't run, by variant and state dtype."""
+    parts = max(1, min(12, os.cpu_count() or 1))
+    command = [sys.executable, str(Path(__file__).resolve()), "--compile-share"]
+    workers = [
+        subprocess.Popen([*command, str(part), str(parts)], stdout=subprocess.PIPE, text=True) for part in range(parts)
+    ]
+    outcome: dict[tuple[str, str], str | None] = {}
+    deadline = time.perf_counter() + WORKER_SECONDS
+    for worker in workers:
+        try:
+            lines = worker.communicate(timeout=max(1.0, deadline - time.perf_counter()))[0]
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            lines = worker.communicate()[0]
+        for name, state_dtype, error in map(json.loads, filter(None, lines.splitlines())):
+            outcome[name, state_dtype] = error
+    return {key: error for key, error in outcome.items() if error}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile-share", type=int, nargs=2, metavar=("PART", "PARTS"), help="what a worker is told")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this benchmark times CUDA kernels")
+    if arguments.compile_share:
+        compile_share(*arguments.compile_share)
+        return
+    if arguments.out is None:
+        parser.error("--out: name the JSON file to write")
 
     started, generator, records = time.perf_counter(), torch.Generator().manual_seed(arguments.seed), []
+    refused = compile_all()
+    compile_seconds = time.perf_counter() - started
     copy = copy_bandwidth()
     torch.cuda.empty_cache()
     for state_dtype in STATE_DTYPES:
         for rows in ROWS:
-            positions = [100 + row for row in range(rows)]
-            case = state_case(generator, positions=positions, layers=LAUNCHES, state_dtype=state_dtype, device="cuda")
+            case = decode_case(generator, rows, state_dtype)
             checked = Checked(case)
-            records += [measure(case, checked, variant, state_dtype) for variant in VARIANTS]
+            for variant in offered(state_dtype):
+                records.append(measure(case, checked, variant, state_dtype, refused.get((variant.name, state_dtype))))
             del case, checked
             torch.cuda.empty_cache()
     for failed in (record for record in records if "error" in record):
@@ -162,6 +266,7 @@ def main() -> None:
     for state_dtype in STATE_DTYPES:
         print(table(records, state_dtype))
     result = {"environment": environment(), "copy_gb_per_s": copy / 1e9, "seconds": time.perf_counter() - started}
+    result["compile_seconds"] = compile_seconds
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({**result, "records": records}, indent=1) + "\n")
     print(f"copy {copy / 1e9:.0f} GB/s; {len(records)} records in {result['seconds']:.0f} s: {arguments.out}")

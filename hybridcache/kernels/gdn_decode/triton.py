@@ -46,6 +46,9 @@ class Tuning:
     """Registers of a thread at most; None leaves it to the assembler."""
     dependent_launch: bool = False
     """Programmatic dependent launch: the grid is set up while the kernel before it ends (Hopper and later)."""
+    packed: bool = False
+    """Keep a 16-bit state in its own type between the two passes over it: fewer registers, so more programs at a time. Wider
+    states are not affected. Inline assembly, which Triton's interpreter refuses."""
 
     def __post_init__(self) -> None:
         if self.block_v < 4 or self.block_v & (self.block_v - 1):
@@ -95,6 +98,14 @@ def silu(x):
 
 
 @triton.jit
+def unknown_copy(x, not_negative):
+    """``x``, of 16-bit elements, as a value that the assembler takes for another one: so it keeps ``x`` as it is stored until
+    the copy is used, and not widened to twice the registers."""
+    zero = tl.full(x.shape, 0, tl.int16) + (not_negative >> 31).to(tl.int16)
+    return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [x, zero], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
 def add_pairs(a0, b0, a1, b1):
     return a0 + a1, b0 + b1
 
@@ -138,6 +149,7 @@ def gdn_decode_kernel(
     BLOCK_V: tl.constexpr,
     EVICTION: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
+    PACKED: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
@@ -205,11 +217,13 @@ def gdn_decode_kernel(
     q_norm = tl.rsqrt(qq + EPS) * SCALE
     k_norm = tl.rsqrt(kk + EPS)
 
-    state = state.to(ACC)
-    s, t = tl.reduce((state * k[:, None], state * q[:, None]), 0, add_pairs)
+    wide = state.to(ACC)
+    s, t = tl.reduce((wide * k[:, None], wide * q[:, None]), 0, add_pairs)
     delta = (v - s * (decay * k_norm)) * beta
     tl.store(out_ptr + j, t * (decay * q_norm) + delta * (qk * q_norm * k_norm), mask=j_inside)
-    state = state * decay + k[:, None] * (delta * k_norm)[None, :]
+    if PACKED:
+        state = unknown_copy(state, position)
+    state = state.to(ACC) * decay + k[:, None] * (delta * k_norm)[None, :]
     tl.store(state_ptr + offset, state, mask=inside, eviction_policy=EVICTION)
 
 
@@ -238,6 +252,7 @@ def constants(
         "BLOCK_V": min(triton.next_power_of_2(value_dim), tuning.block_v),
         "EVICTION": "evict_first" if tuning.evict_first else "",
         "DEPENDENT_LAUNCH": tuning.dependent_launch,
+        "PACKED": tuning.packed and torch_dtype(layout.recurrent_dtype).itemsize == 2,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

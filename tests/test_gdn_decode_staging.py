@@ -1,0 +1,44 @@
+"""Which cuts GDN decode through shared memory offers, and what it refuses."""
+
+import pytest
+import torch
+
+from hybridcache.errors import UserError
+from hybridcache.kernels.gdn_decode.staging import Staging, rows_at_once, why_not
+from hybridcache.kernels.testing import state_case
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field"),
+    [({"num_warps": 3}, "num_warps"), ({"block_v": 48}, "block_v"), ({"chunks": 0}, "chunks"), ({"heads": 3}, "heads")],
+)
+def test_impossible_stagings_are_refused(kwargs, field):
+    with pytest.raises(UserError, match=field):
+        Staging(**{"block_v": 64, "num_warps": 4, **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("staging", "shape", "reason"),
+    [
+        (Staging(128, 4), {}, None),
+        (Staging(128, 8, chunks=8, heads=2), {}, None),
+        (Staging(64, 4), {"key_dim": 96, "value_dim": 128}, "powers of two"),
+        (Staging(64, 4), {"width": 3}, "powers of two"),
+        (Staging(64, 4), {"value_dim": 96}, "not cut"),
+        (Staging(128, 4, heads=4), {}, "not cut"),
+        (Staging(128, 8, chunks=32), {}, "chunks"),
+        (Staging(128, 4), {"dtype": "float64"}, "float32"),
+        (Staging(128, 4), {"state_dtype": "float64"}, "float32"),
+    ],
+)
+def test_what_a_staging_can_do(staging, shape, reason):
+    heads = {"k_heads": 2, "v_heads": 4}
+    case = state_case(torch.Generator(), positions=[-1], layers=1, **{"state_dtype": "bfloat16", **heads, **shape})
+    found = why_not(case.layout, case.x_BC, staging)
+    assert found is None if reason is None else reason in found
+
+
+def test_rows_at_once():
+    assert rows_at_once(128, 2, 4) == 8
+    assert rows_at_once(128, 4, 4) == 4
+    assert rows_at_once(32, 2, 1) == 8
