@@ -2,7 +2,7 @@
 
 Every operation takes the pool's flat ``uint8`` buffer, a layout and one layer's ordinal, and reads tables as
 ``hybridcache.batch`` describes them. Shapes: T tokens, B rows, N table entries, L state layers, H query heads, K key
-(and KV) heads, V value heads, D head dim, C conv channels (``q | k | v``), W conv kernel width.
+(and KV) heads, V value heads, D head dim, P rotated pairs, C conv channels (``q | k | v``), W conv kernel width.
 
 Value head ``h`` of a gated delta net uses key head ``h // (V / K)``; query head ``h`` uses KV head ``h // (H / K)``.
 A table entry of -1 is never dereferenced; a row whose first entry is -1 is a padding row: nothing is written for it.
@@ -35,7 +35,29 @@ class Backend(Protocol):
         row_T: torch.Tensor,
         position_T: torch.Tensor,
     ) -> None:
-        """Write K and V of every token to its address."""
+        """Write K and V of every token to its address, as they are."""
+
+    def qk_norm_rope_store(
+        self,
+        buffer: torch.Tensor,
+        layout: AttentionLayout,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        q_weight_D: torch.Tensor,
+        k_weight_D: torch.Tensor,
+        eps: float,
+        cos_TP: torch.Tensor,
+        sin_TP: torch.Tensor,
+        kv_table_BN: torch.Tensor,
+        row_T: torch.Tensor,
+        position_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """Norm of q and k, ``x / rms(x) * (1 + weight)`` over the head dim; rotation of dims ``(i, i + P)`` by the token's
+        angle ``i``, dims from ``2 P`` on passing; then :meth:`kv_store`. Arithmetic is at least float32, and each result is
+        rounded once to the inputs' dtype. Returns q, ``[T, H, D]`` in its dtype, contiguous."""
+        ...
 
     def paged_decode(
         self,

@@ -34,6 +34,27 @@ class TorchBackend:
         self.launches["kv_store[torch]"] += 1
         attention.kv_store(buffer, layout, layer, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
 
+    def qk_norm_rope_store(
+        self,
+        buffer: torch.Tensor,
+        layout: AttentionLayout,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        q_weight_D: torch.Tensor,
+        k_weight_D: torch.Tensor,
+        eps: float,
+        cos_TP: torch.Tensor,
+        sin_TP: torch.Tensor,
+        kv_table_BN: torch.Tensor,
+        row_T: torch.Tensor,
+        position_T: torch.Tensor,
+    ) -> torch.Tensor:
+        self.launches["qk_norm_rope_store[torch]"] += 1
+        inputs = (q_THD, k_TKD, v_TKD, q_weight_D, k_weight_D, eps, cos_TP, sin_TP)
+        return attention.qk_norm_rope_store(buffer, layout, layer, *inputs, kv_table_BN, row_T, position_T)
+
     def paged_decode(
         self,
         buffer: torch.Tensor,

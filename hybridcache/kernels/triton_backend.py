@@ -20,10 +20,12 @@ from hybridcache.kernels.kv_store.triton import kv_store
 from hybridcache.kernels.paged_decode.triton import paged_decode
 from hybridcache.kernels.paged_prefill import hopper, triton
 from hybridcache.kernels.paged_prefill.tiles import choose_ring
+from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
 from hybridcache.layout import AttentionLayout, StateLayout
 
 IMPLEMENTATION = {
     "kv_store": "triton",
+    "qk_norm_rope_store": "triton",
     "paged_decode": "triton",
     "paged_prefill": "triton",
     "gdn_decode": "triton",
@@ -82,6 +84,31 @@ class TritonBackend:
         with torch.cuda.device_of(buffer):
             kv_store(buffer, layout, layer, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
         self._count("kv_store")
+
+    def qk_norm_rope_store(
+        self,
+        buffer: torch.Tensor,
+        layout: AttentionLayout,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        q_weight_D: torch.Tensor,
+        k_weight_D: torch.Tensor,
+        eps: float,
+        cos_TP: torch.Tensor,
+        sin_TP: torch.Tensor,
+        kv_table_BN: torch.Tensor,
+        row_T: torch.Tensor,
+        position_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """See :class:`hybridcache.kernels.backend.Backend`. Takes float64 too."""
+        norms = (q_weight_D, k_weight_D, eps, cos_TP, sin_TP)
+        tables = (kv_table_BN, row_T, position_T)
+        with torch.cuda.device_of(buffer):
+            out_THD = qk_norm_rope_store(buffer, layout, layer, q_THD, k_TKD, v_TKD, *norms, *tables)
+        self._count("qk_norm_rope_store")
+        return out_THD
 
     def paged_decode(
         self,

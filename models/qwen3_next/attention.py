@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3NextConfig
 
-from models.qwen3_next.layers import RMSNorm, rotate
+from models.qwen3_next.layers import RMSNorm
 from models.qwen3_next.parameters import Slot, Slots, parameter
 from models.qwen3_next.step import Step
 
@@ -42,19 +42,31 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
     def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
-        """Stores the step's K and V, then attends: decode rows first, prefilling rows behind them."""
+        """Normalises and rotates q and k, stores the step's K and V, then attends: decode rows first, prefilling rows behind
+        them."""
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
         q_THE, gate_THE = qg.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=2)
         k_TKE, v_TKE = (x.unflatten(1, (self.kv_heads, self.head_dim)) for x in (k, v))
-        q_THE = rotate(self.q_norm(q_THE), step.cos, step.sin).to(x_TD.dtype)
-        k_TKE = rotate(self.k_norm(k_TKE), step.cos, step.sin).to(x_TD.dtype)
         attended_THE = self._attend(q_THE, k_TKE, v_TKE, step)
         return F.linear((attended_THE * gate_THE.sigmoid()).flatten(1), self.out, self.out_bias)
 
     def _attend(self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, step: Step) -> torch.Tensor:
         batch, n = step.batch, step.batch.num_decode
         pool = (step.buffer, step.layout.attention, self.ordinal)
-        step.backend.kv_store(*pool, k_TKE, v_TKE, batch.kv_table_BN, batch.row_T, batch.position_T)
+        q_THE = step.backend.qk_norm_rope_store(
+            *pool,
+            q_THE,
+            k_TKE,
+            v_TKE,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            step.cos.squeeze(1),
+            step.sin.squeeze(1),
+            batch.kv_table_BN,
+            batch.row_T,
+            batch.position_T,
+        )
         parts = []
         if n:
             parts.append(

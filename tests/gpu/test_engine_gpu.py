@@ -55,7 +55,7 @@ def test_a_tight_pool_finishes_every_request(model, strategy, options):
     assert engine.failed_steps == 0
     assert all(0 <= token < model.config.vocab_size for seq in engine.sequences for token in seq.output_ids)
     launched = engine.backend.launches
-    for operation in ("kv_store", "paged_decode", "gdn_decode", "gdn_prefill"):
+    for operation in ("qk_norm_rope_store", "paged_decode", "gdn_decode", "gdn_prefill"):
         assert launched[f"{operation}[triton]"] > 0, launched
     hopper = torch.cuda.get_device_capability()[0] == 9
     assert launched[f"paged_prefill[{'gluon' if hopper else 'triton'}]"] > 0, launched

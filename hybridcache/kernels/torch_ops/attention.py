@@ -1,7 +1,7 @@
 """Paged attention in PyTorch: store, decode and prefill over the pool's strided views.
 
-Shapes: T tokens, B rows, N table entries, H query heads, K KV heads, D head dim; inside a group of rows, R rows padded to
-Q queries and L positions.
+Shapes: T tokens, B rows, N table entries, H query heads, K KV heads, D head dim, P rotated pairs; inside a group of rows, R
+rows padded to Q queries and L positions.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,41 @@ def kv_store(
     slots = kv_slots(layout, entry_T, position_T)
     for view, value in zip(kv_views(buffer, layout, layer), (k_TKD, v_TKD)):
         view[slots] = value.to(view.dtype)
+
+
+def qk_norm_rope_store(
+    buffer: torch.Tensor,
+    layout: AttentionLayout,
+    layer: int,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    q_weight_D: torch.Tensor,
+    k_weight_D: torch.Tensor,
+    eps: float,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    row_T: torch.Tensor,
+    position_T: torch.Tensor,
+) -> torch.Tensor:
+    """q and k normalised and rotated, K and V stored; returns q."""
+    k_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP)
+    kv_store(buffer, layout, layer, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
+    return norm_rotate(q_THD, q_weight_D, eps, cos_TP, sin_TP)
+
+
+def norm_rotate(
+    x_THD: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TP: torch.Tensor, sin_TP: torch.Tensor
+) -> torch.Tensor:
+    """``x / rms(x) * (1 + weight)``, then dims ``(i, i + P)`` rotated; rounded once, to x's dtype."""
+    dtype = accumulation_dtype(x_THD.dtype, weight_D.dtype)
+    normed_THD = F.rms_norm(x_THD.to(dtype), weight_D.shape, 1.0 + weight_D.to(dtype), eps)
+    pairs = cos_TP.shape[-1]
+    cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
+    first, second, rest = normed_THD.split([pairs, pairs, x_THD.shape[-1] - 2 * pairs], dim=-1)
+    rotated = (first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P)
+    return torch.cat([*rotated, rest], dim=-1).to(x_THD.dtype)
 
 
 def paged_decode(
