@@ -18,6 +18,8 @@ from hybridcache.kernels.testing import state_case  # noqa: E402
 
 PROCESSORS = 132
 """Of an H100."""
+SHARED_MEMORY_PER_SM, REGISTERS_PER_SM = 233_472, 65_536
+"""Of one of them; each program also takes 1 KiB of its shared memory (CUDA C++ Programming Guide)."""
 
 
 class Target:
@@ -35,23 +37,24 @@ class Target:
         self.pointers = {
             "state_ptr": "*" + TRITON_TYPE[state_dtype],
             **{f"{name}_ptr": "*" + element for name in activations},
-            **{f"{name}_ptr": "*fp32" for name in ("from_start", "to_end", "decay", "a_log", "dt_bias")},
+            **{f"{name}_ptr": "*fp32" for name in ("gates", "a_log", "dt_bias")},
             **{f"{name}_ptr": "*i32" for name in ("index", "first", "table", "cu", "start", "checkpoint")},
         }
         self.scalars = dict.fromkeys(("layer", "interval", "rows", "tokens", "checkpoints"), "i32")
 
-    def compile(self, kernel, warps, key_tile=0, **extra):
+    def compile(self, kernel, warps, registers=None, **extra):
         names, chunk = [param.name for param in kernel.params], self.tiles.chunk
         element = self.pointers["y_ptr"][1:]
         descriptors = {
-            "key_desc": f"tensordesc<{element}[{chunk}, {key_tile or self.constant['BLOCK_K']}]>",
-            "value_desc": f"tensordesc<{element}[{chunk}, {self.tiles.value_tile}]>",
+            "key_desc": f"tensordesc<{element}[{chunk}, {self.constant['BLOCK_K']}]>",
+            **dict.fromkeys(("value_desc", "out_desc"), f"tensordesc<{element}[{chunk}, {self.tiles.value_tile}]>"),
             **dict.fromkeys(("solve_desc", "score_desc"), f"tensordesc<{element}[{chunk}, {chunk}]>"),
-            **dict.fromkeys(("from_start_desc", "to_end_desc"), f"tensordesc<fp32[{chunk}]>"),
+            "gates_desc": f"tensordesc<fp32[{chunk}]>",
         }
         pointers = {name: kind for name, kind in self.pointers.items() if name in names}
         constant = {name: value for name, value in self.constant.items() if name in names}
-        return compile_for_hopper(kernel, pointers, self.scalars | descriptors, constant | extra, {"num_warps": warps})
+        options = {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
+        return compile_for_hopper(kernel, pointers, self.scalars | descriptors, constant | extra, options)
 
 
 def assert_on_matrix_unit(compiled, tmp_path):
@@ -71,8 +74,11 @@ def test_conv_and_rings(dtype, tmp_path):
 @pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 128), ("bfloat16", 256), ("float16", 64), ("float32", 128)])
 def test_chunks(dtype, dim, tmp_path):
     target = Target(dtype, dim)
-    compiled = target.compile(chunk_kernel, target.tiles.chunk_warps, key_tile=target.tiles.key_tile)
+    compiled = target.compile(chunk_kernel, target.tiles.chunk_warps, target.tiles.chunk_registers)
     assert_fits(compiled, tmp_path)
+    if target.tiles.chunk_registers:
+        assert 3 * (compiled.metadata.shared + 1024) <= SHARED_MEMORY_PER_SM
+        assert 3 * 32 * target.tiles.chunk_warps * target.tiles.chunk_registers <= REGISTERS_PER_SM
     if dtype != "float32" and dim <= 128:
         assert_on_matrix_unit(compiled, tmp_path)
 

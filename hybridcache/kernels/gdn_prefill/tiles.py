@@ -15,12 +15,17 @@ from hybridcache.layout import StateLayout
 ROW_TILE = 128
 """Rows that a program of the conv kernel looks at at once in search of its own."""
 
+THREE_PROGRAMS = 168
+"""Registers per thread with which a multiprocessor runs three programs of 128 threads (65,536 / 384, in eights)."""
+WIDE_ROUND = 1.6
+"""Measured on an H100: how long a chunk takes with 128 value dims a program, against 64."""
+
 
 @dataclass(frozen=True)
 class Tiles:
     """Tuning choices. ``chunk`` tokens of a chunk; ``key_tile`` key dims per step of a chunk's products; ``value_tile``
     value dims of one program of the state kernel; ``stages`` its pipeline's depth; warps of the three main kernels; a
-    limit of registers per thread of the chunk kernel (168 lets a multiprocessor run three of its programs)."""
+    limit of registers per thread of the chunk kernel."""
 
     chunk: int
     key_tile: int
@@ -29,23 +34,29 @@ class Tiles:
     state_warps: int
     chunk_warps: int = 4
     chunk_registers: int | None = None
-    conv_warps: int = 8
+    conv_warps: int = 4
 
 
 def default_tiles(layout: StateLayout, dtype: torch.dtype, rows: int, processors: int) -> Tiles:
-    """Tiles for an H100 (``processors`` multiprocessors): narrow value tiles where there are few rows, so that more
-    multiprocessors work; wide ones, which read keys once, where there are many. float32 products take three passes of the
-    matrix unit and many registers: small chunks. Registers suffice for all but float32 with a key dim beyond 128."""
+    """Tiles for an H100 (``processors`` multiprocessors), chosen by the shape of a call alone.
+
+    A program of the state kernel fills a multiprocessor's shared memory, so its launch takes as many rounds as its
+    programs fill the device. A round of narrow value tiles is the shorter one; wide tiles, which read keys once, take
+    fewer. float32 products take three passes of the matrix unit and many registers: small chunks. Registers suffice for
+    all but float32 with a key dim beyond 128.
+    """
     v_heads, key_dim, value_dim = layout.recurrent_shape
     block_k, head_v = _padded(key_dim), _padded(value_dim)
     if dtype == torch.float32:
         return Tiles(chunk=16, key_tile=min(block_k, 32), value_tile=16, stages=1, state_warps=4)
     if block_k > 128:
         return Tiles(chunk=32, key_tile=block_k, value_tile=min(head_v, 32), stages=2, state_warps=8)
-    narrow = Tiles(chunk=64, key_tile=block_k, value_tile=min(head_v, 64), stages=3, state_warps=4)
-    if head_v % 128 or rows * v_heads * (head_v // 128) < processors:
+    narrow = Tiles(64, block_k, min(head_v, 64), stages=3, state_warps=4, chunk_registers=THREE_PROGRAMS)
+    if head_v % 128:
         return narrow
-    return replace(narrow, value_tile=128, stages=2, state_warps=8)
+    heads = rows * v_heads
+    rounds, wide_rounds = (-(-heads * (head_v // tile) // processors) for tile in (64, 128))
+    return replace(narrow, value_tile=128, state_warps=8) if wide_rounds * WIDE_ROUND < rounds else narrow
 
 
 def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints: bool) -> dict[str, Any]:

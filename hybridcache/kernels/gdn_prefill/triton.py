@@ -7,8 +7,8 @@ Four launches, whatever the lengths: conv (:mod:`.triton_conv`), rings, chunks (
 Chunks lie on absolute multiples of the chunk size; where a row starts in between, its first chunk is short. Inside a
 chunk whose state at the start is S, with ``g`` the decay since the start,
 
-    A = strict_lower(beta_i (k_i . k_j) g_i / g_j)      solve = (I + A)^-1 diag(beta)
-    new = solve (v - diag(g) k S)                       score = lower((q_i . k_j) g_i / g_j)
+    A = strict_lower(beta_i (k_i . k_j) g_i / g_j)      solve = (I + A)^-1
+    new = solve diag(beta) (v - diag(g) k S)            score = lower((q_i . k_j) g_i / g_j)
     out = diag(g) q S + score new                       S := g_end (S + (k / g)^T new)
 
 This is the UT transform of Gated DeltaNet (Yang, Kautz, Hatamizadeh, 2024, arXiv:2412.06464) with the state's term kept
@@ -29,6 +29,7 @@ from hybridcache.errors import bad
 from hybridcache.kernels.gdn_prefill.tiles import Tiles, constants, default_tiles
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
+from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
 from hybridcache.kernels.memory import elements
 from hybridcache.layout import StateLayout
@@ -136,9 +137,7 @@ class Prefill:
         self.index = scratch(self.max_chunks, 2, dtype=torch.int32)
         self.first = scratch(self.rows, dtype=torch.int32)
         self.solve, self.score = (scratch(self.max_chunks * v_heads * chunk, chunk) for _ in range(2))
-        self.from_start, self.to_end = (
-            scratch(self.max_chunks * v_heads * chunk, dtype=torch.float32) for _ in range(2)
-        )
+        self.gates = scratch(self.max_chunks * v_heads * ROWS_OF_GATES.value * chunk, dtype=torch.float32)
 
     def _constants(self, *names: str) -> dict[str, Any]:
         return {name: self.constant[name] for name in names}
@@ -157,15 +156,20 @@ class Prefill:
         return (self.layout.base[self.layer] + offset) // size, self.layout.stride // size
 
     def conv(self) -> None:
-        """q, k and v of every token, and the index of chunks."""
+        """q, k, v and gates of every token, and the index of chunks."""
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "WIDTH", "CHUNK", "BLOCK_K", "HEAD_V", "SCALE", "EPS")
         conv_kernel[(2 * self.k_heads + self.v_heads, self.max_chunks)](
             self.y,
+            self.gates,
             self.index,
             self.first,
             self.out_TVJ,
             self.x_TC,
             self.conv_weight_CW,
+            self.a_TV,
+            self.b_TV,
+            self.a_log_V,
+            self.dt_bias_V,
             self.ring,
             self.state_table_BL,
             *self._rows(),
@@ -174,6 +178,8 @@ class Prefill:
             self.tokens,
             self.x_TC.stride(0),
             *self.conv_weight_CW.stride(),
+            self.a_TV.stride(0),
+            self.b_TV.stride(0),
             self.state_table_BL.stride(0),
             *self._strides(self.layout.conv_dtype, self.layout.conv_offset),
             **self._constants(*names, "ROWS"),
@@ -205,22 +211,14 @@ class Prefill:
         )
 
     def chunks(self) -> None:
-        """``solve``, ``score`` and decays of every chunk."""
-        names = ("K_HEADS", "V_HEADS", "BLOCK_K", "KEY_TILE", "CHUNK", "LEVELS", "DOT", "SOLVE", "PRECISION")
+        """``solve`` and ``score`` of every chunk."""
+        names = ("K_HEADS", "V_HEADS", "BLOCK_K", "HEAD_V", "KEY_TILE", "CHUNK", "LEVELS", "DOT", "SOLVE", "PRECISION")
         chunk_kernel[(self.v_heads, self.max_chunks)](
             self.solve,
             self.score,
-            self.from_start,
-            self.to_end,
-            TensorDescriptor.from_tensor(self.y, [self.tiles.chunk, self.tiles.key_tile]),
-            self.a_TV,
-            self.b_TV,
-            self.a_log_V,
-            self.dt_bias_V,
+            self.y,
+            self.gates,
             self.index,
-            *self._rows(),
-            self.a_TV.stride(0),
-            self.b_TV.stride(0),
             **self._constants(*names),
             num_warps=self.tiles.chunk_warps,
             maxnreg=self.tiles.chunk_registers,
@@ -232,6 +230,8 @@ class Prefill:
         chunk = self.tiles.chunk
         table, stride_b, stride_n = self._checkpoints()
         grid = (self.constant["HEAD_V"] // self.constant["BLOCK_V"], self.v_heads, self.rows)
+        # Whole tiles of the output are copied by descriptor, unless they would reach into the next head.
+        whole = self.constant["VALUE_DIM"] == self.constant["HEAD_V"]
         state_kernel[grid](
             self.out_TVJ,
             self.state,
@@ -239,9 +239,11 @@ class Prefill:
             TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_V"]]),
             TensorDescriptor.from_tensor(self.solve, [chunk, chunk]),
             TensorDescriptor.from_tensor(self.score, [chunk, chunk]),
-            TensorDescriptor.from_tensor(self.from_start, [chunk]),
-            TensorDescriptor.from_tensor(self.to_end, [chunk]),
-            self.from_start,
+            TensorDescriptor.from_tensor(self.gates, [chunk]),
+            TensorDescriptor.from_tensor(
+                self.out_TVJ.flatten(1) if whole else self.y, [chunk, self.constant["BLOCK_V"]]
+            ),
+            self.gates,
             self.first,
             self.state_table_BL,
             table,

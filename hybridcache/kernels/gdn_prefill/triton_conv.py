@@ -1,9 +1,9 @@
-"""GDN prefill's launches before chunks: conv, SiLU and q/k l2norm of every token, the index of chunks, conv rings.
+"""GDN prefill's launches before chunks: conv, SiLU and q/k l2norm of every token, gates, the index of chunks, conv rings.
 
 The conv reads the inputs before a row's first token from its ring, so the ring is written by a later launch
 (:func:`ring_kernel`): programs of one launch that read old columns and wrote new ones would race.
 
-The outputs q, k and v lie by chunks, ``[M, slots, heads of q | k | v, padded dim]``: a chunk's tile holds no other row's
+The outputs q, k and beta v lie by chunks, ``[M, slots, heads of q | k | v, padded dim]``: a chunk's tile holds no other row's
 tokens, whose values might be anything. A slot without a token holds 0.
 
 Shapes: T tokens, B rows, C conv channels (``q | k | v``), W conv kernel width, M chunks, N checkpoints of a row.
@@ -11,6 +11,8 @@ Shapes: T tokens, B rows, C conv channels (``q | k | v``), W conv kernel width, 
 
 import triton
 import triton.language as tl
+
+from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES, store_gates
 
 
 @triton.jit
@@ -59,7 +61,8 @@ def conv_tile(
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """One head of one chunk: conv, SiLU and, with NORM, ``scale`` times the l2-normalised row; columns beyond DIM are 0.
+    """One head of one chunk: conv, SiLU and, with NORM, l2-normalisation of rows; row ``i`` times ``scale[i]``. Columns
+    beyond DIM are 0.
 
     ``x_ptr`` and ``y_ptr`` point to slot 0. ``seen`` is how many tokens of this step precede a slot's token, negative in
     a slot without one, whose row becomes 0. Where ``resumed``, inputs before the step's first token are in the ring.
@@ -84,21 +87,27 @@ def conv_tile(
             acc += past.to(tl.float32) * weight[None, :]
     y = acc / (1.0 + tl.exp(-acc))
     if NORM:
-        y *= (tl.rsqrt(tl.sum(y * y, 1) + EPS) * scale)[:, None]
+        scale *= tl.rsqrt(tl.sum(y * y, 1) + EPS)
+    y *= scale[:, None]
     tl.store(y_ptr + slot[:, None] * Y_CHANNELS + c[None, :], y.to(y_ptr.dtype.element_ty))
 
 
 @triton.jit(
     do_not_specialize=["layer", "rows", "tokens"],
-    do_not_specialize_on_alignment=["index_ptr", "first_ptr", "cu_ptr", "start_ptr", "table_ptr"],
+    do_not_specialize_on_alignment=["index_ptr", "first_ptr", "cu_ptr", "start_ptr", "table_ptr", "a_ptr", "b_ptr"],
 )
 def conv_kernel(
     y_ptr,
+    gates_ptr,
     index_ptr,
     first_ptr,
     out_ptr,
     x_ptr,
     weight_ptr,
+    a_ptr,
+    b_ptr,
+    a_log_ptr,
+    dt_bias_ptr,
     ring_ptr,
     table_ptr,
     cu_ptr,
@@ -109,6 +118,8 @@ def conv_kernel(
     x_stride: tl.int64,
     weight_stride_c: tl.int64,
     weight_stride_w: tl.int64,
+    a_stride: tl.int64,
+    b_stride: tl.int64,
     table_stride: tl.int64,
     ring_base: tl.int64,
     ring_stride: tl.int64,
@@ -124,7 +135,7 @@ def conv_kernel(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """A program does one head (of q, k and v in turn) of one chunk. Head 0 notes the chunk's row (-1 where there is
+    """A program does one head (of q, k and v in turn) of one chunk; those of v also their gates. Head 0 notes the chunk's row (-1 where there is
     nothing to do) and number, and the row's first chunk.
 
     The output of tokens that no live row owns is zeroed here; no later launch writes it."""
@@ -164,16 +175,27 @@ def conv_kernel(
     position = start + seen
     resumed = (start > 0) & (token0 - begin < WIDTH - 1)
     if v_head < 0:
-        scale = tl.where(head < K_HEADS, SCALE, 1.0)
+        scale = tl.where((head < K_HEADS) & (slot >= 0), SCALE, 1.0)
         conv_tile(
             y_ptr + head * BLOCK_K, x_ptr, weight_ptr, ring_ptr, head * KEY_DIM, slot, seen, position, resumed, scale, x_stride,
             weight_stride_c, weight_stride_w, True, KEY_DIM, BLOCK_K, CHANNELS, Y_CHANNELS, WIDTH, EPS,
         )  # fmt: skip
     else:
+        beta = store_gates(
+            gates_ptr + (chunk.to(tl.int64) * V_HEADS + v_head) * (ROWS_OF_GATES * CHUNK),
+            a_ptr + token0.to(tl.int64) * a_stride + v_head,
+            b_ptr + token0.to(tl.int64) * b_stride + v_head,
+            tl.load(a_log_ptr + v_head).to(tl.float32),
+            tl.load(dt_bias_ptr + v_head).to(tl.float32),
+            slot,
+            seen >= 0,
+            a_stride,
+            b_stride,
+        )
         channel = 2 * K_HEADS * KEY_DIM + v_head * VALUE_DIM
         y_ptr += 2 * K_HEADS * BLOCK_K + v_head * HEAD_V
         conv_tile(
-            y_ptr, x_ptr, weight_ptr, ring_ptr, channel, slot, seen, position, resumed, 1.0, x_stride,
+            y_ptr, x_ptr, weight_ptr, ring_ptr, channel, slot, seen, position, resumed, beta, x_stride,
             weight_stride_c, weight_stride_w, False, VALUE_DIM, HEAD_V, CHANNELS, Y_CHANNELS, WIDTH, EPS,
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES, TO_END, WRITTEN_FROM_START
+
 
 @triton.jit(
     do_not_specialize=["layer", "interval", "checkpoints"],
@@ -18,9 +20,9 @@ def state_kernel(
     value_desc,
     solve_desc,
     score_desc,
-    from_start_desc,
-    to_end_desc,
-    decay_ptr,
+    gates_desc,
+    out_desc,
+    gates_ptr,
     first_ptr,
     table_ptr,
     checkpoint_ptr,
@@ -79,39 +81,45 @@ def state_kernel(
     first_chunk = tl.load(first_ptr + row)
     out_ptr += (token0.to(tl.int64) * V_HEADS + head) * VALUE_DIM
     out_offset = slot[None, :] * (V_HEADS * VALUE_DIM) + j[:, None]
-    decay_ptr += CHUNK - 1
+    gates_ptr += FROM_START * CHUNK + CHUNK - 1
 
     if CHECKPOINTS:
         rank = 0
         due = begin - start + (start // interval + 1) * interval
-    decay = tl.load(decay_ptr + (first_chunk * V_HEADS + head) * CHUNK)
+    decay = tl.load(gates_ptr + (first_chunk * V_HEADS + head) * (ROWS_OF_GATES * CHUNK))
     for n in tl.range(0, chunks, num_stages=STAGES):
         chunk = first_chunk + n
         token = token0 + n * CHUNK
         square = (chunk * V_HEADS + head) * CHUNK
         # Loaded one turn ahead; behind the last chunk, the last chunk's own.
-        next_decay = tl.load(decay_ptr + (tl.minimum(chunk + 1, first_chunk + chunks - 1) * V_HEADS + head) * CHUNK)
+        following = tl.minimum(chunk + 1, first_chunk + chunks - 1) * V_HEADS + head
+        next_decay = tl.load(gates_ptr + following * (ROWS_OF_GATES * CHUNK))
         k = key_desc.load([chunk * CHUNK, k_channel]).to(DOT)
         q = key_desc.load([chunk * CHUNK, q_channel]).to(DOT)
-        v = value_desc.load([chunk * CHUNK, v_channel]).to(DOT)
+        v = value_desc.load([chunk * CHUNK, v_channel])
         solve = solve_desc.load([square, 0]).to(DOT)
         score = score_desc.load([square, 0]).to(DOT)
-        from_start = from_start_desc.load([square])
-        to_end = to_end_desc.load([square])
+        from_start = gates_desc.load([square * ROWS_OF_GATES + FROM_START * CHUNK])
+        written_from_start = gates_desc.load([square * ROWS_OF_GATES + WRITTEN_FROM_START * CHUNK])
+        to_end = gates_desc.load([square * ROWS_OF_GATES + TO_END * CHUNK])
 
         left = state.to(DOT)
-        seen = tl.dot(left, tl.trans(k), input_precision=PRECISION) * -from_start[None, :]
-        new = tl.dot(tl.trans(v), tl.trans(solve), input_precision=PRECISION)
-        new = tl.dot(seen.to(DOT), tl.trans(solve), new, input_precision=PRECISION)
+        seen = tl.dot(left, tl.trans(k), input_precision=PRECISION)
+        diff = tl.trans(v).to(tl.float32) - seen * written_from_start[None, :]
+        new = tl.dot(diff.to(DOT), tl.trans(solve), input_precision=PRECISION)
         out = tl.dot(left, tl.trans(q), input_precision=PRECISION) * from_start[None, :]
         out = tl.dot(new.to(DOT), tl.trans(score), out, input_precision=PRECISION)
         state = tl.dot((new * to_end[None, :]).to(DOT), k, state * decay, input_precision=PRECISION)
-        valid = (token + slot >= begin) & (token + slot < end)
-        tl.store(
-            out_ptr + (token - token0).to(tl.int64) * (V_HEADS * VALUE_DIM) + out_offset,
-            out.to(out_ptr.dtype.element_ty),
-            mask=valid[None, :] & j_inside[:, None],
-        )
+        full = (token >= begin) & (token + CHUNK <= end)
+        if (VALUE_DIM == HEAD_V) and full:  # else a tile would reach into the next head
+            out_desc.store([token, head * VALUE_DIM + tile * BLOCK_V], tl.trans(out).to(out_ptr.dtype.element_ty))
+        else:
+            valid = (token + slot >= begin) & (token + slot < end)
+            tl.store(
+                out_ptr + (token - token0).to(tl.int64) * (V_HEADS * VALUE_DIM) + out_offset,
+                out.to(out_ptr.dtype.element_ty),
+                mask=valid[None, :] & j_inside[:, None],
+            )
         decay = next_decay
         if CHECKPOINTS:  # noqa: SIM102 (known when the kernel is compiled)
             if (token + CHUNK == due) & (due <= end) & (rank < checkpoints):
