@@ -30,8 +30,8 @@ class StepBatch:
     """int32; tokens of each request after this step (the new ones included)."""
     prefill_cu_seqlens: torch.Tensor
     """int32 ``[P + 1]``; offsets of the prefilling rows' tokens, counted from token ``num_decode``."""
-    logit_index_R: torch.Tensor
-    """int64; indices into T."""
+    logit_index_R: torch.Tensor | None
+    """int64; indices into T. None for every token."""
     num_decode: int
     max_prefill_len: int
     """Longest prefilling row of this step, in tokens (0 where none prefills)."""

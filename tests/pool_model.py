@@ -41,9 +41,11 @@ class PoolModel:
         self.device = torch.device("cpu")
         self.before_forward = before_forward
         self.batches: list[tuple[int, int]] = []
-        """``(rows that decode, rows that prefill)`` of every step."""
+        """``(rows that decode, rows that prefill)`` of every step, padding included."""
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: object) -> torch.Tensor:
+        if (batch.kv_table_BN[:, 0] < 0).all():  # nothing but padding: a warm-up
+            return torch.zeros(batch.num_tokens, self.config.vocab_size, dtype=torch.float64)
         self.batches.append((batch.num_decode, batch.num_rows - batch.num_decode))
         if self.before_forward is not None:
             self.before_forward(batch)
@@ -52,6 +54,9 @@ class PoolModel:
         rows = batch.row_T.numpy()
         last = {}
         for row in range(batch.num_rows):
+            if batch.kv_table_BN[row, 0] < 0:  # padding
+                last[int(np.flatnonzero(rows == row)[-1])] = 0.0
+                continue
             mine = np.flatnonzero(rows == row)
             kv_hash = self._attend(
                 memory,
@@ -63,7 +68,8 @@ class PoolModel:
             )
             state_hash = self._recur(memory, layout, batch.state_table_BL[row].numpy(), tokens[mine], positions[mine])
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
-        hashes = np.array([last[int(index)] for index in batch.logit_index_R])
+        wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
+        hashes = np.array([last[int(index)] for index in wanted])
         factors = np.arange(1, self.config.vocab_size + 1) * 7919.0 % PRIME
         return torch.from_numpy((hashes[:, None] + 1) * factors % PRIME / PRIME * 8)
 

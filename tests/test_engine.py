@@ -8,8 +8,8 @@ import pytest
 from pool_model import PoolModel, pool_spec, smallest_budget
 
 from hybridcache.engine.engine import Engine
-from hybridcache.engine.runner import RowInput, build_batch
-from hybridcache.engine.sampling import SamplingParams, SamplingRow
+from hybridcache.engine.runner import ModelRunner, RowInput
+from hybridcache.engine.sampling import GREEDY, SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Status
 from hybridcache.errors import UserError
@@ -326,13 +326,13 @@ def test_recording_is_off_the_clock():
     duration = engine.run()
     row = recorder.finish(engine.sequences, duration, engine.strategy)
     assert row["steps"] == recorder.steps == len(engine.runner.model.batches)
-    assert duration < 10 * row["steps"]
+    assert duration < 20 * row["steps"]
     assert row["requests"] == 5
     assert row["output_tokens"] == sum(len(seq.output_ids) for seq in engine.sequences)
     assert 0 < row["utilization_mean"] < 1
     assert row["residents_peak"] > 1
     assert row["tokens_sha256"] is not None
-    assert 0 < row["ttft_p50_s"] < 10 * row["steps"]
+    assert 0 < row["ttft_p50_s"] < 20 * row["steps"]
     samples = [event for event in events if event["event"] == "sample"]
     assert [event["time_s"] for event in samples] == sorted(event["time_s"] for event in samples)
     assert sum(event["event"] == "request" for event in events) == 5
@@ -373,13 +373,16 @@ def test_a_batch_holds_what_the_kernels_read():
     strategy = make_strategy("shared_pool", 1 << 20)
     for seq_id, tokens in ((4, 40), (7, 3), (9, 150)):
         assert strategy.admit(seq_id, tokens)
-    sampling = SamplingRow(SamplingParams(), (0, 0), 0)
+    found = []
+    model = PoolModel(before_forward=found.append)
+    runner = ModelRunner(model, strategy, make_backend("torch", "cpu"), max_rows=4, max_tokens=200)
     rows = [
-        RowInput(7, 2, np.array([11]), sampling),
-        RowInput(4, 0, np.arange(40), sampling),
-        RowInput(9, 64, np.arange(64), None),
+        RowInput(7, 2, 1, np.array([11]), GREEDY),
+        RowInput(4, 0, 40, np.arange(40), GREEDY),
+        RowInput(9, 64, 64, np.arange(64), None),
     ]
-    batch = build_batch(rows, strategy, PoolModel().device)
+    assert len(runner.launch(rows).wait()) == 2
+    (batch,) = found
     tables = strategy.tables([7, 4, 9])
     assert (batch.num_decode, batch.num_rows, batch.num_tokens) == (1, 3, 105)
     assert batch.token_ids_T.tolist() == [11, *range(40), *range(64)]
@@ -390,6 +393,7 @@ def test_a_batch_holds_what_the_kernels_read():
     assert batch.logit_index_R.tolist() == [0, 40]
     assert (batch.max_prefill_len, batch.max_context_len) == (64, 128)
     assert batch.kv_table_BN.tolist() == tables.kv.tolist()
+    assert runner.inputs.table[3].tolist() == [-1] * runner.inputs.table.shape[1]
     assert batch.state_table_BL.tolist() == tables.state.tolist()
     names = ("row_T", "kv_table_BN", "state_table_BL", "context_len_B", "prefill_cu_seqlens")
     assert {str(getattr(batch, name).dtype) for name in names} == {"torch.int32"}

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from pool_model import smallest_budget
+from test_overlap import Recorded
 
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
@@ -57,8 +58,9 @@ class Case:
         name, options = STRATEGIES[label]
         return build(name, spec=self.spec, budget_bytes=budget, physical=True, **options)
 
-    def engine(self, label: str, budget: int, config: SchedulerConfig | None) -> Engine:
-        return Engine(self.model, self.strategy(label, budget), config, make_backend("torch", "cpu"), poison=True)
+    def engine(self, label: str, budget: int, config: SchedulerConfig | None, **options) -> Engine:
+        backend = make_backend("torch", "cpu")
+        return Engine(self.model, self.strategy(label, budget), config, backend, poison=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,14 @@ def case() -> Case:
     return Case(random.randrange(2**32))
 
 
+@pytest.mark.parametrize("mode", ["eager", "overlap", "overlap_graphs"])
 @pytest.mark.parametrize("label", STRATEGIES)
-def test_tokens_equal_those_of_requests_run_alone(label, case):
+def test_tokens_equal_those_of_requests_run_alone(label, mode, case):
     longest = max(len(prompt) + params.max_tokens for prompt, params in case.requests)
     budget = int(1.7 * smallest_budget(lambda budget: case.strategy(label, budget), longest))
-    engine = case.engine(label, budget, SchedulerConfig(max_tokens_per_step=96))
+    engine = case.engine(label, budget, SchedulerConfig(max_tokens_per_step=96), overlap=mode != "eager")
+    if mode == "overlap_graphs":
+        engine.runner.graphs = engine.runner._make_graphs(Recorded)
     sequences = [engine.add_request(prompt, params) for prompt, params in case.requests]
     engine.run()
     assert [sequence.output_ids for sequence in sequences] == case.expected, f"seed {case.seed}"

@@ -222,14 +222,14 @@ def test_prompts_that_cannot_be_run_are_refused(llm, prompts, params, match):
 def test_an_interrupt_leaves_the_llm_usable(llm, monkeypatch):
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     expected = llm.generate("again", params, progress=False)[0].token_ids
-    run, steps = llm.engine.runner.run, iter(range(10))
+    launch, steps = llm.engine.runner.launch, iter(range(10))
 
     def interrupted(rows):
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return run(rows)
+        return launch(rows)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["again", "and again"], params, progress=False)
     monkeypatch.undo()

@@ -5,12 +5,14 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 
-from hybridcache.engine.runner import Model, ModelRunner, RowInput
-from hybridcache.engine.sampling import NOT_FINITE, SamplingParams, SamplingRow, request_key
+from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
+from hybridcache.engine.request import Request, checked_prompt
+from hybridcache.engine.runner import Flight, Model, ModelRunner, RowInput
+from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import ScheduledTokens, Scheduler, SchedulerConfig, Step
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.errors import bad
@@ -30,24 +32,36 @@ class StepOutput:
 
 
 @dataclass
-class _Live:
-    """What the engine knows of a request beyond its :class:`~hybridcache.engine.sequence.Sequence`."""
+class HostTimes:
+    """Seconds that the host spent in steps, since construction."""
 
-    seq: Sequence
-    params: SamplingParams
-    key: tuple[int, int]
-    stop_ids: frozenset[int]
-    tokens: np.ndarray
-    """int64; prompt, then sampled tokens; the first ``seq.num_known`` are valid."""
-    error: str | None = None
-    failures_together: int = 0
-    failures_alone: int = 0
-    alone_until: float = 0
-    """Positions below this are computed in a batch of its own: a step of several requests failed there."""
+    steps: int = 0
+    total_s: float = 0.0
+    wait_s: float = 0.0
+    """Of ``total_s``, waiting for the device."""
+
+    @property
+    def work_ms_per_step(self) -> float:
+        """Milliseconds of host work in a step, waiting excluded."""
+        return (self.total_s - self.wait_s) / max(self.steps, 1) * 1e3
+
+
+class _Launched(NamedTuple):
+    """A step on its way."""
+
+    flight: Flight
+    items: list[ScheduledTokens]
+    sampled: list[Request]
+    """Those of the items' requests that sample a token, in their order."""
 
 
 class Engine:
     """Runs requests until they end.
+
+    With ``overlap`` the next step is scheduled and launched before the tokens of the last one are looked at. The scheduler
+    counts on a token for every request that samples; which one it is, only the device knows at that time. A request's last
+    token by number is known to be the last. One that ends by a stop token is found out a step late: the token that it was
+    given meanwhile is dropped, and tokens are the same as without overlap.
 
     A step that raises is undone: states are updated in place, so every request in it drops its memory and is recomputed
     from its tokens, first alone, to tell which one fails. One that keeps failing alone ends with ``finish_reason``
@@ -58,9 +72,12 @@ class Engine:
         strategy: built with ``physical=True``.
         scheduler_config: policies; None for the defaults.
         backend: runs the cache operations.
-        recorder: observes every step; the time it takes is not counted (it depends on the strategy).
+        recorder: observes every step. Without overlap the time it takes is not counted (it depends on the strategy); with
+            overlap it is, for the device works meanwhile.
         seed: of requests that have none of their own.
         eos_token_ids: tokens that end a request unless it ignores them.
+        cuda_graphs: decode under CUDA graphs, captured at once: ``true``, ``false``, or ``auto``: wherever it can be.
+        overlap: ``true``, ``false``, or ``auto``: on CUDA.
         poison: fill the pool, and memory before its release, with NaN patterns (tests).
         max_retries: how often a request that failed alone is tried again.
         clock: seconds, monotonic.
@@ -76,6 +93,8 @@ class Engine:
         recorder: Recorder | None = None,
         seed: int = 0,
         eos_token_ids: Iterable[int] = (),
+        cuda_graphs: str | bool = "auto",
+        overlap: str | bool = "auto",
         poison: bool = False,
         max_retries: int = 1,
         clock: Callable[[], float] = time.perf_counter,
@@ -84,22 +103,44 @@ class Engine:
             raise bad("max_retries", max_retries, "give 0 or more")
         if not 0 <= seed < 2**63:
             raise bad("seed", seed, "give a whole number from 0 to below 2**63")
+        if str(overlap).lower() not in CHOICES:
+            raise bad("overlap", overlap, f"choose {', '.join(CHOICES)}")
+        on_cuda = model.device.type == "cuda"
         self.strategy = strategy
         self.backend = backend
         self.recorder = recorder
-        self.runner = ModelRunner(model, strategy, backend, poison=poison)
-        self.scheduler = Scheduler(strategy, scheduler_config, before_release=self.runner.poison if poison else None)
+        self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
+        self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release)
+        self.runner = ModelRunner(
+            model,
+            strategy,
+            backend,
+            max_rows=self.scheduler.config.max_running,
+            max_tokens=self.scheduler.config.max_tokens_per_step,
+            capture=CudaCapture() if wants_graphs(cuda_graphs, backend, model.device) else None,
+            poison=poison,
+        )
+        self.runner.prepare()
         self.seed = seed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_retries = max_retries
         self.failed_steps = 0
         """Forward passes that raised, since construction."""
+        self.times = HostTimes()
+        self._poison = poison
         self._failed_relocations = 0
         self._vocabulary = model.config.vocab_size
-        self._requests: dict[int, _Live] = {}
+        self._requests: dict[int, Request] = {}
+        self._launched: _Launched | None = None
         self._next_id = 0
         self._clock = clock
         self._origin: float | None = None
+        self._recorded = 0.0
+
+    def _before_release(self, seq_id: int) -> None:
+        if self._poison:
+            self.runner.poison(seq_id)
+        self.runner.forget(seq_id)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -112,7 +153,7 @@ class Engine:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
         """
         params = params or SamplingParams()
-        prompt = self._checked_prompt(prompt_ids)
+        prompt = checked_prompt(prompt_ids, self._vocabulary)
         seq = Sequence(
             seq_id=self._next_id,
             prompt_len=len(prompt),
@@ -121,31 +162,8 @@ class Engine:
         )
         self.scheduler.submit(seq)
         self._next_id += 1
-        tokens = np.empty(len(prompt) + params.max_tokens, dtype=np.int64)
-        tokens[: len(prompt)] = prompt
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        key = request_key(params, self.seed, seq.seq_id)
-        self._requests[seq.seq_id] = _Live(seq, params, key, stop_ids, tokens)
+        self._requests[seq.seq_id] = Request.of(seq, prompt, params, self.seed, self.eos_token_ids)
         return seq
-
-    def _checked_prompt(self, prompt_ids: npt.ArrayLike) -> np.ndarray:
-        try:
-            prompt = np.asarray(prompt_ids)
-        except ValueError:  # numpy's word for a ragged list
-            raise bad("prompt_ids", prompt_ids, "give token ids as a flat list") from None
-        if prompt.ndim != 1 or prompt.size == 0:
-            raise bad("prompt_ids", prompt_ids, "give at least one token id, as a flat list")
-        if not np.issubdtype(prompt.dtype, np.integer):
-            raise bad("prompt_ids", f"{prompt.dtype} values", "give whole numbers")
-        outside = np.flatnonzero((prompt < 0) | (prompt >= self._vocabulary))
-        if outside.size:
-            first = int(outside[0])
-            raise bad(
-                f"prompt_ids[{first}]",
-                int(prompt[first]),
-                f"outside the model's vocabulary of {self._vocabulary} ids (0 to {self._vocabulary - 1})",
-            )
-        return prompt
 
     def abort(self, seq_id: int) -> None:
         """End a request now; its memory is free at once. A finished one stays as it is.
@@ -153,7 +171,7 @@ class Engine:
         Raises:
             UserError: no request of that id is known.
         """
-        self.scheduler.abort(self._live(seq_id).seq, self.now())
+        self.scheduler.abort(self._request(seq_id).seq, self.now())
 
     def forget(self, seq_id: int) -> None:
         """Drop what is kept of a finished request.
@@ -161,19 +179,19 @@ class Engine:
         Raises:
             UserError: it has not finished, or is not known.
         """
-        if self._live(seq_id).seq.status is not Status.FINISHED:
+        if self._request(seq_id).seq.status is not Status.FINISHED:
             raise bad("seq_id", seq_id, "has not finished; abort it first")
         del self._requests[seq_id]
 
     def sequence(self, seq_id: int) -> Sequence:
         """A request that was added and not forgotten."""
-        return self._live(seq_id).seq
+        return self._request(seq_id).seq
 
     def error(self, seq_id: int) -> str | None:
         """Why a request ended with ``error``; None where it did not."""
-        return self._live(seq_id).error
+        return self._request(seq_id).error
 
-    def _live(self, seq_id: int) -> _Live:
+    def _request(self, seq_id: int) -> Request:
         try:
             return self._requests[seq_id]
         except KeyError:
@@ -182,11 +200,12 @@ class Engine:
     @property
     def sequences(self) -> list[Sequence]:
         """All requests that were added and not forgotten, in order of arrival at the engine."""
-        return [live.seq for live in self._requests.values()]
+        return [request.seq for request in self._requests.values()]
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        """Whether a request has not ended."""
+        return self.scheduler.has_work or bool(self.scheduler.ending)
 
     def now(self) -> float:
         """Seconds since the first request, without the time spent recording."""
@@ -206,107 +225,188 @@ class Engine:
         return self.now() - started
 
     def step(self) -> StepOutput:
-        """Schedule, run and account for one step."""
-        started = self.now()
-        step = self.scheduler.schedule()
-        output = StepOutput()
-        if not step.items or not self._relocate():
-            return output
-        done: list[ScheduledTokens] = []
-        failed: list[tuple[list[ScheduledTokens], Exception]] = []
-        for group in self._groups(step):
-            try:
-                sampled = self.runner.run([self._row(item) for item in group])
-            except Exception as error:  # whatever a kernel raises, the other requests must go on
-                failed.append((group, error))
-            else:
-                output.new_tokens |= zip((item.seq.seq_id for item in group if item.samples), sampled)
-                done += group
-        now = self.now()
-        if self.recorder is not None:
-            self._record(started, now)
-        self._fail(failed, now, output)
-        self._complete(done, now, output)
+        """Schedule and launch a step, and account for it; with overlap, for the one before it instead.
+
+        Whatever is raised here, an interrupt too, leaves all requests that have not ended waiting, to be recomputed from their
+        tokens.
+        """
+        started = self._clock()
+        try:
+            output = self._step()
+        except BaseException:
+            self._abandon()
+            raise
+        self.times.steps += 1
+        self.times.total_s += self._clock() - started
         return output
 
-    def _relocate(self) -> bool:
-        """Execute pending moves. If that fails, any request's bytes may be lost: all are recomputed."""
-        try:
-            self.runner.relocate()
-        except Exception:
-            self._failed_relocations += 1
-            if self._failed_relocations > self.max_retries:
-                raise
-            _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=True)
-            self.scheduler.requeue(list(self.scheduler.running))
-            return False
-        self._failed_relocations = 0
-        return True
+    def _step(self) -> StepOutput:
+        started, output = self.now(), StepOutput()
+        before, self._launched = self._launched, None
+        since = started if before is None else self._recorded
+        failed: list[tuple[list[ScheduledTokens], Exception]] = []
+        step = self.scheduler.schedule()
+        groups = self._groups(step)
+        if len(groups) > 1 or not self.overlap:
+            # One at a time, each with all tokens known.
+            self._settle(before, failed, output)
+            before = None
+        unmoved = self._relocate() if groups else None
+        launched = None
+        for group in groups if unmoved is None else ():
+            self._settle(launched, failed, output)
+            launched = self._launch(group, failed, since if group is groups[-1] else None)
+        if not self._settle(before, failed, output) and launched is not None:
+            # What the step before left is void, and with it what this one makes of it.
+            self.scheduler.requeue([item.seq for item in launched.items])
+            launched = None
+        if unmoved is not None:
+            self._requeue_all(unmoved)
+        if failed or not self.overlap or len(groups) > 1:
+            self._settle(launched, failed, output)
+            launched = None
+        self._fail(failed, output)
+        self._launched = launched
+        return output
 
     def _groups(self, step: Step) -> list[list[ScheduledTokens]]:
         """The step's items in batches: one for all, and one each for those under suspicion."""
+        if not step.items:
+            return []
         if not self.failed_steps:
             return [step.items]
         alone = [item for item in step.items if item.start < self._requests[item.seq.seq_id].alone_until]
         together = [item for item in step.items if item not in alone] if alone else step.items
         return ([together] if together else []) + [[item] for item in alone]
 
-    def _row(self, item: ScheduledTokens) -> RowInput:
-        seq = item.seq
-        live = self._requests[seq.seq_id]
-        sampling = SamplingRow(live.params, live.key, seq.num_output) if item.samples else None
-        return RowInput(seq.seq_id, item.start, live.tokens[item.start : item.end], sampling)
+    def _relocate(self) -> Exception | None:
+        """Execute pending moves."""
+        try:
+            self.runner.relocate()
+        except Exception as error:
+            return error
+        self._failed_relocations = 0
+        return None
 
-    def _complete(self, items: list[ScheduledTokens], now: float, output: StepOutput) -> None:
-        """Append the sampled tokens and end what they end."""
-        stopped = set()
-        for item in items:
-            seq = item.seq
-            if not item.samples:
-                continue
-            live, token = self._requests[seq.seq_id], output.new_tokens[seq.seq_id]
+    def _requeue_all(self, error: Exception) -> None:
+        """After moves that failed: any request's bytes may be lost, so all are recomputed."""
+        self._failed_relocations += 1
+        if self._failed_relocations > self.max_retries:
+            raise error
+        _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=error)
+        self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
+
+    def _launch(
+        self,
+        items: list[ScheduledTokens],
+        failed: list[tuple[list[ScheduledTokens], Exception]],
+        since: float | None,
+    ) -> _Launched | None:
+        """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more. The
+        memory is observed for the time since ``since``, where that is given."""
+        items = [item for item in items if item.seq.status is Status.RUNNING]
+        if not items:
+            return None
+        try:
+            flight = self.runner.launch([self._row(item) for item in items])
+            if not self.overlap:
+                self._wait(flight)
+        except Exception as error:  # whatever a kernel raises, the other requests must go on
+            failed.append((items, error))
+            self.runner.reset()
+            return None
+        finally:
+            if self.recorder is not None and since is not None:
+                self._record(self.recorder, since)
+        sampled = self.scheduler.advance(Step(items))
+        return _Launched(flight, items, [self._requests[seq.seq_id] for seq in sampled])
+
+    def _row(self, item: ScheduledTokens) -> RowInput:
+        seq, start, count = item
+        request = self._requests[seq.seq_id]
+        known = seq.prompt_len + seq.num_output
+        end = start + count
+        tokens = request.tokens[start:end] if end <= seq.prompt_len + seq.num_settled else None
+        return RowInput(seq.seq_id, start, count, tokens, request.sampling() if end == known else None)
+
+    def _settle(
+        self,
+        launched: _Launched | None,
+        failed: list[tuple[list[ScheduledTokens], Exception]],
+        output: StepOutput,
+    ) -> bool:
+        """Wait for a step, append its tokens and end what they end. False where the step turned out to have failed."""
+        if launched is None:
+            return True
+        try:
+            tokens = self._wait(launched.flight)
+        except Exception as error:
+            failed.append((launched.items, error))
+            return False
+        now = self.now()
+        stopped: set[int] = set()
+        new_tokens = output.new_tokens
+        for request, token in zip(launched.sampled, tokens):
+            seq = request.seq
+            if seq.status is Status.FINISHED:
+                continue  # it ended while this step was on its way
             if token == NOT_FINITE:
-                del output.new_tokens[seq.seq_id]
-                live.error = f"logits after position {item.end - 1} are not finite"
+                request.error = f"logits after position {seq.prompt_len + seq.num_settled - 1} are not finite"
                 self.scheduler.abort(seq, now, "error")
                 output.finished.append(seq)
                 continue
-            live.tokens[seq.num_known] = token
+            request.tokens[seq.prompt_len + seq.num_settled] = token
             seq.output_ids.append(token)
-            if token in live.stop_ids:
+            new_tokens[seq.seq_id] = token
+            if token in request.stop_ids:
                 stopped.add(seq.seq_id)
-        alive = [item for item in items if item.seq.status is Status.RUNNING]
-        output.finished += self.scheduler.complete(Step(alive), now, stopped)
+        output.finished += self.scheduler.settle([request.seq for request in launched.sampled], now, stopped)
+        return True
 
-    def _fail(self, failed: list[tuple[list[ScheduledTokens], Exception]], now: float, output: StepOutput) -> None:
+    def _wait(self, flight: Flight) -> list[int]:
+        before = self._clock()
+        try:
+            return flight.wait()
+        finally:
+            self.times.wait_s += self._clock() - before
+
+    def _fail(self, failed: list[tuple[list[ScheduledTokens], Exception]], output: StepOutput) -> None:
         """Send the requests of failed batches back to be recomputed; end those that failed alone too often."""
         again = []
-        for group, error in failed:
+        for items, error in failed:
             self.failed_steps += 1
-            _LOG.warning("a step of %d request(s) failed; they are recomputed or end", len(group), exc_info=error)
-            for item in group:
-                live = self._requests[item.seq.seq_id]
-                if len(group) == 1:
-                    live.failures_alone += 1
-                    live.alone_until = max(live.alone_until, item.end)
+            _LOG.warning("a step of %d request(s) failed; they are recomputed or end", len(items), exc_info=error)
+            for item in items:
+                if item.seq.status is Status.FINISHED:
+                    continue
+                request = self._requests[item.seq.seq_id]
+                if len(items) == 1:
+                    request.failures_alone += 1
+                    request.alone_until = max(request.alone_until, item.end)
                 else:
-                    live.failures_together += 1
+                    request.failures_together += 1
                     # One that fails in company time and again, yet never alone, stays alone.
-                    live.alone_until = item.end if live.failures_together <= self.max_retries else math.inf
-                if live.failures_alone > self.max_retries:
-                    live.error = f"{type(error).__name__}: {error}"
-                    self.scheduler.abort(item.seq, now, "error")
+                    request.alone_until = item.end if request.failures_together <= self.max_retries else math.inf
+                if request.failures_alone > self.max_retries:
+                    request.error = f"{type(error).__name__}: {error}"
+                    self.scheduler.abort(item.seq, self.now(), "error")
                     output.finished.append(item.seq)
                 else:
                     again.append(item.seq)
         self.scheduler.requeue(again)
 
-    def _record(self, started: float, now: float) -> None:
-        """Observe the memory that the step ran in, off the clock."""
-        assert self.recorder is not None
-        assert self._origin is not None
-        before = self._clock()
-        self.recorder.step(
-            started, now - started, self.strategy, len(self.scheduler.running), len(self.scheduler.waiting)
-        )
-        self._origin += self._clock() - before
+    def _abandon(self) -> None:
+        """Forget what is on its way, and recompute every request that has not ended."""
+        self._launched = None
+        self.runner.reset()
+        self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending, *self.scheduler.waiting])
+
+    def _record(self, recorder: Recorder, since: float) -> None:
+        """Observe the memory that a step runs in, for the time since ``since``."""
+        now, before = self.now(), self._clock()
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        recorder.step(since, now - since, self.strategy, running, waiting)
+        if not self.overlap:
+            assert self._origin is not None
+            self._origin += self._clock() - before
+        self._recorded = now

@@ -1,6 +1,9 @@
 """ModelRunner: one step's rows as a batch on the device, through the model, to sampled token ids.
 
-Shapes: T tokens of the step, B rows, N table entries, R rows that sample.
+A step is launched, and its ids are fetched later: on CUDA nothing here waits for the device. Steps that only decode run as
+a CUDA graph where there are graphs.
+
+Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
 from collections.abc import Sequence
@@ -10,7 +13,10 @@ import numpy as np
 import torch
 
 from hybridcache.batch import StepBatch
-from hybridcache.engine.sampling import SamplingRow, sample
+from hybridcache.engine.graphs import Capture, DecodeGraphs, graph_sizes
+from hybridcache.engine.inputs import StepInputs
+from hybridcache.engine.rows import RowTable
+from hybridcache.engine.sampling import SamplingRow, draw, greedy
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from hybridcache.pool import CachePool
@@ -31,23 +37,36 @@ class Model(Protocol):
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """Run the step; caches are read and written in ``buffer`` only. Returns logits ``[R, vocabulary]`` of the tokens
-        in ``batch.logit_index_R``, float32, or float64 for a float64 model."""
+        that ``batch.logit_index_R`` names, in the model's dtype or a wider one."""
         ...
 
 
 class RowInput(NamedTuple):
-    """Tokens ``start ..`` of one resident request, to be computed in this step."""
+    """Tokens of one resident request, to be computed in this step."""
 
     seq_id: int
     start: int
-    token_ids: np.ndarray
-    """int64."""
+    """Position of the first."""
+    num_tokens: int
+    token_ids: np.ndarray | None
+    """int64; None for one token that the step launched last samples for this request."""
     sampling: SamplingRow | None
     """How to sample the token after the last one; None where a prompt goes on in a later step."""
 
-    @property
-    def is_decode(self) -> bool:
-        return len(self.token_ids) == 1 and self.start > 0
+
+class Flight:
+    """A launched step whose ids are on their way to the host."""
+
+    def __init__(self, ids: torch.Tensor, places: list[int], event: torch.cuda.Event | None) -> None:
+        self._ids, self._places, self._event = ids, places, event
+
+    def wait(self) -> list[int]:
+        """The sampled id of each row that samples, in the order in which the rows were given
+        (:data:`~hybridcache.engine.sampling.NOT_FINITE` where its logits are not finite)."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids = self._ids.tolist()
+        return [ids[place] for place in self._places]
 
 
 class ModelRunner:
@@ -57,69 +76,209 @@ class ModelRunner:
         model: see :class:`Model`.
         strategy: built with ``physical=True``; whoever schedules has taken the memory that the rows need.
         backend: runs the cache operations.
+        max_rows: most rows of a step.
+        max_tokens: most tokens of a step.
+        capture: records decode steps as graphs; None runs them as all others.
         poison: fill the pool with NaN patterns first (tests).
     """
 
-    def __init__(self, model: Model, strategy: Strategy, backend: Backend, *, poison: bool = False) -> None:
+    def __init__(
+        self,
+        model: Model,
+        strategy: Strategy,
+        backend: Backend,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        capture: Capture | None = None,
+        poison: bool = False,
+    ) -> None:
         self.model = model
         self.strategy = strategy
         self.backend = backend
         self.layout = strategy.layout
         self.pool = CachePool(self.layout, model.device, poison=poison)
+        # A resident holds a state at least, so the budget bounds the rows too.
+        self.max_rows = max(1, min(max_rows, strategy.budget_bytes // strategy.spec.state_bytes))
+        self.max_tokens = max_tokens
+        self._max_entries = -(-strategy.request_limit() // self.layout.attention.tokens_per_entry)
+        self.rows = RowTable(strategy, self.max_rows, self._max_entries)
+        self.inputs = self._make_inputs()
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self.graphs = self._make_graphs(capture)
+        self._places: dict[int, int] = {}
+        """Where in the step launched last each request's sampled id is."""
+
+    def _make_inputs(self) -> StepInputs:
+        width = len(self.strategy.spec.state_layers)
+        return StepInputs(self.max_rows, self.max_tokens, width, self._max_entries, self.pool.buffer.device)
+
+    def _make_graphs(self, capture: Capture) -> DecodeGraphs:
+        padding = self._make_inputs()
+        size = (self.max_rows, self.model.config.vocab_size)
+        self._logits = torch.empty(size, dtype=self.model.dtype, device=self.pool.buffer.device)
+        return DecodeGraphs(
+            graph_sizes(self.max_rows),
+            lambda rows: self._decode(rows, self.inputs),
+            lambda rows: self._decode(rows, padding),
+            capture,
+            self.backend.launches,
+        )
+
+    def _decode(self, num_rows: int, inputs: StepInputs) -> None:
+        """A step that only decodes, from static memory to static memory."""
+        with torch.inference_mode():
+            logits_RV = self._forward(inputs.decode_batch(num_rows))
+            self._logits[:num_rows] = logits_RV
+            inputs.keep(greedy(logits_RV))
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
+        return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
+
+    def prepare(self) -> None:
+        """Capture all decode graphs now, rather than each at its first use. Does nothing without graphs."""
+        if self.graphs is not None:
+            self.graphs.capture()
 
     def relocate(self) -> None:
-        """Execute the strategy's pending moves. Must precede every :meth:`run` after memory was taken or returned."""
+        """Execute the strategy's pending moves. Must precede every :meth:`launch` after memory was taken or returned."""
         moves = self.strategy.drain_moves()
         if moves:
+            self.rows.moved()
             self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
 
-    def run(self, rows: Sequence[RowInput]) -> list[int]:
-        """Compute the rows' tokens; returns a sampled id for each row that samples, in order
-        (:data:`~hybridcache.engine.sampling.NOT_FINITE` where its logits are not finite).
+    def launch(self, rows: Sequence[RowInput]) -> Flight:
+        """Compute the rows' tokens and sample.
 
-        The rows must be ordered decode first.
+        The rows must be ordered decode first. At most one flight before this one may not have been waited for.
         """
+        num_decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
+        ids = [row.seq_id for row in rows]
+        places, changed = self.rows.arrange(ids[:num_decode], ids[num_decode:])
         with torch.inference_mode():
-            batch = build_batch(rows, self.strategy, self.pool.buffer.device)
-            logits_RV = self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
-            sampling = [row.sampling for row in rows if row.sampling is not None]
-            return sample(logits_RV, sampling) if sampling else []
+            if self.graphs is not None and num_decode == len(rows):
+                logits_RV, slots = self._replay(rows, places, changed, self.graphs)
+            else:
+                logits_RV, slots = self._run(rows, places, changed, num_decode)
+            self._sample(logits_RV, rows, slots)
+            samples = [slot for slot, row in zip(slots, rows) if row.sampling is not None]
+            self._places = dict(zip(ids, slots))
+            result, event = self.inputs.fetch(logits_RV.shape[0])
+            return Flight(result, samples, event)
+
+    def _sample(self, logits_RV: torch.Tensor, rows: Sequence[RowInput], slots: list[int]) -> None:
+        """Replace the greedy ids of rows that are to be drawn."""
+        if not any(row.sampling is not None and row.sampling.params.temperature > 0.0 for row in rows):
+            return
+        by_slot: list[SamplingRow | None] = [None] * logits_RV.shape[0]
+        for slot, row in zip(slots, rows):
+            if row.sampling is not None:
+                by_slot[slot] = row.sampling
+        sampled_R = self.inputs.sampled[: len(by_slot)]
+        draw(logits_RV, by_slot, sampled_R)
+        self.inputs.keep(sampled_R)
+
+    def _replay(
+        self, rows: Sequence[RowInput], places: list[int], changed: list[int], graphs: DecodeGraphs
+    ) -> tuple[torch.Tensor, list[int]]:
+        """A step that only decodes, as a graph. Every row samples, in its place."""
+        n, size = len(rows), graphs.size_for(len(rows))
+        staging = self.inputs.begin_decode()
+        host = self.max_rows
+        index = [self._places[row.seq_id] if row.token_ids is None else host + p for row, p in zip(rows, places)]
+        staging.position[places] = [row.start for row in rows]
+        staging.context[:n] = staging.position[:n] + 1
+        staging.index[places] = index
+        for row, place in zip(rows, places):
+            if row.token_ids is not None:
+                staging.token[place] = row.token_ids[0]
+        # Padding rows are all the same token, so that together they hit no more experts than one of them.
+        staging.token[n:size] = 0
+        staging.index[n:size] = np.arange(host + n, host + size)
+        self._put_rows(changed)
+        self.inputs.send()
+        graphs.replay(size)
+        return self._logits[:n], places
+
+    def _run(
+        self, rows: Sequence[RowInput], places: list[int], changed: list[int], num_decode: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Any step, launched operation by operation."""
+        batch, slots = self._build(rows, places, changed, num_decode)
+        logits_RV = self._forward(batch)
+        self.inputs.keep(greedy(logits_RV))
+        return logits_RV, slots
+
+    def _build(
+        self, rows: Sequence[RowInput], places: list[int], changed: list[int], num_decode: int
+    ) -> tuple[StepBatch, list[int]]:
+        """The rows as a batch; and of each row, where its sampled id will be (of no meaning where it samples none)."""
+        n = len(rows)
+        ordered: list[RowInput] = [rows[0]] * n
+        for row, place in zip(rows, places):
+            ordered[place] = row
+        starts = np.array([row.start for row in ordered])
+        lengths = np.array([row.num_tokens for row in ordered])
+        samples = np.array([row.sampling is not None for row in ordered])
+        ends = np.cumsum(lengths)
+        offsets = ends - lengths
+        total = int(ends[-1])
+        token_T = np.zeros(total, dtype=np.int64)
+        index_T = np.arange(self.max_rows, self.max_rows + total)
+        for row, first in zip(ordered, offsets.tolist()):
+            if row.token_ids is None:
+                index_T[first] = self._places[row.seq_id]
+            else:
+                token_T[first : first + row.num_tokens] = row.token_ids
+        cu_seqlens = np.zeros(n - num_decode + 1, dtype=np.int32)
+        np.cumsum(lengths[num_decode:], out=cu_seqlens[1:])
+        context = starts + lengths
+
+        inputs, state_width = self.inputs, self.rows.state_width
+        inputs.begin(token_T)
+        index = inputs.put(index_T)
+        position = inputs.put(np.arange(total) + np.repeat(starts - offsets, lengths))
+        row_T = inputs.put(np.repeat(np.arange(n, dtype=np.int32), lengths))
+        context_len = inputs.put(context.astype(np.int32))
+        prefill_cu_seqlens = inputs.put(cu_seqlens)
+        logit_index = inputs.put((ends - 1)[samples])
+        self._put_rows(changed)
+        inputs.send()
+        width = max(1, *self.rows.num_entries[:n])
+        batch = StepBatch(
+            token_ids_T=inputs.tokens(index),
+            position_T=position,
+            row_T=row_T,
+            kv_table_BN=inputs.table[:n, state_width : state_width + width],
+            state_table_BL=inputs.table[:n, :state_width],
+            context_len_B=context_len,
+            prefill_cu_seqlens=prefill_cu_seqlens,
+            logit_index_R=logit_index,
+            num_decode=num_decode,
+            max_prefill_len=int(lengths[num_decode:].max(initial=0)),
+            max_context_len=int(context.max()),
+        )
+        slots = (np.cumsum(samples) - 1)[places].tolist()
+        return batch, slots
+
+    def _put_rows(self, changed: list[int]) -> None:
+        """Pack the rows that changed, no wider than what they hold and what the device may still hold of them."""
+        if changed:
+            width = self.rows.state_width + self.rows.sent_width(changed)
+            self.inputs.put_rows(changed, self.rows.entries[:, :width])
+
+    def forget(self, seq_id: int) -> None:
+        """The request's memory is about to be returned."""
+        self.rows.forget(seq_id)
+
+    def reset(self) -> None:
+        """After a launch that failed or was interrupted, at whatever point: nothing that the device was told counts."""
+        self.rows.reset()
+        if self.pool.buffer.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.buffer.device)
 
     def poison(self, seq_id: int) -> None:
         """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
         self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
-
-
-def build_batch(rows: Sequence[RowInput], strategy: Strategy, device: torch.device) -> StepBatch:
-    """The rows as device tensors: built in numpy, then one copy per tensor."""
-    num_rows = len(rows)
-    num_decode = sum(row.is_decode for row in rows)
-    starts = np.fromiter((row.start for row in rows), np.int64, num_rows)
-    lengths = np.fromiter((len(row.token_ids) for row in rows), np.int64, num_rows)
-    ends = np.cumsum(lengths)
-    row_T = np.repeat(np.arange(num_rows, dtype=np.int32), lengths)
-    position_T = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-    prefill_cu_seqlens = np.zeros(num_rows - num_decode + 1, dtype=np.int32)
-    np.cumsum(lengths[num_decode:], out=prefill_cu_seqlens[1:])
-    samples = np.fromiter((row.sampling is not None for row in rows), bool, num_rows)
-    context = starts + lengths
-    tables = strategy.tables([row.seq_id for row in rows])
-
-    def put(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    return StepBatch(
-        token_ids_T=put(np.concatenate([row.token_ids for row in rows])),
-        position_T=put(position_T),
-        row_T=put(row_T),
-        kv_table_BN=put(tables.kv),
-        state_table_BL=put(tables.state),
-        context_len_B=put(context.astype(np.int32)),
-        prefill_cu_seqlens=put(prefill_cu_seqlens),
-        logit_index_R=put((ends - 1)[samples]),
-        num_decode=num_decode,
-        max_prefill_len=int(lengths[num_decode:].max(initial=0)),
-        max_context_len=int(context.max()),
-    )

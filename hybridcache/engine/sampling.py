@@ -24,6 +24,14 @@ _ROWS_AT_ONCE = 32
 
 _SEED_LIMIT = 2**63
 
+_PHILOX_ROUNDS = 10
+_PHILOX_M0, _PHILOX_M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
+_PHILOX_W0, _PHILOX_W1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -34,6 +42,7 @@ class SamplingParams:
         temperature: 0 takes the most likely token; above, logits are divided by it and sampled.
         top_k: sample among the ``top_k`` most likely tokens; 0 for all.
         top_p: sample among the most likely tokens whose probability together reaches ``top_p``.
+        min_p: sample among tokens at least ``min_p`` times as likely as the most likely one; 0 for all.
         seed: of this request's randomness. None derives one from the engine's seed and the request's id.
         stop_token_ids: output ends after any of these; the token is part of the output.
         ignore_eos: do not end at the model's end-of-sequence token.
@@ -46,6 +55,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -59,6 +69,8 @@ class SamplingParams:
             raise bad("top_k", self.top_k, "give a number of tokens, or 0 for all")
         if not isinstance(self.top_p, Real) or not 0.0 < self.top_p <= 1.0:
             raise bad("top_p", self.top_p, "give a probability above 0, up to 1")
+        if not isinstance(self.min_p, Real) or not 0.0 <= self.min_p <= 1.0:
+            raise bad("min_p", self.min_p, "give a share of the highest probability, from 0 to 1")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < _SEED_LIMIT):
             raise bad("seed", self.seed, "give a whole number from 0 to below 2**63, or None")
         if isinstance(self.stop_token_ids, str) or not all(_is_int(token) for token in self.stop_token_ids):
@@ -67,7 +79,7 @@ class SamplingParams:
 
     @property
     def restricted(self) -> bool:
-        """Whether some tokens can never be drawn."""
+        """Whether the cut depends on the order of the tokens."""
         return self.top_k > 0 or self.top_p < 1.0
 
 
@@ -79,6 +91,10 @@ class SamplingRow(NamedTuple):
     position: int
 
 
+GREEDY = SamplingRow(SamplingParams(), (0, 0), 0)
+"""How every row with temperature 0 is sampled."""
+
+
 def request_key(params: SamplingParams, engine_seed: int, seq_id: int) -> tuple[int, int]:
     """The 128-bit key of a request's randomness: of its own seed, or of the engine's seed and the request's id."""
     return (params.seed, 0) if params.seed is not None else (engine_seed, 1 + seq_id)
@@ -86,44 +102,102 @@ def request_key(params: SamplingParams, engine_seed: int, seq_id: int) -> tuple[
 
 def uniform(key: tuple[int, int], position: int) -> float:
     """A number in [0, 1) that depends on ``key`` and ``position`` alone: Philox4x64-10 (Salmon et al., SC 2011)."""
-    bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=position)
-    return float(np.random.Generator(bits).random())
+    return float(uniforms(np.array([key], dtype=np.uint64), np.array([position]))[0])
+
+
+def uniforms(key_R2: np.ndarray, position_R: np.ndarray) -> np.ndarray:
+    """:func:`uniform` of many rows at once, float64: the first number of NumPy's ``Philox(key=key, counter=position)``."""
+    with np.errstate(over="ignore"):  # sums and products of uint64 wrap, as they should
+        c0, c1, c2, c3 = position_R.astype(np.uint64) + np.uint64(1), *np.zeros((3, len(position_R)), np.uint64)
+        k0, k1 = key_R2[:, 0], key_R2[:, 1]
+        for _ in range(_PHILOX_ROUNDS):
+            high0, low0 = _multiply(_PHILOX_M0, c0)
+            high1, low1 = _multiply(_PHILOX_M1, c2)
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0, k1 = k0 + _PHILOX_W0, k1 + _PHILOX_W1
+    return (c0 >> np.uint64(11)) * 2.0**-53
+
+
+def _multiply(a: np.uint64, b_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """High and low 64 bits of a product."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    a1, a0, b1, b0 = a >> half, a & low, b_R >> half, b_R & low
+    middle = a1 * b0 + (a0 * b0 >> half)
+    other = a0 * b1 + (middle & low)
+    return a1 * b1 + (middle >> half) + (other >> half), a * b_R
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """One token id per row, :data:`NOT_FINITE` where the logits hold NaN. One transfer from the device."""
+    """One token id per row, :data:`NOT_FINITE` where the logits hold NaN."""
+    ids_R = greedy(logits_RV)
+    draw(logits_RV, rows, ids_R)
+    return ids_R.tolist()
+
+
+def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row (int64), :data:`NOT_FINITE` where the logits hold NaN. Nothing waits."""
     best = logits_RV.max(dim=-1)
-    ids = best.indices
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0.0]
+    return torch.where(torch.isfinite(best.values), best.indices, NOT_FINITE)
+
+
+def draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow | None], ids_R: torch.Tensor) -> None:
+    """Replace greedy ids by sampled ones in place, for rows whose temperature is above 0. Nothing waits for the device.
+
+    Args:
+        logits_RV: of all rows.
+        rows: how each is sampled; None leaves its id as it is.
+        ids_R: what :func:`greedy` gave; :data:`NOT_FINITE` stays.
+    """
+    drawn = [i for i, row in enumerate(rows) if row is not None and row.params.temperature > 0.0]
+    if not drawn:
+        return
     # Rows that are sorted and rows that are not sum in different orders: which a row is must not depend on the others.
-    for restricted in (False, True) if drawn else ():
-        alike = [i for i in drawn if rows[i].params.restricted == restricted]
+    for restricted in (False, True):
+        alike = [i for i in drawn if _params(rows, i).restricted == restricted]
         for first in range(0, len(alike), _ROWS_AT_ONCE):
             some = alike[first : first + _ROWS_AT_ONCE]
-            index = torch.tensor(some, device=logits_RV.device)
-            ids[index] = _draw(logits_RV[index], [rows[i] for i in some], restricted)
-    return torch.where(torch.isfinite(best.values), ids, NOT_FINITE).tolist()
+            index = _to_device(torch.tensor(some), logits_RV.device)
+            found = _draw(logits_RV[index], [row for i in some if (row := rows[i]) is not None], restricted)
+            ids_R[index] = torch.where(ids_R[index] == NOT_FINITE, NOT_FINITE, found)
+
+
+def _params(rows: Sequence[SamplingRow | None], i: int) -> SamplingParams:
+    row = rows[i]
+    assert row is not None
+    return row.params
+
+
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that nothing waits for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow], restricted: bool) -> torch.Tensor:
     """Inverse transform sampling in float64: the token at which the cumulative probability passes the uniform number."""
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits_RV.device)[:, None]
-
     vocabulary = logits_RV.shape[-1]
-    scaled = logits_RV.double() / column([row.params.temperature for row in rows])
-    target = column([uniform(row.key, row.position) for row in rows])
+    target = uniforms(np.array([row.key for row in rows], np.uint64), np.array([row.position for row in rows]))
+    columns = [
+        [row.params.temperature for row in rows],
+        [row.params.min_p for row in rows],
+        [row.params.top_k or vocabulary for row in rows],
+        [row.params.top_p for row in rows],
+    ]
+    packed = _to_device(torch.from_numpy(np.array([target, *columns])), logits_RV.device)
+    target_R1, temperature_R1, min_p_R1, top_k_R1, top_p_R1 = packed.unsqueeze(2)
+    scaled = logits_RV.double() / temperature_R1
     if not restricted:
-        return _pick(torch.softmax(scaled, dim=-1), target)
+        return _pick(_likely_enough(torch.softmax(scaled, dim=-1), min_p_R1), target_R1)
     # Stable, so that equal logits keep their order.
     scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-    weights = torch.softmax(scaled, dim=-1)
-    rank = torch.arange(vocabulary, device=weights.device)
-    weights = weights * (rank < column([row.params.top_k or vocabulary for row in rows]))
+    weights = _likely_enough(torch.softmax(scaled, dim=-1), min_p_R1)
+    weights = weights * (torch.arange(vocabulary, device=weights.device) < top_k_R1)
     before = weights.cumsum(dim=-1) - weights
-    weights = weights * (before < column([row.params.top_p for row in rows]) * weights.sum(dim=-1, keepdim=True))
-    return order.gather(-1, _pick(weights, target)[:, None])[:, 0]
+    weights = weights * (before < top_p_R1 * weights.sum(dim=-1, keepdim=True))
+    return order.gather(-1, _pick(weights, target_R1)[:, None])[:, 0]
+
+
+def _likely_enough(weights_RV: torch.Tensor, min_p_R1: torch.Tensor) -> torch.Tensor:
+    return weights_RV * (weights_RV >= min_p_R1 * weights_RV.amax(dim=-1, keepdim=True))
 
 
 def _pick(weights_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
@@ -131,7 +205,3 @@ def _pick(weights_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
     cumulative = weights_RV.cumsum(dim=-1)
     found = torch.searchsorted(cumulative, uniform_R1 * cumulative[:, -1:], right=True)
     return found.clamp_(max=weights_RV.shape[-1] - 1)[:, 0]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

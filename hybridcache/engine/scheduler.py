@@ -8,7 +8,7 @@ exists at those positions.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -102,7 +102,8 @@ class Scheduler:
     """Holds the queue and the running set; the strategy holds the memory.
 
     The caller loops: :meth:`submit` what has arrived, :meth:`schedule` a step, run it, :meth:`complete` it (or
-    :meth:`requeue` what failed).
+    :meth:`requeue` what failed). A caller that schedules ahead calls the two halves of ``complete`` itself: :meth:`advance`
+    once a step is launched, so that the next one can be scheduled, and :meth:`settle` when its tokens have arrived.
 
     Args:
         strategy: the memory.
@@ -121,6 +122,8 @@ class Scheduler:
         self.before_release = before_release
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.ending: list[Sequence] = []
+        """Requests that will not run again, whose last token is still on its way."""
         self.num_preemptions = 0
 
     @property
@@ -154,7 +157,11 @@ class Scheduler:
         budget = self._grow_running(step, chosen)
         if not step.preempted:
             self._admit_waiting(chosen, budget)
-        step.items = sorted(chosen.values(), key=lambda item: not item.is_decode)
+        decode: list[ScheduledTokens] = []
+        prefill: list[ScheduledTokens] = []
+        for item in chosen.values():
+            (decode if item.num_tokens == 1 and item.start > 0 else prefill).append(item)
+        step.items = decode + prefill
         if not step.items and self.has_work:
             raise RuntimeError(
                 f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
@@ -162,37 +169,42 @@ class Scheduler:
             )
         return step
 
-    def _chunk(self, seq: Sequence, budget: int) -> int:
-        """Tokens of ``seq`` that fit a budget, cut only where a prompt may be cut."""
-        remaining = seq.num_known - seq.num_computed
-        if remaining <= budget:
-            return remaining
+    def _cut(self, seq: Sequence, budget: int) -> int:
+        """Tokens of a prompt longer than the budget that fit it, cut only where a prompt may be cut."""
         multiple = self.config.chunk_multiple
         return max((seq.num_computed + budget) // multiple * multiple - seq.num_computed, 0)
 
     def _grow_running(self, step: Step, chosen: dict[int, ScheduledTokens]) -> int:
-        budget = self.config.max_tokens_per_step
+        # The hot loop of decoding: a few hundred requests in every step.
+        budget, grow, running = self.config.max_tokens_per_step, self.strategy.grow, Status.RUNNING
         for seq in tuple(self.running):
-            if seq.status is not Status.RUNNING:
+            if seq.status is not running:
                 continue
-            tokens = self._chunk(seq, budget)
-            if tokens == 0:
-                continue
-            while seq.status is Status.RUNNING and not self.strategy.grow(seq.seq_id, seq.num_computed + tokens):
+            start = seq.num_computed
+            tokens = seq.prompt_len + seq.num_output - start
+            if tokens > budget:
+                tokens = self._cut(seq, budget)
+                if tokens == 0:
+                    continue
+            while not grow(seq.seq_id, start + tokens):
                 victim = self._victim(seq)
                 lost = chosen.pop(victim.seq_id, None)
                 budget += lost.num_tokens if lost else 0
                 self._preempt(victim)
                 step.preempted.append(victim)
-            if seq.status is Status.RUNNING:
-                chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
+                if victim is seq:
+                    break
+            else:
+                chosen[seq.seq_id] = ScheduledTokens(seq, start, tokens)
                 budget -= tokens
         return budget
 
     def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int) -> None:
         while self.waiting and len(self.running) < self.config.max_running:
             seq = self.waiting[0]
-            tokens = self._chunk(seq, budget)
+            tokens = seq.num_known - seq.num_computed
+            if tokens > budget:
+                tokens = self._cut(seq, budget)
             if tokens == 0 or not self._admit(seq, tokens):
                 return
             self.waiting.popleft()
@@ -224,14 +236,26 @@ class Scheduler:
         self.num_preemptions += 1
 
     def requeue(self, seqs: Collection[Sequence]) -> None:
-        """After a step that failed: drop the memory of these running requests. They are recomputed from their tokens,
-        from the front of the queue, in the order in which they were admitted. Not counted as preemptions."""
+        """After a step that failed: drop the memory of these requests, and their tokens that are still on their way. They are
+        recomputed from the others, from the front of the queue, in the order in which they were admitted. Not counted as
+        preemptions."""
+        for seq in seqs:
+            if seq.status is Status.WAITING:
+                seq.num_output = seq.num_settled
         for seq in reversed([seq for seq in self.running if seq in seqs]):
             self._drop(seq)
+            seq.num_output = seq.num_settled
+        for seq in reversed([seq for seq in self.ending if seq in seqs]):
+            self.ending.remove(seq)
+            self._wait_again(seq)
+            seq.num_output = seq.num_settled
 
     def _drop(self, seq: Sequence) -> None:
         self._release(seq)
         self.running.remove(seq)
+        self._wait_again(seq)
+
+    def _wait_again(self, seq: Sequence) -> None:
         seq.status = Status.WAITING
         seq.recomputed_tokens += seq.num_computed
         seq.num_computed = 0
@@ -244,31 +268,64 @@ class Scheduler:
 
     def complete(self, step: Step, now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
         """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
-        finished = []
-        for item in step.items:
-            seq = item.seq
-            seq.num_computed = item.end
-            if seq.num_computed < seq.num_known:
+        return self.settle(self.advance(step), now_s, stopped)
+
+    def advance(self, step: Step) -> list[Sequence]:
+        """Count a step's tokens as computed. Returns the requests that sampled, in the step's order: each has one more known
+        token, whichever it turns out to be. One that has ``max_tokens`` now will not run again and returns its memory."""
+        sampled = []
+        for seq, start, num_tokens in step.items:
+            seq.num_computed = computed = start + num_tokens
+            if computed < seq.prompt_len + seq.num_output:
                 continue
             seq.num_output += 1
+            sampled.append(seq)
+            if seq.num_output >= seq.max_tokens:
+                self._release(seq)
+                self.running.remove(seq)
+                seq.status = Status.ENDING
+                self.ending.append(seq)
+        return sampled
+
+    def settle(self, sampled: Iterable[Sequence], now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
+        """Account for the tokens of a step that has ended.
+
+        Args:
+            sampled: what :meth:`advance` returned for it; those that have finished meanwhile are passed over.
+            now_s: the time at which the tokens arrived.
+            stopped: ids whose token ended them. Tokens that a later step sampled for them are forgotten.
+
+        Returns:
+            The requests that finished.
+        """
+        finished = []
+        for seq in sampled:
+            if seq.status is Status.FINISHED:
+                continue
+            seq.num_settled += 1
             if seq.first_token_s is None:
                 seq.first_token_s = now_s
-            if seq.seq_id in stopped or seq.num_output >= seq.max_tokens:
-                self._finish(seq, now_s, "stop" if seq.seq_id in stopped else "length")
-                finished.append(seq)
+            if seq.seq_id in stopped:
+                self.abort(seq, now_s, "stop")
+            elif seq.num_settled >= seq.max_tokens:
+                self.abort(seq, now_s, "length")
+            else:
+                continue
+            finished.append(seq)
         return finished
 
     def abort(self, seq: Sequence, now_s: float, reason: str = "abort") -> None:
-        """End a request before its time, wherever it stands; its memory is free at once. A finished one stays as it is."""
+        """End a request, wherever it stands; its memory is free at once, and tokens still on their way are forgotten. A
+        finished one stays as it is."""
         if seq.status is Status.FINISHED:
             return
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
-            seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason
+        elif seq.status is Status.ENDING:
+            self.ending.remove(seq)
         else:
-            self._finish(seq, now_s, reason)
-
-    def _finish(self, seq: Sequence, now_s: float, reason: str) -> None:
-        self._release(seq)
-        self.running.remove(seq)
+            self._release(seq)
+            self.running.remove(seq)
+        seq.num_output = seq.num_settled
+        seq.num_computed = min(seq.num_computed, seq.num_known)
         seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason

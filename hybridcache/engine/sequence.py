@@ -7,6 +7,8 @@ from enum import Enum
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    ENDING = "ending"
+    """Its last token is on its way; its memory is returned already."""
     FINISHED = "finished"
 
 
@@ -16,6 +18,9 @@ class Sequence:
 
     ``prompt_len + num_output`` tokens are *known*; the first ``num_computed`` of them are in the cache. When all known
     tokens are computed, the step that did so yields one more output token. The last output token is never stored.
+
+    A token counts as known, and the next step may build on it, from the moment its step was launched. Which token it is
+    shows later: ``num_output - num_settled`` output tokens are still on their way.
     """
 
     seq_id: int
@@ -28,6 +33,8 @@ class Sequence:
     status: Status = Status.WAITING
     num_computed: int = 0
     num_output: int = 0
+    num_settled: int = 0
+    """Output tokens whose step has ended."""
     num_preemptions: int = 0
     recomputed_tokens: int = 0
     """Tokens whose cache was dropped at a preemption and had to be computed again."""

@@ -158,10 +158,12 @@ class Strategy(ABC):
 
     def grow(self, seq_id: int, num_tokens: int) -> bool:
         """Extend a resident request to ``num_tokens`` tokens in all. False, and no change, where memory is short."""
-        held = self.num_tokens(seq_id)
-        if num_tokens < held:
-            raise bad("num_tokens", num_tokens, f"request {seq_id} holds {held} tokens; a request never shrinks")
-        if num_tokens == held:
+        held = self._tokens.get(seq_id)  # looked up here, not in num_tokens: every request grows in every step
+        if held is None:
+            raise bad("seq_id", seq_id, "is not resident; admit it first")
+        if num_tokens <= held:
+            if num_tokens < held:
+                raise bad("num_tokens", num_tokens, f"request {seq_id} holds {held} tokens; a request never shrinks")
             return True
         if not self._grow(seq_id, num_tokens):
             return False
@@ -267,6 +269,17 @@ class Strategy(ABC):
             kv[i, : len(row)] = row
             state[i] = self._state_table(seq_id)
         return Tables(kv=kv, state=state)
+
+    def kv_table(self, seq_id: int) -> Sequence[int] | np.ndarray:
+        """The KV entries of one resident request, in order of position; to be read before the strategy is called again.
+        Entries are only ever appended, unless :meth:`drain_moves` returns moves; ``table_entries_appended`` counts them. Only
+        with ``physical=True``."""
+        return self._kv_table(seq_id)
+
+    def state_table(self, seq_id: int) -> Sequence[int]:
+        """The state entries of one resident request: one for every state layer, or one that all of them share. Only with
+        ``physical=True``."""
+        return self._state_table(seq_id)
 
     def drain_moves(self) -> list[Move]:
         """Relocations decided since the last drain, to be executed in order before any kernel reads the tables."""

@@ -20,7 +20,7 @@ from models.qwen3_next.attention import Attention
 from models.qwen3_next.layers import MLP, RMSNorm, Rotary
 from models.qwen3_next.linear_attention import LinearAttention
 from models.qwen3_next.moe import SparseMoe
-from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
+from models.qwen3_next.parameters import Slot, Slots, parameter
 from models.qwen3_next.step import Step
 
 
@@ -72,7 +72,7 @@ class Qwen3Next(nn.Module):
 
     Args:
         config: Transformers' config; ``check_config`` has accepted it.
-        dtype: of weights and activations. Norms, softmax, gates and logits are float32, or float64 with float64.
+        dtype: of weights and activations. Norms, softmax and gates are float32, or float64 with float64.
         device: where the weights are allocated, uninitialised.
     """
 
@@ -101,13 +101,13 @@ class Qwen3Next(nn.Module):
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
-        ``batch.logit_index_R`` names, float32 (float64 where the model is)."""
+        ``batch.logit_index_R`` names, in the model's dtype."""
         step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T))
         x_TD = F.embedding(batch.token_ids_T, self.embedding)
         for layer in self.layers:
             x_TD = layer(x_TD, step)
-        x_RD = self.norm(x_TD[batch.logit_index_R]).to(x_TD.dtype)
-        return F.linear(x_RD, self.head).to(at_least_float32(x_TD.dtype))
+        x_RD = x_TD if batch.logit_index_R is None else x_TD[batch.logit_index_R]
+        return F.linear(self.norm(x_RD).to(x_TD.dtype), self.head)
 
     def slots(self, names: Container[str]) -> Slots:
         """Slots of all checkpoint tensors, by the published names."""

@@ -1,0 +1,181 @@
+"""StepInputs: the device memory of a step's inputs and of what it samples, at addresses that never change.
+
+All inputs of a step travel in one copy, from one of two pinned buffers that take turns, so that the next step can be
+packed while the last one's copy is under way. Sampled ids stay on the device, where the next step reads them: a token is named
+by its index into ``feed``, which holds the ids sampled last and, behind them, the ids that came with the step.
+
+Shapes: T tokens, B rows, R most rows, L state layers, N table entries.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hybridcache.batch import StepBatch
+
+ALIGNMENT = 16
+TOKEN_BYTES = 28
+"""Id, index into feed, position (int64) and row (int32)."""
+ROW_BYTES = 32
+"""Context length, offset (int32), index of logits, number of a changed row (int64), and room for alignment."""
+INLINE_ENTRIES = 1 << 18
+"""Table entries that travel with the other inputs; more (1 MB) go in a copy of their own."""
+
+
+@dataclass
+class DecodeStaging:
+    """Host arrays of a step that only decodes, a place per row."""
+
+    token: np.ndarray
+    """int64; ids of tokens that the device does not know."""
+    index: np.ndarray
+    """int64; where in ``feed`` each row's token is."""
+    position: np.ndarray
+    """int64."""
+    context: np.ndarray
+    """int32."""
+
+
+class StepInputs:
+    """See the module.
+
+    Args:
+        max_rows: R.
+        max_tokens: most tokens of a step.
+        state_width: L.
+        max_entries: N, of the longest request.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, max_rows: int, max_tokens: int, state_width: int, max_entries: int, device: torch.device
+    ) -> None:
+        self.max_rows = max_rows
+        self.device = device
+        self.state_width = state_width
+        width = state_width + max_entries
+        room = max_tokens * TOKEN_BYTES + (max_rows + 1) * ROW_BYTES + 16 * ALIGNMENT
+        room += 4 * min(max_rows * width, INLINE_ENTRIES)
+        self.feed = torch.zeros(max_rows + -(-room // 8), dtype=torch.int64, device=device)
+        """Ids sampled last (0 for one that is not a token), then the packed inputs, whose token ids come first."""
+        self.table = torch.full((max_rows, width), -1, dtype=torch.int32, device=device)
+        """State table, then KV table of every row."""
+        self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        """Ids that the step samples."""
+        self._packed = self.feed[max_rows:].view(torch.uint8)
+        pinned = device.type == "cuda"
+        self._staging = [torch.empty(self._packed.numel(), dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._arrays = [staging.numpy() for staging in self._staging]
+        self._results = [torch.empty(max_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._turn = 0
+        self._cursor = 0
+        self._updates: list[Callable[[], object]] = []
+        sizes = [(np.int64, torch.int64)] * 3 + [(np.int32, torch.int32)]
+        offsets = np.cumsum([0] + [_aligned(max_rows * np.dtype(kind).itemsize) for kind, _ in sizes]).tolist()
+        self._decode_end = offsets[-1]
+        self._decode_staging = [
+            DecodeStaging(
+                *(
+                    array[start : start + max_rows * np.dtype(kind).itemsize].view(kind)
+                    for start, (kind, _) in zip(offsets, sizes)
+                )
+            )
+            for array in self._arrays
+        ]
+        _, self._index, self._position, self._context = (
+            self._packed[start : start + max_rows * kind.itemsize].view(kind)
+            for start, (_, kind) in zip(offsets, sizes)
+        )
+        self._rows = torch.arange(max_rows, dtype=torch.int32, device=device)
+        self._no_prefill = torch.zeros(1, dtype=torch.int32, device=device)
+
+    # -- from the host to the device -------------------------------------------------------------------------------
+
+    def begin_decode(self) -> DecodeStaging:
+        """Start packing a step that only decodes; the places behind its rows keep what they held."""
+        self._begin(self._decode_end)
+        return self._decode_staging[self._turn]
+
+    def begin(self, token_ids_T: np.ndarray) -> None:
+        """Start packing any step; ``token_ids_T`` (int64) may hold anything where the device knows better."""
+        self._begin(0)
+        self.put(token_ids_T)
+
+    def _begin(self, cursor: int) -> None:
+        self._turn ^= 1
+        self._cursor = cursor
+        self._updates = []
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """Pack one array. Returns where it will be on the device once :meth:`send` has run; the next step overwrites it."""
+        start, end = self._cursor, self._cursor + array.nbytes
+        self._arrays[self._turn][start:end].view(array.dtype)[:] = array.ravel()
+        self._cursor = _aligned(end)
+        return self._packed[start:end].view(getattr(torch, array.dtype.name)).view(array.shape)
+
+    def put_rows(self, changed: Sequence[int], entries_BN: np.ndarray) -> None:
+        """Rows of the table to be rewritten, from the host's copy of it (``entries_BN``, cut to the width that matters)."""
+        if not changed:
+            return
+        rows = self.put(np.array(changed, dtype=np.int64))
+        values = entries_BN[changed]
+        if values.size <= INLINE_ENTRIES:
+            entries = self.put(values)
+        else:
+            entries = torch.from_numpy(values).to(self.device)
+        part = self.table[:, : values.shape[1]]
+        self._updates.append(lambda: part.index_copy_(0, rows, entries))
+
+    def send(self) -> None:
+        """Copy what was packed, then rewrite the changed rows of the table. Nothing waits for either."""
+        self._packed[: self._cursor].copy_(self._staging[self._turn][: self._cursor], non_blocking=True)
+        for update in self._updates:
+            update()
+
+    # -- on the device ---------------------------------------------------------------------------------------------
+
+    def tokens(self, index_T: torch.Tensor) -> torch.Tensor:
+        """Token ids from their places in ``feed``."""
+        return self.feed.index_select(0, index_T)
+
+    def decode_batch(self, num_rows: int) -> StepBatch:
+        """The first rows, each decoding one token, from static memory; rows behind the step's are padding. ``max_context_len``
+        is what a table row can hold at most, in entries' worth: no decode operation reads it."""
+        return StepBatch(
+            token_ids_T=self.tokens(self._index[:num_rows]),
+            position_T=self._position[:num_rows],
+            row_T=self._rows[:num_rows],
+            kv_table_BN=self.table[:num_rows, self.state_width :],
+            state_table_BL=self.table[:num_rows, : self.state_width],
+            context_len_B=self._context[:num_rows],
+            prefill_cu_seqlens=self._no_prefill,
+            logit_index_R=None,
+            num_decode=num_rows,
+            max_prefill_len=0,
+            max_context_len=0,
+        )
+
+    def keep(self, ids_R: torch.Tensor) -> None:
+        """Keep a step's sampled ids for the next step and for :meth:`fetch`."""
+        count = ids_R.shape[0]
+        self.sampled[:count] = ids_R
+        torch.clamp_min(ids_R, 0, out=self.feed[:count])
+
+    # -- from the device to the host -------------------------------------------------------------------------------
+
+    def fetch(self, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying the first sampled ids to the host. What is returned is valid after the event, until the step after
+        the next one is packed."""
+        result = self._results[self._turn][:count]
+        result.copy_(self.sampled[:count], non_blocking=True)
+        if self.device.type != "cuda":
+            return result, None
+        event = torch.cuda.Event()
+        event.record()
+        return result, event
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

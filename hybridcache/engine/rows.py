@@ -1,0 +1,140 @@
+"""RowTable: which request is in which row of a step, and the block tables of all rows, mirrored on the host.
+
+A step's rows are dense: rows ``0 .. n - 1`` decode, the prefilling rows follow. A request that decodes keeps its row from
+step to step as long as the step is that long, so that only rows that changed are sent to the device: a row with another
+request, with entries appended, or, after memory was moved, every row.
+
+Shapes: R rows, L state layers, N table entries.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hybridcache.strategies.base import Strategy
+
+NOBODY = -1
+"""Owner of a row that is padding on the device."""
+STALE = -2
+"""Owner of a row whose table on the device is no longer anybody's."""
+
+
+class RowTable:
+    """See the module.
+
+    A row of ``entries`` is the request's state table, then its KV table, then -1. A padding row is all -1.
+
+    Args:
+        strategy: built with ``physical=True``. The tables of a resident request only gain entries, unless
+            ``drain_moves`` returned moves.
+        max_rows: R.
+        max_entries: N, of the longest request.
+    """
+
+    def __init__(self, strategy: Strategy, max_rows: int, max_entries: int) -> None:
+        self.strategy = strategy
+        self.state_width = len(strategy.spec.state_layers)
+        self.entries = np.full((max_rows, self.state_width + max_entries), -1, dtype=np.int32)
+        self.num_entries = [0] * max_rows
+        """KV entries of each row."""
+        self.num_rows = 0
+        """Rows of the last step; all rows behind them are padding."""
+        self._sent = [0] * max_rows
+        """KV entries of each row when it was last sent."""
+        self._owner = [NOBODY] * max_rows
+        self._row: dict[int, int] = {}
+        self._appended = -1
+        self._moved = False
+
+    def forget(self, seq_id: int) -> None:
+        """The request's memory is returned: what its row holds is void."""
+        row = self._row.pop(seq_id, None)
+        if row is not None:
+            self._owner[row] = STALE
+
+    def moved(self) -> None:
+        """Memory was moved: every table is to be read again."""
+        self._moved = True
+
+    def reset(self) -> None:
+        """What the device holds is unknown: all rows are to be sent again, at their full width."""
+        self._row.clear()
+        self._owner = [STALE] * len(self._owner)
+        self._sent = [self.entries.shape[1] - self.state_width] * len(self._owner)
+        self.num_rows = len(self._owner)
+
+    def arrange(self, decode: Sequence[int], prefill: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Give every request of a step a row and bring ``entries`` up to date.
+
+        Args:
+            decode, prefill: ids of resident requests.
+
+        Returns:
+            The rows of ``decode`` and then ``prefill`` (which are in order), and the rows whose entries changed.
+
+        Raises:
+            ValueError: more requests than rows, or one with more entries than a row holds.
+        """
+        total, n = len(decode) + len(prefill), len(decode)
+        if total > len(self._owner):
+            raise ValueError(f"{total} requests in a step of at most {len(self._owner)} rows")
+        beyond = len(self._owner)
+        get = self._row.get
+        rows = [get(seq_id, beyond) for seq_id in decode]
+        if rows and max(rows) >= n:
+            taken = set(rows)
+            free = (row for row in range(n) if row not in taken)
+            rows = [row if row < n else next(free) for row in rows]
+        rows.extend(range(n, total))
+        owner = [NOBODY] * max(total, self.num_rows)
+        for seq_id, row in zip((*decode, *prefill), rows):
+            owner[row] = seq_id
+        return rows, self._refresh(owner, total)
+
+    def sent_width(self, changed: Sequence[int]) -> int:
+        """KV entries that must be sent of every changed row: its own, or those that it held before. They count as sent."""
+        width = max(max(self._sent[row], self.num_entries[row]) for row in changed)
+        for row in changed:
+            self._sent[row] = self.num_entries[row]
+        return max(width, 1)
+
+    def _refresh(self, owner: list[int], num_rows: int) -> list[int]:
+        appended = self.strategy.table_entries_appended
+        before = self._owner[: len(owner)]
+        same, grown = owner == before, appended != self._appended
+        if same and not grown and not self._moved:
+            return []
+        changed = []
+        for row, (now, then) in enumerate(zip(owner, before)):
+            if now == NOBODY:
+                if then != NOBODY:
+                    self._clear(row)
+                    changed.append(row)
+            elif now != then or self._moved:
+                self._clear(row)
+                self.entries[row, : self.state_width] = self.strategy.state_table(now)
+                self._extend(row, now)
+                changed.append(row)
+            elif grown and self._extend(row, now):
+                changed.append(row)
+        if not same:
+            self._owner[: len(owner)] = owner
+            self._row = {seq_id: row for row, seq_id in enumerate(owner[:num_rows])}
+        self.num_rows, self._appended, self._moved = num_rows, appended, False
+        return changed
+
+    def _clear(self, row: int) -> None:
+        self.entries[row, : self.state_width + self.num_entries[row]] = -1
+        self.num_entries[row] = 0
+
+    def _extend(self, row: int, seq_id: int) -> bool:
+        """Append a request's new entries to its row. Returns whether there were any."""
+        held = self.strategy.kv_table(seq_id)
+        count, known = len(held), self.num_entries[row]
+        if count == known:
+            return False
+        if self.state_width + count > self.entries.shape[1]:
+            raise ValueError(f"request {seq_id} holds {count} table entries; a row has {self.entries.shape[1]}")
+        self.entries[row, self.state_width + known : self.state_width + count] = held[known:]
+        self.num_entries[row] = count
+        return True

@@ -1,0 +1,324 @@
+"""Overlap and decode graphs: a step is launched before the last one's tokens are known, and tokens stay the same.
+
+Graphs are replayed on the CPU by running what they would have recorded, from the same static memory.
+"""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from pool_model import PoolModel
+from test_engine import CHUNKED, PHYSICAL, make_engine, make_strategy, run_one_by_one, stream, tight
+
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.graphs import DecodeGraphs, graph_sizes, wants_graphs
+from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.engine.sequence import Status
+from hybridcache.errors import UserError
+from hybridcache.kernels.backend import make_backend
+
+
+class Recorded:
+    """What a graph does, without a device: the function runs at every replay, and not at its capture."""
+
+    def __init__(self, run) -> None:
+        self.replay = run
+
+
+def with_graphs(engine: Engine) -> Engine:
+    engine.runner.graphs = engine.runner._make_graphs(Recorded)
+    return engine
+
+
+@pytest.fixture(params=["eager", "graphs"])
+def engine_of(request):
+    """Makes an overlapped engine, with and without graphs."""
+
+    def make(*args, **options) -> Engine:
+        engine = make_engine(*args, overlap=True, **options)
+        return with_graphs(engine) if request.param == "graphs" else engine
+
+    return make
+
+
+@pytest.mark.parametrize("label", PHYSICAL)
+def test_random_streams_give_the_tokens_of_requests_run_alone(label, engine_of):
+    """Late arrivals, aborts, stop tokens and preemptions; poisoned memory."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    requests = stream(seed)
+    full = run_one_by_one(requests)
+    for i in rng.sample(range(len(requests)), 4):
+        prompt, params = requests[i]
+        requests[i] = (prompt, replace(params, stop_token_ids=(rng.choice(full[i]),)))
+    expected = [
+        tokens[: tokens.index(params.stop_token_ids[0]) + 1] if params.stop_token_ids else tokens
+        for tokens, (_, params) in zip(full, requests)
+    ]
+    engine = engine_of(label, tight(label, requests), CHUNKED, poison=True)
+    arriving = list(enumerate(requests))
+    seqs, aborted, streamed, steps = {}, set(), {}, 0
+    while arriving or engine.has_work:
+        if arriving and (rng.random() < 0.6 or not engine.has_work):
+            i, (prompt, params) = arriving.pop(0)
+            # The engine's own randomness goes by the order of requests.
+            seqs[i] = engine.add_request(prompt, params)
+            streamed[seqs[i].seq_id] = []
+        output = engine.step()
+        for seq_id, token in output.new_tokens.items():
+            streamed[seq_id].append(token)
+        if rng.random() < 0.02:
+            alive = [i for i, seq in seqs.items() if seq.status is not Status.FINISHED]
+            if alive:
+                i = rng.choice(alive)
+                engine.abort(seqs[i].seq_id)
+                aborted.add(i)
+        engine.strategy.check_integrity()
+        steps += 1
+        assert steps < 3000, f"seed {seed}"
+    assert not engine.strategy.residents
+    for i, seq in seqs.items():
+        assert streamed[seq.seq_id] == seq.output_ids, f"seed {seed}"
+        assert seq.num_output == seq.num_settled == len(seq.output_ids), f"seed {seed}"
+        if i in aborted:
+            assert seq.output_ids == expected[i][: len(seq.output_ids)], f"seed {seed}"
+        else:
+            assert seq.output_ids == expected[i], f"seed {seed}, request {i}"
+            assert seq.finish_reason == ("stop" if requests[i][1].stop_token_ids else "length")
+    assert engine.scheduler.num_preemptions > 0 or aborted, f"seed {seed}: the budget was not tight"
+
+
+def test_without_stop_tokens_the_steps_are_those_without_overlap(engine_of):
+    """Lengths are known when a step is launched, so overlap changes no step."""
+    requests = stream(random.randrange(2**32))
+    found = []
+    for engine in (
+        make_engine("shared_pool", tight("shared_pool", requests), CHUNKED),
+        engine_of("shared_pool", tight("shared_pool", requests), CHUNKED),
+    ):
+        for prompt, params in requests:
+            engine.add_request(prompt, params)
+        engine.run()
+        graphs = engine.runner.graphs
+        size = graphs.size_for if graphs else int  # a graph's padding rows are in its batch
+        batches = [(d if p else size(d), p) for d, p in engine.runner.model.batches]
+        found.append((batches, engine.scheduler.num_preemptions, [seq.output_ids for seq in engine.sequences]))
+    (plain, *rest), (overlapped, *others) = found
+    assert rest == others
+    assert [(d if p else size(d), p) for d, p in plain] == overlapped
+
+
+def test_a_step_is_launched_before_the_last_tokens_are_known():
+    engine = make_engine(overlap=True)
+    seq = engine.add_request([1, 2, 3], SamplingParams(max_tokens=3))
+    assert engine.step().new_tokens == {}
+    assert (seq.num_output, seq.num_settled, len(engine.runner.model.batches)) == (1, 0, 1)
+    assert list(engine.step().new_tokens) == [seq.seq_id]
+    assert (seq.num_output, seq.num_settled, len(engine.runner.model.batches)) == (2, 1, 2)
+    engine.step()
+    assert seq.status is Status.ENDING
+    assert not engine.strategy.residents, "the last token is never stored, so its memory is free already"
+    assert engine.has_work
+    assert engine.step().finished == [seq]
+    assert not engine.has_work
+    assert len(engine.runner.model.batches) == 3
+
+
+@pytest.mark.parametrize("failing", [1, 3, 6])
+def test_a_step_that_fails_is_recomputed(failing, engine_of):
+    requests = stream(random.randrange(2**32), 6)
+    calls = {"count": 0}
+
+    def fail(batch):
+        calls["count"] += 1
+        if calls["count"] == failing:
+            raise RuntimeError("a kernel failed")
+
+    model = PoolModel(before_forward=fail)
+    engine = engine_of(budget=1 << 21, config=CHUNKED, model=model, poison=True)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+    assert engine.failed_steps == 1
+    assert not engine.strategy.residents
+
+
+@pytest.mark.parametrize("failing", [0, 2, 5])
+def test_a_step_that_fails_after_its_launch_voids_the_next_one(failing, engine_of, monkeypatch):
+    requests = stream(random.randrange(2**32), 6)
+    engine = engine_of(budget=1 << 21, config=CHUNKED, poison=True)
+    launch, calls = engine.runner.launch, iter(range(1000))
+
+    def launched(rows):
+        flight = launch(rows)
+        if next(calls) == failing:
+
+            def fail():
+                raise RuntimeError("the device failed")
+
+            flight.wait = fail
+        return flight
+
+    monkeypatch.setattr(engine.runner, "launch", launched)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+    assert engine.failed_steps == 1
+    assert not engine.strategy.residents
+
+
+def test_logits_that_are_not_finite_end_their_request_only(engine_of):
+    engine = engine_of()
+    bad_one = engine.add_request([5] * 20, SamplingParams(max_tokens=9))
+    good = engine.add_request([6] * 20, SamplingParams(max_tokens=9))
+    engine.step()
+    engine.step()
+    engine.runner.poison(bad_one.seq_id)
+    engine.run()
+    assert bad_one.finish_reason == "error"
+    assert len(bad_one.output_ids) == 2
+    assert "not finite" in engine.error(bad_one.seq_id)
+    assert good.output_ids == run_one_by_one([([6] * 20, SamplingParams(max_tokens=9))])[0]
+    assert engine.failed_steps == 0
+
+
+def test_moves_that_fail_recompute_everything_running(engine_of, monkeypatch):
+    requests = stream(random.randrange(2**32), 4)
+    engine = engine_of(budget=1 << 21)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+    for _ in range(4):
+        engine.step()
+    relocate, calls = engine.runner.relocate, iter([RuntimeError("copy failed")])
+
+    def fails_once():
+        for error in calls:
+            raise error
+        relocate()
+
+    monkeypatch.setattr(engine.runner, "relocate", fails_once)
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+
+
+@pytest.mark.parametrize("where", ["launch", "wait", "advance"])
+def test_an_interrupt_leaves_the_engine_consistent(where, engine_of, monkeypatch):
+    requests = stream(random.randrange(2**32), 5)
+    engine = engine_of(budget=1 << 21, config=CHUNKED, poison=True)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+    for _ in range(5):
+        engine.step()
+    owner = {"launch": engine.runner, "wait": engine._launched.flight, "advance": engine.scheduler}[where]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    engine.strategy.check_integrity()
+    assert not engine.strategy.residents
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+
+
+def test_a_callback_that_raises_leaves_the_others_running(engine_of):
+    requests = stream(random.randrange(2**32), 5)
+    engine = engine_of(budget=1 << 21, config=CHUNKED)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+
+    def raises(output):
+        if output.finished:
+            raise ValueError("callback")
+
+    raised = 0
+    while engine.has_work:
+        try:
+            engine.run(raises)
+        except ValueError:
+            raised += 1
+    assert raised > 0
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+
+
+def test_unchanged_rows_are_not_sent_again():
+    engine = with_graphs(make_engine(overlap=True, budget=1 << 21))
+    for _ in range(4):
+        engine.add_request([3] * 5, SamplingParams(max_tokens=12))
+    sent = []
+    put_rows = engine.runner.inputs.put_rows
+    engine.runner.inputs.put_rows = lambda changed, entries: (sent.append(list(changed)), put_rows(changed, entries))
+    entry = engine.runner.layout.attention.tokens_per_entry
+    engine.run()
+    grows = sum(p % entry == 0 for p in range(5, 17))
+    assert len(sent) <= 2 + grows, sent
+
+
+def test_the_decode_graph_that_fits_is_replayed_and_launches_are_counted():
+    sizes = graph_sizes(29)
+    assert sizes == [1, 2, 4, 8, 16, 24, 29]
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(256)[-3:] == [240, 248, 256]
+    launches = Counter({"op": 5})
+    ran, warmed, order = [], [], []
+
+    def step(rows):
+        launches["op"] += 2
+        ran.append(rows)
+
+    def warm_up(rows):
+        launches["op"] += 100
+        warmed.append(rows)
+
+    class Capture:
+        def __init__(self, run):
+            run()
+            order.append(ran[-1])
+            self.replay = lambda: None
+
+    graphs = DecodeGraphs(sizes, step, warm_up, Capture, launches)
+    for rows, size in ((1, 1), (3, 4), (8, 8), (9, 16), (25, 29), (29, 29)):
+        assert graphs.size_for(rows) == size
+    graphs.replay(4)
+    assert order == [29, 4], "the largest first"
+    assert warmed == order
+    assert launches == Counter({"op": 7})
+    graphs.capture()
+    assert sorted(order) == sizes
+    assert launches == Counter({"op": 7})
+    graphs.replay(29)
+    graphs.replay(29)
+    assert launches == Counter({"op": 11})
+    assert graphs.replays == 3
+
+
+def test_graphs_where_they_cannot_be():
+    backend = make_backend("torch", "cpu")
+    assert not wants_graphs("auto", backend, torch.device("cpu"))
+    assert not wants_graphs(False, backend, torch.device("cpu"))
+    with pytest.raises(UserError, match="cuda_graphs=True: needs a CUDA device, not cpu"):
+        wants_graphs(True, backend, torch.device("cpu"))
+    with pytest.raises(UserError, match="cuda_graphs='true': decode of backend=torch reads lengths on the host"):
+        wants_graphs("true", backend, torch.device("cuda"))
+    with pytest.raises(UserError, match="cuda_graphs='maybe': choose auto"):
+        wants_graphs("maybe", backend, torch.device("cuda"))
+    with pytest.raises(UserError, match="overlap='maybe': choose auto"):
+        make_engine(overlap="maybe")
+    with pytest.raises(UserError, match="cuda_graphs='true'"):
+        make_engine(cuda_graphs="true")
+
+
+def test_more_running_requests_than_rows_are_impossible():
+    """The rows are bounded by what the budget holds, whatever the cap on running requests is."""
+    strategy = make_strategy("shared_pool", 1 << 16)
+    config = SchedulerConfig(max_running=10_000)
+    engine = Engine(PoolModel(), strategy, config, make_backend("torch", "cpu"), overlap=True)
+    assert engine.runner.max_rows < 100
+    requests = [([token], SamplingParams(max_tokens=2)) for token in range(101)] * 2
+    seqs = [engine.add_request(*request) for request in requests]
+    engine.run()
+    assert all(seq.finish_reason == "length" for seq in seqs)
