@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import copy_bandwidth, graph_ms, time_ms
-
+from hybridcache.bench.ceilings import measure_copy
+from hybridcache.bench.timing import time_events, time_graph
 from hybridcache.environment import environment
 from hybridcache.kernels.block_copy import naive as naive_copy
 from hybridcache.kernels.block_copy import triton as block_copy
@@ -34,13 +34,18 @@ LARGE_TRANSFER = 1 << 30
 """Bytes."""
 
 
+def time_ms(run: Callable[[], Any]) -> float:
+    """Median time of one call, by events."""
+    return time_events([run]).median_ms
+
+
 def bus_bandwidth() -> dict[str, float]:
     """Bytes per second of one large transfer of pinned memory, out of the device and into it."""
     host = torch.empty(LARGE_TRANSFER, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(LARGE_TRANSFER, dtype=torch.uint8, device="cuda")
     return {
-        "out": LARGE_TRANSFER / time_ms(lambda: host.copy_(device, non_blocking=True), 5) * 1e3,
-        "in": LARGE_TRANSFER / time_ms(lambda: device.copy_(host, non_blocking=True), 5) * 1e3,
+        "out": LARGE_TRANSFER / time_ms(lambda: host.copy_(device, non_blocking=True)) * 1e3,
+        "in": LARGE_TRANSFER / time_ms(lambda: device.copy_(host, non_blocking=True)) * 1e3,
     }
 
 
@@ -69,7 +74,7 @@ class Benchmark:
 
     def inside(self) -> None:
         """Scattered blocks to scattered blocks of the pool."""
-        ceiling = copy_bandwidth()
+        ceiling = measure_copy()
         chosen = zip(self.order[:MOVED_BLOCKS], self.order[MOVED_BLOCKS : 2 * MOVED_BLOCKS])
         moves = [(src * BLOCK_BYTES, dst * BLOCK_BYTES, BLOCK_BYTES) for src, dst in chosen]
         expected = self.pool.clone()
@@ -86,7 +91,7 @@ class Benchmark:
             launch()
             correct = torch.equal(self.pool, expected)
             name = f"pool, {tuning.chunk_words * 8 >> 10} KiB chunks, {tuning.num_warps} warps"
-            self.add(name, graph_ms([launch] * LAUNCHES), num_bytes, ceiling, correct)
+            self.add(name, time_graph([launch] * LAUNCHES).median_ms, num_bytes, ceiling, correct)
         eager = time_ms(lambda: block_copy.block_copy(self.pool, moves))
         self.add("pool, eager with planning", eager, num_bytes, ceiling, torch.equal(self.pool, expected))
 

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hybridcache.bench.case import DECODE_LAYOUTS, QWEN3_NEXT_80B, Case
 from hybridcache.bench.ceilings import measure_copy
-from hybridcache.bench.precompile import in_parallel
+from hybridcache.bench.precompile import DecodeLaunch, in_parallel, launch_decode
 from hybridcache.bench.timing import time_graph
 from hybridcache.environment import environment
 from hybridcache.kernels.paged_decode import naive
-from hybridcache.kernels.paged_decode.tiles import Tuning, choose_splits, choose_tuning
+from hybridcache.kernels.paged_decode.tiles import Tuning
 from hybridcache.kernels.paged_decode.triton import paged_decode
 from hybridcache.kernels.testing import AttentionCase, attention_case, normal, rel_error
 
-HEADS, KV_HEADS, DIM, LAYERS = 16, 2, 256, 12
+DIMS = QWEN3_NEXT_80B
 BARS_MS = {(1, 32_768): 0.034, (16, 4_096): 0.054, (64, 8_192): 0.362, (256, 2_048): 0.365}
 LAYOUT_BAR = 1.03
-LAYOUTS = (
-    ("block_major", 8, 11),
-    ("block_major", 16, 11),
-    ("block_major", 32, 11),
-    ("block_major", 64, 11),
-    ("block_major", 8, 1),
-    ("layer_major", 1_056, 1),
-    ("layer_major", 16, 66),
-)
-"""Order, kernel block, kernel blocks of a table entry: shared_pool's (and its carve mode's, one kernel block to an entry),
-padded_page's and large_block's."""
 CHECKED_ROWS = 2
 TOLERANCE = 1e-2
-
-Layout = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,6 @@ class Variant:
     name: str
     tuning: Tuning | None = None
     """None: the library's own choice."""
-
-    def of(self, case: AttentionCase, rows: int, multiprocessors: int) -> tuple[Tuning, int]:
-        """The tuning, and the splits that follow from it."""
-        programs = rows * KV_HEADS
-        tuning = self.tuning or choose_tuning(case.layout, HEADS, torch.bfloat16, programs, multiprocessors)
-        max_tokens = case.kv_table_BN.shape[1] * case.layout.tokens_per_entry
-        return tuning, choose_splits(programs, max_tokens, multiprocessors, tuning)
 
 
 VARIANTS = (
@@ -76,61 +58,43 @@ VARIANTS = (
 )
 
 
-def build(generator: torch.Generator, layout: Layout, lengths: list[int]) -> AttentionCase:
-    order, kb, blocks = layout
-    return attention_case(
+def cases() -> list[tuple[Case, tuple[Variant, ...]]]:
+    """Every case with what is timed on it: all variants in the first layout, the library's own choice in the others."""
+    return [
+        (Case("paged_decode", (length,) * rows, DIMS, "bfloat16", *at), VARIANTS if first else VARIANTS[:1])
+        for first, at in zip((True, *[False] * len(DECODE_LAYOUTS)), DECODE_LAYOUTS)
+        for rows, length in BARS_MS
+    ]
+
+
+def build(generator: torch.Generator, case: Case) -> AttentionCase:
+    """The case's requests in a pool of random values."""
+    assert case.kernel_block
+    assert case.layout
+    built = attention_case(
         generator,
-        lengths=lengths,
-        order=order,
-        layers=LAYERS,
-        kernel_block_tokens=kb,
-        kernel_blocks=blocks,
-        kv_heads=KV_HEADS,
-        k_dim=DIM,
-        v_dim=DIM,
+        lengths=case.lengths,
+        order=case.layout,
+        layers=DIMS.attention_layers,
+        kernel_block_tokens=case.kernel_block,
+        kernel_blocks=case.kernel_blocks,
+        kv_heads=DIMS.kv_heads,
+        k_dim=DIMS.head_dim,
+        v_dim=DIMS.head_dim,
         device="cuda",
         extra_entries=0,
         fill=(),
     )
+    built.buffer.view(torch.bfloat16).normal_()
+    return built
 
 
-def launch_once(item: tuple[Layout, Tuning, int]) -> None:
-    """In a process of its own: compile what ``item`` names by launching it on two short rows."""
-    layout, tuning, splits = item
-    case = build(torch.Generator().manual_seed(0), layout, [300, 70])
-    q_BHD = torch.zeros(2, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
-    inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, DIM**-0.5)
-    paged_decode(case.buffer, *inputs, num_splits=splits, tuning=tuning)
-    torch.cuda.synchronize()
-
-
-def launches_of(multiprocessors: int) -> list[tuple[Layout, Tuning, int]]:
-    """Everything that will be compiled, once each."""
-    found: dict[tuple[Layout, Tuning, int], None] = {}
-    for rows, length in BARS_MS:
-        for layout in LAYOUTS:
-            order, kb, blocks = layout
-            case = attention_case(
-                torch.Generator(),
-                lengths=[0],
-                order=order,
-                layers=1,
-                kernel_block_tokens=kb,
-                kernel_blocks=blocks,
-                extra_entries=-(-length // (kb * blocks)) - 1,
-            )
-            for variant in VARIANTS if layout == LAYOUTS[0] else VARIANTS[:1]:
-                found[(layout, *variant.of(case, rows, multiprocessors))] = None
-    return list(found)
-
-
-def measure(case: AttentionCase, q_BHD: torch.Tensor, expected: torch.Tensor, variant: Variant) -> dict[str, Any]:
+def measure(
+    case: AttentionCase, q_BHD: torch.Tensor, expected: torch.Tensor, variant: Variant, launch: DecodeLaunch
+) -> dict[str, Any]:
     """One record; ``error`` says why it was not timed."""
-    rows, length = q_BHD.shape[0], case.lengths[0]
-    multiprocessors = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count
-    tuning, splits = variant.of(case, rows, multiprocessors)
-    record: dict[str, Any] = {"variant": variant.name, "tuning": asdict(tuning), "splits": splits}
-    tables = (case.kv_table_BN, case.context_len_B, DIM**-0.5)
+    record: dict[str, Any] = {"variant": variant.name, "tuning": asdict(launch.tuning), "splits": launch.splits}
+    tables = (case.kv_table_BN, case.context_len_B, DIMS.head_dim**-0.5)
 
     def decode(layer: int) -> torch.Tensor:
         return paged_decode(case.buffer, case.layout, layer, q_BHD, *tables, tuning=variant.tuning)
@@ -139,10 +103,10 @@ def measure(case: AttentionCase, q_BHD: torch.Tensor, expected: torch.Tensor, va
         record["rel_error"] = rel_error(decode(0)[: len(expected)], expected)
         if not record["rel_error"] <= TOLERANCE:
             return {**record, "error": "wrong result"}
-        timing = time_graph([lambda i=i: decode(i) for i in range(LAYERS)])
+        timing = time_graph([partial(decode, layer) for layer in range(DIMS.attention_layers)])
     except Exception as error:  # a tiling that this compiler or device refuses must not hide the others
         return {**record, "error": f"{type(error).__name__}: {error}"}
-    num_bytes = rows * length * KV_HEADS * 2 * DIM * 2 + 2 * q_BHD.numel() * 2
+    num_bytes = sum(case.lengths) * DIMS.kv_heads * 2 * DIMS.head_dim * 2 + 2 * q_BHD.numel() * 2
     rate = num_bytes / timing.median_ms / 1e9
     return {**record, "ms": timing.median_ms, "spread": timing.spread, "bytes": num_bytes, "tb_per_s": rate}
 
@@ -179,26 +143,29 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: this benchmark times CUDA kernels")
     started, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
-    for line in in_parallel(launch_once, launches_of(torch.cuda.get_device_properties(0).multi_processor_count)):
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    timed = [
+        (case, [(variant, DecodeLaunch.of(case, multiprocessors, variant.tuning)) for variant in variants])
+        for case, variants in cases()
+    ]
+    launches = list(dict.fromkeys(launch for _, variants in timed for _, launch in variants))
+    for line in in_parallel(launch_decode, launches):
         print(f"does not compile: {line}")
     compiled = time.perf_counter() - started
     copy = measure_copy()
     torch.cuda.empty_cache()
     records: list[dict[str, Any]] = []
-    for layout in LAYOUTS:
-        for rows, length in BARS_MS:
-            case = build(generator, layout, [length] * rows)
-            case.buffer.view(torch.bfloat16).normal_()
-            q_BHD = normal(generator, (rows, HEADS, DIM), case.buffer.device, "bfloat16")
-            part = slice(0, CHECKED_ROWS)
-            checked = (q_BHD[part], case.kv_table_BN[part], case.context_len_B[part])
-            expected = naive.paged_decode(case.buffer, case.layout, 0, *checked, DIM**-0.5)
-            name = f"{layout[0]} {layout[1]}x{layout[2]}"
-            about = {"layout": name, "rows": rows, "length": length, "bar_ms": BARS_MS[rows, length]}
-            for variant in VARIANTS if layout == LAYOUTS[0] else VARIANTS[:1]:
-                records.append({**about, **measure(case, q_BHD, expected, variant)})
-            del case
-            torch.cuda.empty_cache()
+    for case, variants in timed:
+        built, (rows, length) = build(generator, case), (len(case.lengths), case.lengths[0])
+        q_BHD = normal(generator, (rows, DIMS.heads, DIMS.head_dim), built.buffer.device, "bfloat16")
+        part = slice(0, CHECKED_ROWS)
+        checked = (q_BHD[part], built.kv_table_BN[part], built.context_len_B[part])
+        expected = naive.paged_decode(built.buffer, built.layout, 0, *checked, DIMS.head_dim**-0.5)
+        about = {"layout": f"{case.layout} {case.kernel_block}x{case.kernel_blocks}", "rows": rows, "length": length}
+        about["bar_ms"] = BARS_MS[rows, length]
+        records += [{**about, **measure(built, q_BHD, expected, *variant)} for variant in variants]
+        del built
+        torch.cuda.empty_cache()
     for failed in (record for record in records if "error" in record):
         where = f"{failed['variant']} {failed['rows']}x{failed['length']} {failed['layout']}"
         print(f"{where}: {failed['error'][:300]}")

@@ -25,12 +25,14 @@ from hybridcache.bench.ceilings import Ceilings, measure_ceilings
 from hybridcache.bench.figures import fraction_of_ceiling, relative_errors, row_label
 from hybridcache.bench.isolate import isolated
 from hybridcache.bench.measure import Bench, Row, failed
+from hybridcache.bench.precompile import decode_launches, in_parallel, launch_decode
 from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
 from hybridcache.environment import device_name, environment
 from hybridcache.errors import bad
 from hybridcache.report import style
 from hybridcache.report.page import Picture, Section, save_picture, write_page
+from hybridcache.report.words import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
 HEADINGS = (
@@ -40,6 +42,7 @@ HEADINGS = (
     "L2",
     "ms",
     "±",
+    "bytes",
     "GB/s",
     "TFLOP/s",
     "of ceiling",
@@ -62,6 +65,9 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     isolate = on_cuda if settings.isolate == "auto" else bool(settings.isolate)
     record = Record(run_dir, cfg, on_cuda)
     if on_cuda:
+        launches = decode_launches(cases, torch.cuda.get_device_properties(device).multi_processor_count)
+        for line in in_parallel(launch_decode, launches):
+            CONSOLE.print(f"does not compile: {line}", markup=False)
         record.ceilings = _ceilings(settings.limit_s)
     if not on_cuda:
         torch.set_num_threads(1)
@@ -131,7 +137,8 @@ class Record:
     @property
     def cases(self) -> int:
         """Distinct cases that have a row."""
-        return len({(row["op"], row["shape"], row["dtype"], row["kernel_block"], row["layout"]) for row in self.rows})
+        keys = ("op", "shape", "dtype", "kernel_block", "manager_block", "layout")
+        return len({tuple(row[key] for key in keys) for row in self.rows})
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -157,7 +164,9 @@ class Record:
 
     def _full(self, row: Row) -> dict[str, Any]:
         where = [row["op"], row["shape"], row["dtype"]]
-        where += [f"kb={row['kernel_block']}", row["layout"]] if row["kernel_block"] else []
+        where += (
+            [f"kb={row['kernel_block']}", f"Tm={row['manager_block']}", row["layout"]] if row["kernel_block"] else []
+        )
         where += [row["l2"]] if row["l2"] else []
         return {
             "experiment": self.experiment,
@@ -195,22 +204,29 @@ def _cells(rows: pd.DataFrame) -> list[list[str]]:
     """One line per row of one operation."""
     lines = []
     for _, row in rows.iterrows():
+        name = [row["op"], row_label(row), row["impl"]]
         if row["error"]:
-            lines.append([row["op"], row_label(row), row["impl"], *["failed"] * 2, *["-"] * 6])
+            lines.append([*name, *["failed"] * 2, *["-"] * (len(HEADINGS) - 5)])
             continue
-        lines.append(
-            [
-                row["op"],
-                row_label(row),
-                row["impl"],
-                row["l2"] or "-",
-                f"{row['median_ms']:.4f}",
+        rates = ["-"] * 4
+        if pd.notna(row["gbps"]):
+            rates = [
                 f"{row['spread']:.0%}",
                 f"{row['gbps']:,.0f}" if row["gbps"] >= 10 else f"{row['gbps']:.2g}",
                 f"{row['tflops']:,.1f}" if row["tflops"] >= 0.1 else f"{row['tflops']:.1g}",
                 "-" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%} {row['bound']}",
+            ]
+        timed = pd.notna(row["median_ms"])
+        lines.append(
+            [
+                *name,
+                row["l2"] or "-",
+                f"{row['median_ms']:.4f}" if timed else "-",
+                rates[0],
+                bytes_text(row["bytes"]),
+                *rates[1:],
                 f"{row['rel_error']:.1e}",
-                f"{row['clock']} x {int(row['launches'])}",
+                f"{row['clock']} x {int(row['launches'])}" if timed else "-",
             ]
         )
     return lines

@@ -15,3 +15,8 @@ def deeds(item: str) -> Iterator[dict[str, object]]:
     if item == "hangs":
         time.sleep(600)
     yield {"item": item, "process": os.getpid(), "second": True}
+
+
+def refuse_odd(number: int) -> None:
+    if number % 2:
+        raise ValueError(f"{number} is odd")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from isolated_deeds import deeds
+from isolated_deeds import deeds, refuse_odd
 from omegaconf import OmegaConf
 
 from hybridcache.bench import block_size_figures, measure, peers
@@ -22,7 +22,8 @@ from hybridcache.bench.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_c
 from hybridcache.bench.ceilings import Ceilings
 from hybridcache.bench.figures import fraction_of_ceiling, relative_errors
 from hybridcache.bench.isolate import isolated
-from hybridcache.bench.measure import BUILDERS, COLUMNS, Bench, blank, fraction
+from hybridcache.bench.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, blank, fraction
+from hybridcache.bench.precompile import decode_launches, in_parallel
 from hybridcache.bench.table_cost import WAYS, measure_table, table_width
 from hybridcache.bench.timing import summary, time_host
 from hybridcache.bench.work import Implementation, Setup, Work
@@ -45,12 +46,12 @@ def seed() -> int:
 
 def test_cases_are_told_apart_by_their_rows():
     for cases in (cuda_cases(), fast_cuda_cases(), cpu_cases()):
-        found = [(c.operation, c.shape, c.dtype, c.kernel_block, c.layout) for c in cases]
+        found = [(c.operation, c.shape, c.dtype, c.kernel_block, c.manager_block, c.layout) for c in cases]
         assert len(set(found)) == len(found)
 
 
 def test_every_operation_has_a_builder_and_a_fast_form():
-    assert set(OPERATIONS) == set(BUILDERS)
+    assert set(OPERATIONS) == {*BUILDERS, HOST_OPERATION}
     assert {case.operation for case in fast_cuda_cases()} == set(OPERATIONS)
 
 
@@ -59,6 +60,11 @@ def test_shapes_asked_for_are_measured():
     for shape in ("1x32768", "16x4096", "64x8192", "256x2048"):
         blocks = {case.kernel_block for case in cuda_cases() if (case.operation, case.shape) == ("paged_decode", shape)}
         assert blocks == {8, 16, 32, 64, 1056}
+        managers = {
+            case.manager_block for case in cuda_cases() if (case.operation, case.shape) == ("paged_decode", shape)
+        }
+        assert managers == {8, 88, 176, 352, 704, 1056}
+        assert ("table_expansion", shape) in found
     for shape in ("1x2048", "1x8192", "1x32768", "16x1024", "1x8192 ckpt512"):
         assert ("gdn_delta", shape) in found
     assert {shape for operation, shape in found if operation == "gdn_decode"} == {"1", "8", "64", "256"}
@@ -72,8 +78,22 @@ def test_rows_on_a_cpu(case, seed):
         assert tuple(row) == COLUMNS
         assert row["error"] is None
         assert 0 <= row["rel_error"] <= measure.TOLERANCE
-        assert row["median_ms"] > 0
         assert row["fraction"] is None, "a CPU has no ceiling here"
+        if row["impl"] in ("exclusive", "carve"):
+            assert row["median_ms"] is None, "nothing runs"
+        else:
+            assert row["median_ms"] > 0
+
+
+@pytest.mark.parametrize("lengths", [(32_768,), (5, 88, 89, 1000)])
+def test_table_expansion(lengths, seed):
+    case = Case("table_expansion", lengths, QWEN3_NEXT_80B)
+    rows = {row["impl"]: row for row in Bench(Setup.on(CPU, seed), None).rows(case)}
+    assert rows["exclusive"]["bytes"] == 0, "kernels read the manager's table as it is"
+    assert rows["carve"]["bytes"] == pytest.approx(len(lengths) * 10 * 4 / 88), "ten more entries per 88 tokens"
+    width = -(-max(lengths) // 88) * 11
+    assert rows["broadcast"]["bytes"] == rows["loop"]["bytes"] == 4 * len(lengths) * width
+    assert all(row["rel_error"] == 0 for row in rows.values())
 
 
 def work_of(implementations, **sizes) -> Work:
@@ -174,6 +194,20 @@ def test_an_isolated_case_gives_the_same_columns():
     (row,) = isolated(bench.rows, [case], measure.failed, limit_s=60.0)
     assert tuple(row) == COLUMNS
     assert row["error"] is None
+
+
+def test_what_fails_to_compile_in_parallel_is_named():
+    assert in_parallel(refuse_odd, [2, 3, 4], workers=2) == ["3: ValueError: 3 is odd"]
+    assert in_parallel(refuse_odd, []) == []
+
+
+def test_decodes_that_compile_to_the_same_are_compiled_once():
+    pytest.importorskip("triton")
+    found = decode_launches(cuda_cases(), multiprocessors=132)
+    layouts = {(case.kernel_block, case.manager_block, case.layout) for case in cuda_cases() if case.kernel_block}
+    splits = {(launch.tuning.keys, launch.splits) for launch in found}
+    assert splits == {(64, 66), (64, 4), (64, 1), (16, 1)}
+    assert len(found) == len(splits) * len(layouts)
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -347,7 +381,7 @@ def test_a_failure_is_a_row_and_ends_the_run_badly(tmp_path, monkeypatch):
         kernels.run(config(), tmp_path)
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert [row["op"] for row in rows if row["error"]] == ["kv_store"]
-    assert rows[-1]["op"] == "swap_in", "operations after it were measured"
+    assert rows[-1]["op"] == "table_expansion", "operations after it were measured"
     assert "no memory" in (tmp_path / "report.html").read_text()
 
 
@@ -382,7 +416,9 @@ def test_wrong_block_sizes_are_refused(changes, words, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("operation", ["gdn_decode", "paged_decode", "kv_store", "block_copy", "swap_out"])
+@pytest.mark.parametrize(
+    "operation", ["gdn_decode", "paged_decode", "kv_store", "qk_norm_rope_store", "block_copy", "swap_out"]
+)
 def test_rows_on_cuda(operation, seed):
     case = next(case for case in fast_cuda_cases() if case.operation == operation)
     ceilings = Ceilings(copy_bytes=3e12, matmul_flops=7e14, to_host_bytes=5e10, from_host_bytes=5e10)

@@ -244,17 +244,32 @@ def fused_store(case: Case, setup: Setup) -> Work:
         return (q, *(x.unflatten(1, (dims.kv_heads, dims.head_dim)) for x in (k, v)))
 
     qkv = [projection() for _ in layers]
-    expected = naive_fused.qk_norm_rope_store(at.buffer.clone(), at.layout, layers[0], *[*qkv[0], *rest])
+    dtype, before = torch_dtype(case.dtype), at.buffer.clone()
+    expected = naive_fused.qk_norm_rope_store(at.buffer, at.layout, layers[0], *[*qkv[0], *rest])
+    stored = at.buffer.clone()
+
+    def implementation(operation: Operation, graph: bool) -> Implementation:
+        def run(i: int) -> torch.Tensor:
+            return operation(at.buffer, at.layout, layers[i], *[*qkv[i], *rest])
+
+        def error() -> float:
+            at.buffer.copy_(before)
+            out = run(0)
+            found, wanted = (buffer.view(dtype) for buffer in (at.buffer, stored))
+            if not torch.equal(found.isnan(), wanted.isnan()):
+                return float("inf")
+            return worst([(out, expected), (found.nan_to_num(), wanted.nan_to_num())])
+
+        return Implementation(run, error, graph)
 
     def triton() -> Implementation:
         from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
 
-        def run(i: int) -> torch.Tensor:
-            return qk_norm_rope_store(at.buffer, at.layout, layers[i], *[*qkv[i], *rest])
-
-        return Implementation(run, lambda: worst([(run(0), expected)]))
+        return implementation(qk_norm_rope_store, True)
 
     work = Work(len(layers), footprint, footprint + angle_TP.numel() * 8, 0)
     if setup.device.type == "cuda":
         work.build["triton"] = triton
+    if case.with_torch:
+        work.build["torch"] = lambda: implementation(TorchBackend().qk_norm_rope_store, False)
     return work

@@ -12,6 +12,7 @@ class Dims:
     kv_heads: int
     head_dim: int
     attention_layers: int
+    linear_layers: int
     k_heads: int
     v_heads: int
     state_dim: int
@@ -19,8 +20,8 @@ class Dims:
     block_bytes: int
 
 
-QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 16, 32, 128, 2_162_688)
-TINY = Dims(4, 2, 16, 3, 2, 4, 16, 4_096)
+QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688)
+TINY = Dims(4, 2, 16, 3, 9, 2, 4, 16, 4_096)
 """For a CPU: every operation runs, no time means anything."""
 
 
@@ -50,6 +51,11 @@ class Case:
     with_torch: bool = True
 
     @property
+    def manager_block(self) -> int | None:
+        """Tokens of a table entry."""
+        return self.kernel_block * self.kernel_blocks if self.kernel_block else None
+
+    @property
     def shape(self) -> str:
         """``rows x tokens``, for example ``64x8192``; rows of a decode step of states, tokens of a store, blocks of a copy."""
         rows, longest = len(self.lengths), max(self.lengths)
@@ -66,7 +72,7 @@ class Case:
         """Everything that tells it from other cases of its operation."""
         parts = [self.shape, self.dtype]
         if self.kernel_block:
-            parts += [f"kb={self.kernel_block}", str(self.layout)]
+            parts += [f"kb={self.kernel_block}", f"Tm={self.manager_block}", str(self.layout)]
         return " ".join(parts)
 
 
@@ -76,13 +82,20 @@ PREFILLS: tuple[Lengths, ...] = ((2_048,), (8_192,), (32_768,), (1_024,) * 16)
 DECODES: tuple[Lengths, ...] = ((32_768,), (4_096,) * 16, (8_192,) * 64, (2_048,) * 256)
 ATTENTION_PREFILLS: tuple[Lengths, ...] = ((8_192,), (2_048,) * 4, (32_768,))
 STORES: tuple[Lengths, ...] = ((1,) * 64, (8_192,))
+DECODE_LAYOUTS = (
+    *((kb, 11, "block_major") for kb in (8, 16, 32, 64)),
+    (8, 1, "block_major"),
+    (1_056, 1, "layer_major"),
+    (16, 66, "layer_major"),
+)
+"""Kernel block, kernel blocks of a table entry, order: shared_pool's, its carve mode's, padded_page's and large_block's."""
 GDN_ROWS = (1, 8, 64, 256)
 GDN_SLOTS = 16
 """Launches on disjoint slots of one graph: the procedure by which vLLM's GDN decode was measured."""
 
 
 def cuda_cases() -> Iterator[Case]:
-    """Qwen3-Next-80B-A3B: layouts are those of shared_pool (block-major) and padded_page (layer-major, 1,056 tokens)."""
+    """Qwen3-Next-80B-A3B: layouts are those of the strategies, see :data:`DECODE_LAYOUTS`."""
     dims = QWEN3_NEXT_80B
     for dtype in ("float32", "bfloat16"):
         for rows in GDN_ROWS:
@@ -94,9 +107,8 @@ def cuda_cases() -> Iterator[Case]:
             yield Case("gdn_prefill", lengths, dims, "float32", checkpoint=512, with_torch=False)
             yield Case("gdn_delta", lengths, dims, "float32", checkpoint=512, with_torch=False)
     for lengths in DECODES:
-        for kb in (8, 16, 32, 64):
-            yield Case("paged_decode", lengths, dims, "bfloat16", kb, 11, "block_major", with_torch=kb == 8)
-        yield Case("paged_decode", lengths, dims, "bfloat16", 1_056, 1, "layer_major", with_torch=False)
+        for at in DECODE_LAYOUTS:
+            yield Case("paged_decode", lengths, dims, "bfloat16", *at, with_torch=at == DECODE_LAYOUTS[0])
     for lengths in ATTENTION_PREFILLS:
         yield Case("paged_prefill", lengths, dims, "bfloat16", 8, 11, "block_major")
         yield Case("paged_prefill", lengths, dims, "bfloat16", 1_056, 1, "layer_major", with_torch=False)
@@ -105,6 +117,8 @@ def cuda_cases() -> Iterator[Case]:
             yield Case(operation, lengths, dims, "bfloat16", 8, 11, "block_major")
     for operation in ("block_copy", "swap_out", "swap_in"):
         yield Case(operation, (1,) * 64, dims, "uint8")
+    for lengths in DECODES:
+        yield Case("table_expansion", lengths, dims, "bfloat16")
 
 
 def fast_cuda_cases() -> Iterator[Case]:
@@ -112,7 +126,7 @@ def fast_cuda_cases() -> Iterator[Case]:
     keep = {"1", "64", "1x2048", "64 tokens", "1x8192 ckpt512", "16x4096", "4x2048"}
     seen: set[str] = set()
     for case in cuda_cases():
-        small = case.shape in keep and case.kernel_block in (None, 8)
+        small = case.shape in keep and (case.kernel_block, case.kernel_blocks) in ((None, 1), (8, 11))
         if small or case.operation not in seen:
             yield case
         seen.add(case.operation)
@@ -127,10 +141,12 @@ def cpu_cases() -> Iterator[Case]:
     for kb, blocks, layout in ((8, 11, "block_major"), (16, 11, "block_major"), (88, 1, "layer_major")):
         yield Case("paged_decode", (200, 1, 89), dims, "bfloat16", kb, blocks, layout)
         yield Case("paged_prefill", (150, 7), dims, "bfloat16", kb, blocks, layout)
-    yield Case("kv_store", (100,), dims, "bfloat16", 8, 11, "block_major")
+    for operation in ("kv_store", "qk_norm_rope_store"):
+        yield Case(operation, (100,), dims, "bfloat16", 8, 11, "block_major")
     yield Case("block_copy", (1,) * 8, dims, "uint8")
     for operation in ("swap_out", "swap_in"):
         yield Case(operation, (1,) * 8, dims, "uint8")
+    yield Case("table_expansion", (200, 1, 89), dims, "bfloat16")
 
 
 def select(cases: Iterator[Case], operations: list[str]) -> list[Case]:

@@ -33,7 +33,8 @@ def row_label(row: pd.Series) -> str:
     if str(row["op"]) == "gdn_decode":
         parts = [f"B={row['shape']}", {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])]
     if pd.notna(row["kernel_block"]):
-        parts.append(f"{'layer' if row['layout'] == 'layer_major' else 'block'} {int(row['kernel_block'])}")
+        order = "layer" if row["layout"] == "layer_major" else "block"
+        parts.append(f"{order} {int(row['kernel_block'])}/{int(row['manager_block'])}")
     return " ".join(parts)
 
 
@@ -56,7 +57,19 @@ def fraction_of_ceiling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     else:
         text = "Fraction of the ceiling"
     style.set_title(figure, text)
-    columns = ["op", "impl", "shape", "dtype", "kernel_block", "layout", "l2", "fraction", "bound", "median_ms"]
+    columns = [
+        "op",
+        "impl",
+        "shape",
+        "dtype",
+        "kernel_block",
+        "manager_block",
+        "layout",
+        "l2",
+        "fraction",
+        "bound",
+        "median_ms",
+    ]
     return figure, data[columns]
 
 
@@ -76,7 +89,7 @@ def relative_errors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         figure,
         f"Largest relative error {largest['rel_error']:.1e} ({largest['op']}, {largest['impl']}); allowed are {TOLERANCE:g}",
     )
-    return figure, data[["op", "impl", "shape", "dtype", "kernel_block", "layout", "l2", "rel_error"]]
+    return figure, data[["op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout", "l2", "rel_error"]]
 
 
 def _labelled(rows: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import torch
 from hybridcache.bench import attention, copies, gated_delta_net
 from hybridcache.bench.case import Case
 from hybridcache.bench.ceilings import Ceilings
+from hybridcache.bench.table_expansion import expansions
 from hybridcache.bench.timing import Timing, time_launches
 from hybridcache.bench.work import Implementation, Setup, Work
 
@@ -29,6 +30,8 @@ BUILDERS: dict[str, Builder] = {
     "swap_out": copies.swap,
     "swap_in": copies.swap,
 }
+HOST_OPERATION = "table_expansion"
+"""Has no kernel."""
 
 TOLERANCE = 1e-2
 """Relative error, above which a result is wrong and its time is not reported."""
@@ -37,10 +40,11 @@ LAUNCHES = 16
 MIN_COLD = 4
 ERROR_CHARS = 400
 COLUMNS = (
-    "op", "impl", "shape", "dtype", "kernel_block", "layout", "l2", "median_ms", "spread", "launches", "clock", "bytes",
-    "flops", "gbps", "tflops", "fraction", "bound", "rel_error", "error",
+    "op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout", "l2", "median_ms", "spread", "launches",
+    "clock", "bytes", "flops", "gbps", "tflops", "fraction", "bound", "rel_error", "error",
 )  # fmt: skip
-"""Of every row; None where a column has no meaning."""
+"""Of every row; None where a column has no meaning. ``fraction``: the least time that the binding ceiling (``bound``) allows,
+over the median."""
 
 
 class DeviceLost(RuntimeError):
@@ -61,6 +65,9 @@ class Bench:
         Raises:
             DeviceLost: an error after which the device is of no more use.
         """
+        if case.operation == HOST_OPERATION:
+            yield from self._host_rows(case)
+            return
         try:
             work = (builder or BUILDERS[case.operation])(case, self.setup)
         except Exception as error:  # one case must not hide the others; its row says what happened
@@ -120,6 +127,15 @@ class Bench:
             row["fraction"], row["bound"] = fraction(work, seconds, self.ceilings)
         return row
 
+    def _host_rows(self, case: Case) -> Iterator[Row]:
+        for found in expansions(case, self.setup.seed):
+            row = {**blank(case, found["impl"]), "bytes": found["bytes"], "rel_error": found["rel_error"]}
+            if found["rel_error"] != 0.0:
+                row["error"] = "wrong result: entries name the wrong memory"
+            elif found["seconds"] is not None:
+                row |= {"median_ms": found["seconds"] * 1e3, "clock": "host", "launches": 1}
+            yield row
+
     def _require_device(self) -> None:
         if self.setup.device.type != "cuda":
             return
@@ -145,6 +161,7 @@ def blank(case: Case, name: str) -> Row:
         "shape": case.shape,
         "dtype": case.dtype,
         "kernel_block": case.kernel_block,
+        "manager_block": case.manager_block,
         "layout": case.layout,
     }
     return {column: known.get(column) for column in COLUMNS}
