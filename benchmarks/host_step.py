@@ -32,6 +32,7 @@ class NoModel:
         self.config.vocab_size = 1024
         self.dtype = torch.bfloat16
         self.device = torch.device("cpu")
+        self.waits = None
         self._logits = torch.zeros(8192, 1, dtype=torch.bfloat16)
 
     def forward(self, batch, buffer, layout, backend) -> torch.Tensor:

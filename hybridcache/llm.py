@@ -89,6 +89,8 @@ class LLM:
         device: ``auto`` is CUDA where there is one.
         backend: of the cache operations: ``auto``, ``torch`` or ``triton``.
         attention_backend: whose attention kernels: ``auto`` (the backend's own), ``torch``, ``triton`` or ``fa3``.
+        cuda_graphs: decode under CUDA graphs: ``true``, ``false``, or ``auto``: wherever it can be.
+        overlap: schedule a step before the last one's tokens are known: ``true``, ``false``, or ``auto``: on CUDA.
         seed: of random weights, and of requests that have no seed of their own.
         scheduler: fields of :class:`~hybridcache.engine.scheduler.SchedulerConfig`.
 
@@ -109,6 +111,8 @@ class LLM:
         device: str = "auto",
         backend: str = "auto",
         attention_backend: str = "auto",
+        cuda_graphs: str | bool = "auto",
+        overlap: str | bool = "auto",
         seed: int = 0,
         **scheduler: Any,
     ) -> None:
@@ -135,6 +139,8 @@ class LLM:
             make_backend(backend, self.model.device, attention_backend),
             seed=seed,
             eos_token_ids=_eos_token_ids(Path(model), self.model.config, self.tokenizer),
+            cuda_graphs=cuda_graphs,
+            overlap=overlap,
         )
 
     def generate(

@@ -39,6 +39,7 @@ class PoolModel:
         self.config = SimpleNamespace(vocab_size=vocab_size)
         self.dtype = torch.float64
         self.device = torch.device("cpu")
+        self.waits = None
         self.before_forward = before_forward
         self.batches: list[tuple[int, int]] = []
         """``(rows that decode, rows that prefill)`` of every step, padding included."""

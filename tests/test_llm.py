@@ -169,6 +169,8 @@ def test_a_tokenizer_that_cannot_be_read_is_told(checkpoint, tmp_path):
         ({"strategy_options": {"mood": 1}}, "options="),
         ({"backend": "magic"}, "backend='magic': choose auto, torch or triton"),
         ({"backend": "triton"}, "backend='triton': needs a CUDA device"),
+        ({"cuda_graphs": True}, "cuda_graphs=True: needs a CUDA device, not cpu, or cuda_graphs=false"),
+        ({"overlap": "often"}, "overlap='often': choose auto, true, false"),
         ({"device": "gpu"}, "device='gpu': choose auto, cpu, cuda or cuda:N"),
         ({"device": "meta"}, "device='meta': choose auto, cpu, cuda or cuda:N"),
         ({"max_runing": 4}, "max_runing=4: is no option of LLM or its scheduler"),

@@ -6,6 +6,7 @@ Graphs are replayed on the CPU by running what they would have recorded, from th
 import random
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,15 +298,22 @@ def test_the_decode_graph_that_fits_is_replayed_and_launches_are_counted():
 
 
 def test_graphs_where_they_cannot_be():
-    backend = make_backend("torch", "cpu")
-    assert not wants_graphs("auto", backend, torch.device("cpu"))
-    assert not wants_graphs(False, backend, torch.device("cpu"))
+    torch_backend = make_backend("torch", "cpu")
+    triton_backend = SimpleNamespace(name="triton")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not wants_graphs("auto", torch_backend, cpu, None)
+    assert not wants_graphs(False, triton_backend, cuda, None)
+    assert wants_graphs("auto", triton_backend, cuda, None)
+    assert wants_graphs(True, triton_backend, cuda, None)
+    assert not wants_graphs("auto", triton_backend, cuda, "it counts")
     with pytest.raises(UserError, match="cuda_graphs=True: needs a CUDA device, not cpu"):
-        wants_graphs(True, backend, torch.device("cpu"))
+        wants_graphs(True, triton_backend, cpu, None)
     with pytest.raises(UserError, match="cuda_graphs='true': decode of backend=torch reads lengths on the host"):
-        wants_graphs("true", backend, torch.device("cuda"))
+        wants_graphs("true", torch_backend, cuda, None)
+    with pytest.raises(UserError, match="cuda_graphs='true': it counts, or cuda_graphs=false"):
+        wants_graphs("true", triton_backend, cuda, "it counts")
     with pytest.raises(UserError, match="cuda_graphs='maybe': choose auto"):
-        wants_graphs("maybe", backend, torch.device("cuda"))
+        wants_graphs("maybe", torch_backend, cuda, None)
     with pytest.raises(UserError, match="overlap='maybe': choose auto"):
         make_engine(overlap="maybe")
     with pytest.raises(UserError, match="cuda_graphs='true'"):

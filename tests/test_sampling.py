@@ -2,10 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from hybridcache.engine.sampling import NOT_FINITE, SamplingParams, SamplingRow, request_key, sample, uniform
+from hybridcache.engine.sampling import NOT_FINITE, SamplingParams, SamplingRow, request_key, sample, uniform, uniforms
 from hybridcache.errors import UserError
 
 GREEDY = SamplingParams()
@@ -55,8 +56,9 @@ def test_tokens_do_not_depend_on_the_batch():
         SamplingParams(temperature=0.7),
         SamplingParams(temperature=1.3, top_k=5),
         SamplingParams(temperature=1.0, top_p=0.6),
+        SamplingParams(temperature=1.1, min_p=0.05),
     ]
-    rows = [SamplingRow(choices[i % 4], (seed, i), i * 3) for i in range(40)]
+    rows = [SamplingRow(choices[i % 5], (seed, i), i * 3) for i in range(40)]
     together = sample(logits, rows)
     order = random.Random(seed).sample(range(40), 40)
     shuffled = sample(logits[order], [rows[i] for i in order])
@@ -73,6 +75,29 @@ def test_top_k_and_top_p_cut_the_tail():
     assert set(sample(logits, rows_of(SamplingParams(temperature=1.0, top_k=1), 50))) == {1}
     # top_p counts within what top_k left: 0.4 / 0.7 of two tokens reaches 0.5.
     assert set(sample(logits, rows_of(SamplingParams(temperature=1.0, top_k=2, top_p=0.5), 2000))) == {1}
+
+
+def test_min_p_cuts_what_is_far_less_likely_than_the_best():
+    logits = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)).expand(2000, 4)
+    for min_p, left in ((0.0, {0, 1, 2, 3}), (0.3, {1, 2, 3}), (0.6, {1, 2}), (1.0, {1})):
+        assert set(sample(logits, rows_of(SamplingParams(temperature=1.0, min_p=min_p), 2000))) == left
+        # The same cut where the tokens are sorted for another one.
+        params = SamplingParams(temperature=1.0, min_p=min_p, top_p=0.95)
+        assert set(sample(logits, rows_of(params, 2000))) == left
+    # Temperature comes first: at 2 the least likely token has half the weight of the best.
+    assert set(sample(logits, rows_of(SamplingParams(temperature=2.0, min_p=0.45), 2000))) == {0, 1, 2, 3}
+
+
+def test_uniforms_are_those_of_numpy():
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    keys = np.array([[rng.randrange(2**63), rng.randrange(2**64)] for _ in range(200)], dtype=np.uint64)
+    positions = np.array([rng.choice([0, 1, rng.randrange(2**20), 2**40]) for _ in range(200)])
+    expected = [
+        np.random.Generator(np.random.Philox(key=key, counter=int(position))).random()
+        for key, position in zip(keys, positions)
+    ]
+    assert uniforms(keys, positions).tolist() == expected, seed
 
 
 def test_randomness_depends_on_seed_request_and_position():
@@ -96,6 +121,8 @@ def test_randomness_depends_on_seed_request_and_position():
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
         ("seed", -1),
         ("seed", 2**63),
         ("stop_token_ids", ("a",)),

@@ -117,7 +117,7 @@ class Engine:
             backend,
             max_rows=self.scheduler.config.max_running,
             max_tokens=self.scheduler.config.max_tokens_per_step,
-            capture=CudaCapture() if wants_graphs(cuda_graphs, backend, model.device) else None,
+            capture=CudaCapture() if wants_graphs(cuda_graphs, backend, model.device, model.waits) else None,
             poison=poison,
         )
         self.runner.prepare()

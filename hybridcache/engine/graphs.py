@@ -53,11 +53,12 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [*sizes, max_rows]
 
 
-def wants_graphs(choice: str | bool, backend: Backend, device: torch.device) -> bool:
+def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, waits: str | None) -> bool:
     """Whether decode runs under CUDA graphs.
 
     Args:
         choice: ``true``, ``false``, or ``auto``: wherever it can.
+        waits: why the model's forward pass waits for the device; None where it does not.
 
     Raises:
         UserError: an unknown choice, or ``true`` where it cannot be.
@@ -70,6 +71,8 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device) -> 
         reason = f"needs a CUDA device, not {device}"
     elif backend.name != "triton":
         reason = f"decode of backend={backend.name} reads lengths on the host; choose backend=triton"
+    elif waits is not None:
+        reason = waits
     if name == "true" and reason is not None:
         raise bad("cuda_graphs", choice, f"{reason}, or cuda_graphs=false")
     return name != "false" and reason is None

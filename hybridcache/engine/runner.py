@@ -35,6 +35,11 @@ class Model(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def waits(self) -> str | None:
+        """Why a forward pass waits for the device, so that no CUDA graph can hold it; None where it does not."""
+        ...
+
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """Run the step; caches are read and written in ``buffer`` only. Returns logits ``[R, vocabulary]`` of the tokens
         that ``batch.logit_index_R`` names, in the model's dtype or a wider one."""

@@ -137,7 +137,8 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
     """The most likely token of each row (int64), :data:`NOT_FINITE` where the logits hold NaN. Nothing waits."""
     best = logits_RV.max(dim=-1)
-    return torch.where(torch.isfinite(best.values), best.indices, NOT_FINITE)
+    # Infinity less itself and NaN are not 0. (torch.where would copy its scalar to the device, and wait.)
+    return best.indices.masked_fill_(best.values - best.values != 0, NOT_FINITE)
 
 
 def draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow | None], ids_R: torch.Tensor) -> None:
@@ -158,7 +159,7 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow | None], ids_R: tor
             some = alike[first : first + _ROWS_AT_ONCE]
             index = _to_device(torch.tensor(some), logits_RV.device)
             found = _draw(logits_RV[index], [row for i in some if (row := rows[i]) is not None], restricted)
-            ids_R[index] = torch.where(ids_R[index] == NOT_FINITE, NOT_FINITE, found)
+            ids_R[index] = found.masked_fill_(ids_R[index] == NOT_FINITE, NOT_FINITE)
 
 
 def _params(rows: Sequence[SamplingRow | None], i: int) -> SamplingParams:

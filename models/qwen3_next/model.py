@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Qwen3NextConfig
 
 from hybridcache.batch import StepBatch
+from hybridcache.dtypes import dtype_name
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from models.qwen3_next.attention import Attention
@@ -98,6 +99,13 @@ class Qwen3Next(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def waits(self) -> str | None:
+        """Why a forward pass waits for the device; None where it does not."""
+        if self.dtype == torch.bfloat16 or not any(has_experts(self.config, i) for i in range(len(self.layers))):
+            return None
+        return f"experts in dtype={dtype_name(self.dtype)} are counted on the host; choose bfloat16"
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that

@@ -1,0 +1,239 @@
+"""The engine on a GPU, in short: five workloads, what the host costs, how long the device waits, and whether tokens agree.
+
+    python benchmarks/engine_smoke.py [--share 0.34] [--workloads bs1 chat] [--out smoke.json] [--no-tokens]
+
+Qwen3-Next cut to 8 layers, all other widths real, random bf16 weights; shared_pool with fp32 states in 2 GiB; greedy; 8,192
+tokens a step. ``--share`` runs that part of each workload's requests (1 for all).
+
+* ``host_ms``: the host's work in a step that only decodes, waiting excluded; ``wait_ms``: its waiting for the device.
+* ``idle``: of the time between two steps that only decode, the part in which the first had ended and the second's inputs were
+  not yet on their way, by events on the stream.
+* Tokens of a small greedy stream with graphs and overlap are compared with those without either. Where they part, the logits
+  of the step are computed again: two that differ by no more than two bf16 steps are a near tie, reported and not failed.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.environment import device_name
+from hybridcache.kernels.backend import make_backend
+from hybridcache.llm import load_for_inference
+from hybridcache.spec import CacheSpec
+from hybridcache.strategies import build
+
+WORKLOADS = {
+    "bs1": (1, 128, 256),
+    "chat": (256, 1024, 128),
+    "short": (512, 64, 256),
+    "long": (64, 4096, 128),
+    "mixed": (256, 2048, 64),
+}
+"""Requests, prompt tokens, output tokens."""
+BARS = {"bs1": 780, "chat": 7_900, "short": 12_300, "long": 4_200, "mixed": 4_800}
+"""Output tokens/s aimed at with all requests."""
+
+
+class Watch:
+    """Observes an engine's launches: the host's time, and events around each step on the stream."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.steps: list[dict[str, Any]] = []
+        launch, send = engine.runner.launch, engine.runner.inputs.send
+
+        def watched_send() -> None:
+            self.steps[-1]["start"].record()
+            send()
+
+        def watched_launch(rows):
+            decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
+            step = {
+                "decode": decode,
+                "tokens": sum(row.num_tokens for row in rows),
+                "rows": len(rows),
+                "start": torch.cuda.Event(enable_timing=True),
+                "end": torch.cuda.Event(enable_timing=True),
+            }
+            self.steps.append(step)
+            before = time.perf_counter()
+            flight = launch(rows)
+            step["launch_ms"] = (time.perf_counter() - before) * 1e3
+            step["end"].record()
+            return flight
+
+        engine.runner.launch, engine.runner.inputs.send = watched_launch, watched_send
+
+    def summary(self) -> dict[str, Any]:
+        torch.cuda.synchronize()
+        steps = self.steps
+        for step in steps:
+            step["device_ms"] = step["start"].elapsed_time(step["end"])
+        pairs = [(a, b) for a, b in itertools.pairwise(steps) if a["decode"] == a["rows"] and b["decode"] == b["rows"]]
+        gap = sum(max(a["end"].elapsed_time(b["start"]), 0.0) for a, b in pairs)
+        span = sum(a["end"].elapsed_time(b["end"]) for a, b in pairs)
+        found: dict[str, Any] = {"idle": gap / span if span else None}
+        for name, chosen in (
+            ("decode", [s for s in steps if s["decode"] == s["rows"]]),
+            ("mixed", [s for s in steps if s["decode"] != s["rows"]]),
+        ):
+            if chosen:
+                found |= {
+                    f"{name}_steps": len(chosen),
+                    f"{name}_rows": statistics.mean(s["rows"] for s in chosen),
+                    f"{name}_device_ms": statistics.median(s["device_ms"] for s in chosen),
+                    f"{name}_launch_ms": statistics.median(s["launch_ms"] for s in chosen),
+                }
+        self.steps.clear()
+        return found
+
+
+def make_engine(model, cache_bytes: int, state_dtype: str = "float32", max_running: int = 256, **options) -> Engine:
+    spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype=state_dtype)
+    strategy = build("shared_pool", spec=spec, budget_bytes=cache_bytes, physical=True)
+    config = SchedulerConfig(max_running=max_running, max_tokens_per_step=8192)
+    return Engine(model, strategy, config, make_backend("auto", "cuda"), **options)
+
+
+def serve(engine: Engine, requests: int, prompt: int, output: int, seed: int) -> tuple[float, list]:
+    """All requests at once. Seconds by the wall clock, and the finished sequences."""
+    ids = np.random.default_rng(seed).integers(1000, 150_000, (requests, prompt))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    seqs = [engine.add_request(row, SamplingParams(max_tokens=output, ignore_eos=True)) for row in ids]
+    engine.run()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    for seq in seqs:
+        assert seq.finish_reason == "length", (seq.seq_id, seq.finish_reason, engine.error(seq.seq_id))
+        engine.forget(seq.seq_id)
+    return seconds, seqs
+
+
+def run_workload(engine: Engine, watch: Watch, name: str, share: float) -> dict[str, Any]:
+    requests, prompt, output = WORKLOADS[name]
+    requests = max(1, round(requests * share))
+    times, preempted = engine.times, engine.scheduler.num_preemptions
+    steps, total, wait = times.steps, times.total_s, times.wait_s
+    seconds, _ = serve(engine, requests, prompt, output, seed=1)
+    steps, total, wait = times.steps - steps, times.total_s - total, times.wait_s - wait
+    return {
+        "workload": name,
+        "requests": requests,
+        "seconds": seconds,
+        "output_tokens_per_s": requests * output / seconds,
+        "bar": BARS[name],
+        "steps": steps,
+        "host_ms": (total - wait) / steps * 1e3,
+        "wait_ms": wait / steps * 1e3,
+        "preemptions": engine.scheduler.num_preemptions - preempted,
+        **watch.summary(),
+    }
+
+
+def compare_tokens(model) -> dict[str, Any]:
+    """A small greedy stream with graphs and overlap, and without."""
+    cache = 512 << 20
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(1000, 150_000, length).tolist() for length in (1, 70, 128, 500, 529, 1100, 64, 333)]
+    found = []
+    for options in ({"cuda_graphs": "auto", "overlap": "auto"}, {"cuda_graphs": "false", "overlap": "false"}):
+        engine = make_engine(model, cache, max_running=16, **options)
+        seqs = [engine.add_request(prompt, SamplingParams(max_tokens=32, ignore_eos=True)) for prompt in prompts]
+        engine.run()
+        found.append([seq.output_ids for seq in seqs])
+    parted = []
+    for prompt, a, b in zip(prompts, *found):
+        at = next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), None)
+        if at is not None:
+            parted.append({"prompt": len(prompt), "at": at, **_gap(engine, [*prompt, *a[:at]], a[at], b[at])})
+    return {
+        "requests": len(prompts),
+        "equal": len(prompts) - len(parted),
+        "parted": parted,
+        "ok": all(one["near_tie"] for one in parted),
+    }
+
+
+def _gap(engine: Engine, tokens: list[int], first: int, second: int) -> dict[str, Any]:
+    """How far apart two tokens' logits are after ``tokens``."""
+    kept = []
+    forward = engine.runner._forward
+    engine.runner._forward = lambda batch: kept.append(forward(batch)) or kept[-1]
+    engine.add_request(tokens, SamplingParams(max_tokens=1, ignore_eos=True))
+    engine.run()
+    engine.runner._forward = forward
+    a, b, best = (float(kept[-1][0, i]) for i in (first, second, int(kept[-1][0].argmax())))
+    step = 2.0**-8 * max(abs(a), abs(b), abs(best))
+    return {"logits": [a, b], "best": best, "near_tie": best - min(a, b) <= 2 * step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", type=float, default=0.34)
+    parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--state-dtype", default="float32")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-tokens", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: needs a CUDA device")
+    started = time.perf_counter()
+
+    def clock(what: str) -> None:
+        print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
+
+    model, _ = load_for_inference("qwen3_next_8l", dtype="bfloat16", device="cuda", seed=0)
+    torch.cuda.synchronize()
+    clock("weights")
+    engine = make_engine(model, 2 << 30, args.state_dtype)
+    graphs = engine.runner.graphs
+    clock(f"graphs of {graphs.sizes if graphs else 'no'} rows")
+    # Untimed: prefill kernels are compiled here.
+    for requests, prompt in ((1, 128), (8, 1024), (40, 64), (2, 4096), (4, 2048)):
+        serve(engine, requests, prompt, 4, seed=0)
+    clock("warm-up")
+    watch = Watch(engine)
+    rows = []
+    for name in args.workloads:
+        rows.append(run_workload(engine, watch, name, args.share))
+        clock(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}))
+    record = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "share": args.share,
+        "rows": rows,
+        "launches": dict(engine.backend.launches),
+    }
+    del engine, watch
+    if not args.no_tokens:
+        record["tokens"] = compare_tokens(model)
+        clock(f"tokens {json.dumps(record['tokens'])}")
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(
+        f"{'workload':9}{'requests':>9}{'tok/s':>9}{'bar':>8}{'host ms':>9}{'decode ms':>11}{'idle':>7}{'mixed ms':>10}"
+    )
+    for row in rows:
+        mixed = f"{row.get('mixed_device_ms', 0):.1f}/{row.get('mixed_launch_ms', 0):.1f}"
+        print(
+            f"{row['workload']:9}{row['requests']:9}{row['output_tokens_per_s']:9.0f}{row['bar']:8}{row['host_ms']:9.2f}"
+            f"{row.get('decode_device_ms', 0):11.2f}{100 * (row['idle'] or 0):6.1f}%{mixed:>10}"
+        )
+    if not record.get("tokens", {"ok": True})["ok"]:
+        sys.exit("error: tokens differ beyond near ties")
+
+
+if __name__ == "__main__":
+    main()
