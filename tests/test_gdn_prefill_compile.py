@@ -8,7 +8,11 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
 
 from test_kernels_compile import TRITON_TYPE, assert_fits, compile_for_hopper, ptxas_report  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hybridcache.kernels.gdn_prefill import hopper_state  # noqa: E402
 from hybridcache.kernels.gdn_prefill.tiles import constants, default_tiles  # noqa: E402
 from hybridcache.kernels.gdn_prefill.triton import RING_TILE  # noqa: E402
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel  # noqa: E402
@@ -101,3 +105,46 @@ def test_states(dtype, dim, rows, checkpoints, state_dtype, tmp_path):
     assert_fits(compiled, tmp_path)
     if dtype != "float32" and dim <= 128:
         assert_on_matrix_unit(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "dim"),
+    [
+        ("bfloat16", "float32", 128),
+        ("bfloat16", "bfloat16", 128),
+        ("float16", "float32", 128),
+        ("bfloat16", "float32", 64),
+    ],
+)
+def test_states_on_hopper(dtype, state_dtype, dim, checkpoints, tmp_path):
+    target, kernel = (
+        Target(dtype, dim, checkpoints=checkpoints, state_dtype=state_dtype),
+        hopper_state.hopper_state_kernel,
+    )
+    assert hopper_state.supports(target.layout, getattr(torch, dtype), target.tiles)
+    element = TRITON_TYPE[dtype]
+    square = gl.NVMMASharedLayout.get_default_for([64, 64], getattr(gl, dtype))
+    row = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptors = {
+        "key_desc": f"tensordesc<{element}[64, {dim}],{square!r}>",
+        **dict.fromkeys(
+            ("value_desc", "solve_desc", "score_desc", "out_desc"), f"tensordesc<{element}[64, 64],{square!r}>"
+        ),
+        "gates_desc": f"tensordesc<fp32[256],{row!r}>",
+    }
+    signature, aligned, constant = {}, {}, {}
+    for index, param in enumerate(kernel.params):
+        if param.name in target.constant:
+            signature[param.name], constant[param.name] = "constexpr", target.constant[param.name]
+            continue
+        kinds = target.pointers | target.scalars | descriptors
+        signature[param.name] = kinds.get(param.name) or param.annotation_type
+        fixed = param.name in target.scalars or param.name in descriptors or param.do_not_specialize_on_alignment
+        aligned |= {} if fixed else {(index,): [["tt.divisibility", 16]]}
+    source = GluonASTSource(kernel, signature, constexprs=constant, attrs=aligned)
+    options = {"num_warps": 4, "maxnreg": hopper_state.REGISTERS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert_fits(compiled, tmp_path)
+    assert_on_matrix_unit(compiled, tmp_path)
+    assert "warpgroup.wait is injected" not in ptxas_report(compiled, tmp_path), "products wait for one another"

@@ -1,6 +1,7 @@
 """GDN prefill in Triton on CUDA at the shapes of Qwen3-Next against float64, with new random inputs every time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ if torch.cuda.is_available():
         prefill_case,
         reference64,
     )
+    from hybridcache.kernels.gdn_prefill.tiles import default_tiles
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
     from hybridcache.kernels.testing import rel_error
 
@@ -36,11 +38,11 @@ def generator():
     torch.cuda.empty_cache()
 
 
-def check(case, layer=1, dtype="bfloat16", state_dtype="float32", reference=None):
+def check(case, layer=1, dtype="bfloat16", state_dtype="float32", reference=None, tiles=None):
     """Outputs row by row, states and rings; nothing else in the pool changes."""
     expected_buffer = case.buffer.clone()
     expected = (reference or naive.gdn_prefill)(expected_buffer, *case.step(layer))
-    out = gdn_prefill(case.buffer, *case.step(layer))
+    out = gdn_prefill(case.buffer, *case.step(layer), tiles=tiles)
     assert out.dtype == case.x_TC.dtype
     offsets = case.cu_seqlens.tolist()
     for row, (first, last) in enumerate(zip(offsets, [*offsets[1:], out.shape[0]])):
@@ -236,3 +238,60 @@ def test_rows_are_apart(generator):
     assert out[10:110].isnan().all()
     assert out[:10].isfinite().all()
     assert out[110:].isfinite().all()
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper device"
+)
+
+
+def hopper_tiles(case):
+    return replace(default_tiles(case.state.layout, case.x_TC.dtype, 1, 132), hopper=True)
+
+
+@on_hopper
+@pytest.mark.parametrize(("lengths", "starts"), [*BATCHES, pytest.param([5000, 1, 300], [7, 0, 64], id="long")])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "dim"),
+    [
+        ("bfloat16", "float32", 128),
+        ("bfloat16", "bfloat16", 128),
+        ("float16", "float32", 128),
+        ("bfloat16", "float32", 64),
+    ],
+)
+def test_states_on_hopper(generator, lengths, starts, dtype, state_dtype, dim):
+    options = {"dtype": dtype, "state_dtype": state_dtype, "conv_dtype": dtype, "key_dim": dim, "value_dim": dim}
+    case = prefill_case(generator, lengths=lengths, starts=starts, tail=9, device="cuda", **options)
+    check(case, dtype=dtype, state_dtype=state_dtype, reference=reference64, tiles=hopper_tiles(case))
+
+
+@on_hopper
+@pytest.mark.parametrize("interval", [64, 512])
+def test_checkpoints_on_hopper(generator, interval):
+    lengths, starts = [66, 1300, 60, 20], [62, 0, 4, 0]
+    case = prefill_case(generator, lengths=lengths, starts=starts, device="cuda", pool_bytes=120 * 2_162_688)
+    table_BNL = checkpoint_table(case, 1, interval, spare=1)
+    expected_buffer = case.buffer.clone()
+    kept = checkpointed(case, 1, interval, table_BNL, expected_buffer, reference64)
+    reference64(expected_buffer, *case.step(1))
+    options = {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": interval, "tiles": hopper_tiles(case)}
+    gdn_prefill(case.buffer, *case.step(1), **options)
+    for entries in (None, [entry for _, _, entry in kept]):
+        error, rings = block_errors(case, expected_buffer, 1, entries)
+        assert error <= 1e-2
+        assert rings
+    assert torch.equal(case.buffer, expected_buffer)
+
+
+@on_hopper
+def test_states_on_hopper_are_deterministic(generator):
+    """Copies, products and stores overlap: a race would change the bits between runs."""
+    case = prefill_case(generator, lengths=[3, 700, 64, 2], starts=[62, 100, 0, 5], device="cuda")
+    before, tiles = case.buffer.clone(), hopper_tiles(case)
+    first = gdn_prefill(case.buffer, *case.step(0), tiles=tiles)
+    after = case.buffer.clone()
+    for _ in range(20):
+        case.buffer.copy_(before)
+        assert torch.equal(gdn_prefill(case.buffer, *case.step(0), tiles=tiles), first)
+        assert torch.equal(case.buffer, after)

@@ -25,7 +25,8 @@ WIDE_ROUND = 1.6
 class Tiles:
     """Tuning choices. ``chunk`` tokens of a chunk; ``key_tile`` key dims per step of a chunk's products; ``value_tile``
     value dims of one program of the state kernel; ``stages`` its pipeline's depth; warps of the three main kernels; a
-    limit of registers per thread of the chunk kernel."""
+    limit of registers per thread of the chunk kernel; ``hopper`` takes :mod:`.hopper_state` for the states, whose tiles and
+    warps are its own."""
 
     chunk: int
     key_tile: int
@@ -35,6 +36,7 @@ class Tiles:
     chunk_warps: int = 4
     chunk_registers: int | None = None
     conv_warps: int = 4
+    hopper: bool = False
 
 
 def default_tiles(layout: StateLayout, dtype: torch.dtype, rows: int, processors: int) -> Tiles:
@@ -46,7 +48,7 @@ def default_tiles(layout: StateLayout, dtype: torch.dtype, rows: int, processors
     all but float32 with a key dim beyond 128.
     """
     v_heads, key_dim, value_dim = layout.recurrent_shape
-    block_k, head_v = _padded(key_dim), _padded(value_dim)
+    block_k, head_v = padded(key_dim), padded(value_dim)
     if dtype == torch.float32:
         return Tiles(chunk=16, key_tile=min(block_k, 32), value_tile=16, stages=1, state_warps=4)
     if block_k > 128:
@@ -73,9 +75,9 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
         "CHUNK": tiles.chunk,
         "LEVELS": tiles.chunk.bit_length() - 1,
         "ROWS": ROW_TILE,
-        "BLOCK_K": _padded(key_dim),
+        "BLOCK_K": padded(key_dim),
         "KEY_TILE": tiles.key_tile,
-        "HEAD_V": _padded(value_dim),
+        "HEAD_V": padded(value_dim),
         "BLOCK_V": tiles.value_tile,
         "STAGES": tiles.stages,
         "SCALE": key_dim**-0.5,
@@ -88,6 +90,6 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
     }
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
     """Columns of a head in scratch memory: a power of 2, at least the matrix unit's 16."""
     return max(16, triton.next_power_of_2(dim))

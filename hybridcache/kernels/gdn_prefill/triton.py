@@ -226,6 +226,8 @@ class Prefill:
 
     def states(self) -> None:
         """Outputs, and the states of rows and of their checkpoints."""
+        if self.tiles.hopper:
+            return self._hopper_states()
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "CHUNK", "BLOCK_K", "HEAD_V", "BLOCK_V", "CHECKPOINTS")
         chunk = self.tiles.chunk
         table, stride_b, stride_n = self._checkpoints()
@@ -257,6 +259,38 @@ class Prefill:
             *self._strides(self.layout.recurrent_dtype, 0),
             **self._constants(*names, "DOT", "PRECISION", "STAGES"),
             num_warps=self.tiles.state_warps,
+        )
+
+    def _hopper_states(self) -> None:
+        from hybridcache.kernels.gdn_prefill import hopper_state
+
+        if not hopper_state.supports(self.layout, self.x_TC.dtype, self.tiles):
+            raise bad(
+                "tiles", self.tiles, "the Hopper kernel does 16-bit types and whole tiles of 64; choose hopper=False"
+            )
+        names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "BLOCK_K", "HEAD_V", "CHECKPOINTS", "STAGES")
+        table, stride_b, stride_n = self._checkpoints()
+        block_k = self.constant["BLOCK_K"]
+        described = hopper_state.descriptors(self.y, self.solve, self.score, self.gates, self.out_TVJ, block_k)
+        hopper_state.hopper_state_kernel[(self.constant["HEAD_V"] // 64, self.v_heads, self.rows)](
+            self.out_TVJ,
+            self.state,
+            *described.values(),
+            self.gates,
+            self.first,
+            self.state_table_BL,
+            table,
+            *self._rows(),
+            self.layer,
+            self.checkpoint_interval,
+            table.shape[1],
+            self.state_table_BL.stride(0),
+            stride_b,
+            stride_n,
+            *self._strides(self.layout.recurrent_dtype, 0),
+            **self._constants(*names),
+            num_warps=4,
+            maxnreg=hopper_state.REGISTERS,
         )
 
 

@@ -135,8 +135,8 @@ def conv_kernel(
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """A program does one head (of q, k and v in turn) of one chunk; those of v also their gates. Head 0 notes the chunk's row (-1 where there is
-    nothing to do) and number, and the row's first chunk.
+    """A program does one head (of q, k and v in turn) of one chunk; those of v also their gates. Head 0 notes the chunk's
+    row (-1 where there is nothing to do) and number, and the row's first chunk.
 
     The output of tokens that no live row owns is zeroed here; no later launch writes it."""
     head = tl.program_id(0)

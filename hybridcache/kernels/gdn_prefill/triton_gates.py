@@ -10,13 +10,13 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 SINCE: tl.constexpr = tl.constexpr(0)
 """Row of a chunk's gates: binary logarithm of the decay from the chunk's start to after the slot's token."""
-BETA: tl.constexpr = tl.constexpr(1)
-FROM_START: tl.constexpr = tl.constexpr(2)
+FROM_START: tl.constexpr = tl.constexpr(1)
 """The decay itself; its last slot's is the whole chunk's."""
-WRITTEN_FROM_START: tl.constexpr = tl.constexpr(3)
+WRITTEN_FROM_START: tl.constexpr = tl.constexpr(2)
 """The decay times beta: what part of the value that the state at the chunk's start holds for the token's key it loses."""
-TO_END: tl.constexpr = tl.constexpr(4)
+TO_END: tl.constexpr = tl.constexpr(3)
 """The decay from after the slot's token to the chunk's end."""
+BETA: tl.constexpr = tl.constexpr(4)
 ROWS_OF_GATES: tl.constexpr = tl.constexpr(5)
 
 
