@@ -1,0 +1,152 @@
+"""Experts of few tokens in Triton: two launches, each a product of gathered matrix rows with one token's vector.
+
+With few tokens nearly every assignment has an expert to itself, so that time is what it takes to read the experts' matrices,
+once per assignment. ``gate_up`` has a program for a few rows of gate and up of one assignment, ``down`` a program for a few
+output dims of one token, which sums over the token's experts in order. The shared expert is the last slot of every token.
+
+Shapes: T tokens, D hidden, E experts, k experts per token, s = k + 1 slots, I intermediate of every expert.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_TOKENS = 16
+"""Tokens up to which this is used: from there on the grouped products, which read an expert once, are faster."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the two launches are cut."""
+
+    gate_rows: int = 8
+    """Rows of gate, and of up, of one program."""
+    gate_dims: int = 512
+    """Hidden dims at a time."""
+    gate_warps: int = 4
+    down_rows: int = 8
+    """Output dims of one program."""
+    down_warps: int = 4
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr,
+    expert_ptr,
+    gate_up_ptr,
+    shared_ptr,
+    out_ptr,
+    x_stride,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``silu(gate x) * (up x)`` of one assignment into ``out [T, s, I]`` (float32)."""
+    assignment = tl.program_id(1).to(tl.int64)
+    token, slot = assignment // (TOP_K + 1), assignment % (TOP_K + 1)
+    matrix = shared_ptr
+    if slot < TOP_K:
+        expert = tl.load(expert_ptr + token * TOP_K + slot).to(tl.int64)
+        matrix = gate_up_ptr + expert * (2 * INNER * HIDDEN)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    d = tl.arange(0, BLOCK_D)
+    i_inside = i < INNER
+    gate = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
+    up = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
+    x_ptr += token * x_stride
+    row = matrix + i[:, None] * HIDDEN + d[None, :]
+    for first in tl.static_range(0, HIDDEN, BLOCK_D):
+        d_inside = d < HIDDEN - first
+        inside = i_inside[:, None] & d_inside[None, :]
+        x = tl.load(x_ptr + first + d, mask=d_inside, other=0.0).to(tl.float32)
+        gate += tl.load(row + first, mask=inside, other=0.0).to(tl.float32) * x[None, :]
+        up += tl.load(row + (INNER * HIDDEN + first), mask=inside, other=0.0).to(tl.float32) * x[None, :]
+    gate_I, up_I = tl.sum(gate, 1), tl.sum(up, 1)
+    tl.store(out_ptr + assignment * INNER + i, gate_I / (1.0 + tl.exp(-gate_I)) * up_I, mask=i_inside)
+
+
+@triton.jit
+def down_kernel(
+    narrow_ptr,
+    weight_ptr,
+    expert_ptr,
+    down_ptr,
+    shared_ptr,
+    out_ptr,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """``sum over slots of weight * (down narrow)`` of one token."""
+    token = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    i = tl.arange(0, BLOCK_I)
+    d_inside, i_inside = d < HIDDEN, i < INNER
+    inside = d_inside[:, None] & i_inside[None, :]
+    row = d[:, None] * INNER + i[None, :]
+    acc = tl.zeros([BLOCK_D, BLOCK_I], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K + 1):
+        matrix = shared_ptr
+        if slot < TOP_K:
+            expert = tl.load(expert_ptr + token * TOP_K + slot).to(tl.int64)
+            matrix = down_ptr + expert * (HIDDEN * INNER)
+        weight = tl.load(weight_ptr + token * (TOP_K + 1) + slot)
+        narrow = tl.load(narrow_ptr + (token * (TOP_K + 1) + slot) * INNER + i, mask=i_inside, other=0.0)
+        acc += tl.load(matrix + row, mask=inside, other=0.0).to(tl.float32) * (narrow * weight)[None, :]
+    tl.store(out_ptr + token * HIDDEN + d, tl.sum(acc, 1), mask=d_inside)
+
+
+def constants(hidden: int, inner: int, k: int, tuning: Tuning) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compile-time parameters of the two kernels."""
+    shape = {"TOP_K": k, "HIDDEN": hidden, "INNER": inner}
+    return (
+        {**shape, "BLOCK_I": tuning.gate_rows, "BLOCK_D": min(tuning.gate_dims, triton.next_power_of_2(hidden))},
+        {**shape, "BLOCK_D": tuning.down_rows, "BLOCK_I": triton.next_power_of_2(inner)},
+    )
+
+
+def mixture(
+    x_TD: torch.Tensor,
+    weight_Ts: torch.Tensor,
+    expert_Tk: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    shared_gate_up_ID: torch.Tensor,
+    shared_down_DI: torch.Tensor,
+    tuning: Tuning | None = None,
+) -> torch.Tensor:
+    """See :func:`hybridcache.kernels.moe.naive.mixture`; the shared expert is as wide as the others. Not for float64."""
+    tokens, hidden = x_TD.shape
+    k, inner = expert_Tk.shape[1], down_EDI.shape[2]
+    tuning = tuning or Tuning()
+    gate_constants, down_constants = constants(hidden, inner, k, tuning)
+    narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
+    out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
+    gate_up_kernel[(triton.cdiv(inner, tuning.gate_rows), tokens * (k + 1))](
+        x_TD,
+        expert_Tk,
+        gate_up_EID,
+        shared_gate_up_ID,
+        narrow,
+        x_TD.stride(0),
+        **gate_constants,
+        num_warps=tuning.gate_warps,
+    )
+    down_kernel[(triton.cdiv(hidden, tuning.down_rows), tokens)](
+        narrow,
+        weight_Ts,
+        expert_Tk,
+        down_EDI,
+        shared_down_DI,
+        out_TD,
+        **down_constants,
+        num_warps=tuning.down_warps,
+    )
+    return out_TD

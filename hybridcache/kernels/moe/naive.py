@@ -1,0 +1,60 @@
+"""Reference of the mixture of experts, and the implementation wherever Triton does not run.
+
+Shapes: T tokens, D hidden, E experts, R router rows, k experts per token, A = T * k assignments, I expert intermediate, J
+shared intermediate.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax and top-k of the first ``experts`` logits, and the shared expert's gate.
+
+    Returns:
+        Weights ``[T, k + 1]``, float32 or float64: of the chosen experts, summing to 1 with ``renormalise``, then the sigmoid
+        of logit ``experts``. Expert ids ``[T, k]``, int32, most likely first.
+    """
+    logits_TR = logits_TR.to(torch.float64 if logits_TR.dtype == torch.float64 else torch.float32)
+    weight_Tk, expert_Tk = logits_TR[:, :experts].softmax(-1).topk(k, dim=-1)
+    if renormalise:
+        weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
+    shared_T1 = logits_TR[:, experts : experts + 1].sigmoid()
+    return torch.cat([weight_Tk, shared_T1], dim=1), expert_Tk.int()
+
+
+def silu_mul(gate_up_AI: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of rows that hold gate, then up."""
+    gate, up = gate_up_AI.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def mixture(
+    x_TD: torch.Tensor,
+    weight_Ts: torch.Tensor,
+    expert_Tk: torch.Tensor,
+    gate_up_EID: torch.Tensor,
+    down_EDI: torch.Tensor,
+    shared_gate_up_JD: torch.Tensor,
+    shared_down_DJ: torch.Tensor,
+) -> torch.Tensor:
+    """Weighted sum of each token's experts and the shared one, ``[T, D]``. Gate's rows come before up's. Experts that were hit
+    are done one by one, their number and sizes read by the host."""
+    tokens, k = expert_Tk.shape
+    expert_A, order_A = expert_Tk.flatten().sort(stable=True)
+    x_AD = x_TD[order_A // k]
+    weight_A1 = weight_Ts[:, :k].flatten()[order_A].unsqueeze(1).to(x_TD.dtype)
+    y_AD = torch.empty_like(x_AD)
+    hit, counts = expert_A.unique_consecutive(return_counts=True)
+    begin = 0
+    for expert, count in zip(hit.tolist(), counts.tolist()):
+        rows = slice(begin, begin + count)
+        # The routing weight is applied to the narrow side; the product with `down` is linear in it.
+        narrow = silu_mul(F.linear(x_AD[rows], gate_up_EID[expert])) * weight_A1[rows]
+        y_AD[rows] = F.linear(narrow, down_EDI[expert])
+        begin += count
+    place_A = torch.empty_like(order_A)
+    place_A[order_A] = torch.arange(tokens * k, device=order_A.device)
+    routed_TD = y_AD[place_A].unflatten(0, (tokens, k)).sum(1)
+    shared_TD = F.linear(silu_mul(F.linear(x_TD, shared_gate_up_JD)), shared_down_DJ)
+    return routed_TD + weight_Ts[:, k:].to(x_TD.dtype) * shared_TD

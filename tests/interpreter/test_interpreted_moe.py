@@ -1,0 +1,121 @@
+"""Routing, experts and norms against their float64 references, in Triton's interpreter."""
+
+import random
+
+import pytest
+import torch
+
+from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows
+from hybridcache.kernels.moe.routing import route
+from hybridcache.kernels.norms import naive as naive_norms
+from hybridcache.kernels.norms import triton as triton_norms
+from hybridcache.kernels.testing import rel_error
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    seed = random.SystemRandom().randrange(1 << 31)
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(generator, experts, hidden, inner, shared, dtype):
+    """Gate and up, and down, of the experts and of the shared one."""
+    shapes = ((experts, 2 * inner, hidden), (experts, hidden, inner), (2 * shared, hidden), (hidden, shared))
+    return [(torch.randn(shape, generator=generator) * 0.1).to(dtype) for shape in shapes]
+
+
+def routed(generator, tokens, experts, k):
+    logits = torch.randn(tokens, router_rows(experts), generator=generator)
+    return naive.route(logits, experts, k, True)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (5, 61, 10), (3, 7, 7), (2, 1, 1)])
+def test_routing(generator, tokens, experts, k, renormalise):
+    logits = torch.randn(tokens + 1, router_rows(experts) + 3, generator=generator)[1:, :-3]
+    weight, expert = route(logits, experts, k, renormalise)
+    expected_weight, expected_expert = naive.route(logits.double(), experts, k, renormalise)
+    assert expert.tolist() == expected_expert.tolist()
+    assert expert.dtype == torch.int32
+    assert weight.shape == (tokens, k + 1)
+    assert rel_error(weight, expected_weight) < 1e-6
+    if renormalise:
+        torch.testing.assert_close(weight[:, :k].sum(1), torch.ones(tokens))
+
+
+def test_routing_of_nan_names_experts(generator):
+    logits = torch.randn(2, router_rows(5), generator=generator)
+    logits[0] = float("nan")
+    weight, expert = route(logits, 5, 3, True)
+    assert ((expert >= 0) & (expert < 5)).all()
+    assert weight[0].isnan().all()
+    assert weight[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "hidden", "inner"),
+    [(1, 6, 2, 64, 16), (3, 9, 4, 48, 24), (4, 2, 2, 130, 10)],
+)
+def test_few_tokens(generator, tokens, experts, k, hidden, inner, dtype):
+    matrices = weights(generator, experts, hidden, inner, inner, dtype)
+    x = torch.randn(tokens, 2 * hidden, generator=generator).to(dtype)[:, :hidden]
+    weight, expert = routed(generator, tokens, experts, k)
+    expected = naive.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
+    for tuning in (few_tokens.Tuning(), few_tokens.Tuning(gate_rows=4, gate_dims=32, down_rows=16)):
+        out = few_tokens.mixture(x, weight, expert, *matrices, tuning=tuning)
+        assert out.dtype == dtype
+        assert rel_error(out, expected) < TOLERANCE[dtype], tuning
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "experts", "k", "dim"), [(1, 4, 1, 16), (7, 5, 3, 40), (9, 300, 10, 64)])
+def test_what_stands_between_grouped_products(generator, tokens, experts, k, dim, dtype):
+    """Gathering, gating and combining around identity products give each token a weighted sum over its experts."""
+    x = torch.randn(tokens, 2 * dim, generator=generator).to(dtype)
+    weight, expert = routed(generator, tokens, experts, k)
+    order = expert.flatten().sort(stable=True).indices
+    x_rows, place = grouped.gather(x, order, k)
+    assert torch.equal(x_rows, x[order // k])
+    assert torch.equal(order[place.long()], torch.arange(tokens * k))
+    narrow = grouped.silu_mul(x_rows, weight, order)
+    gated = naive.silu_mul(x.double())
+    expected = gated[order // k] * weight[:, :k].double().flatten()[order, None]
+    assert rel_error(narrow, expected) < TOLERANCE[dtype]
+    assert rel_error(grouped.silu_mul(x), gated) < TOLERANCE[dtype]
+    shared = torch.randn(tokens, dim, generator=generator).to(dtype)
+    out = grouped.combine(narrow, place, shared, weight)
+    summed = narrow.double()[place.long()].unflatten(0, (tokens, k)).sum(1) + weight[:, k:].double() * shared.double()
+    assert rel_error(out, summed) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (3, 100), (2, 2048)])
+def test_add_norm(generator, tokens, dim, dtype):
+    x, delta = torch.randn(2, tokens, dim, generator=generator).to(dtype)
+    weight = torch.randn(dim, generator=generator) * 0.3
+    for added in (None, delta):
+        total, out = triton_norms.add_norm(x, added, weight, 1e-6)
+        expected_total, _ = naive_norms.add_norm(x, added, weight, 1e-6)
+        # The interpreter truncates to bf16.
+        assert rel_error(total, expected_total) < (1e-7 if dtype == torch.float32 else 1e-2)
+        _, expected = naive_norms.add_norm(total.double(), None, weight.double(), 1e-6)
+        assert out.dtype == dtype
+        assert rel_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (3, 11, 24), (2, 32, 128)])
+def test_gated_norm(generator, tokens, heads, dim, dtype):
+    """The gate is a slice of a wider projection, as in the model."""
+    x = torch.randn(tokens, heads, dim, generator=generator).to(dtype)
+    gate = torch.randn(tokens, 3 * heads * dim, generator=generator).to(dtype)[:, heads * dim : 2 * heads * dim]
+    gate = gate.unflatten(1, (heads, dim))
+    weight = torch.randn(dim, generator=generator)
+    out = triton_norms.gated_norm(x, gate, weight, 1e-6)
+    expected = naive_norms.gated_norm(x.double(), gate.double(), weight.double(), 1e-6)
+    assert out.dtype == dtype
+    assert rel_error(out, expected) < TOLERANCE[dtype]

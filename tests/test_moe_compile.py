@@ -1,0 +1,80 @@
+"""Routing, experts and norms compiled for Hopper without a GPU: nothing spills, and matrices are read 16 bytes wide."""
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
+
+from test_kernels_compile import assert_fits, compile_for_hopper  # noqa: E402
+
+from hybridcache.kernels.moe import few_tokens, grouped, routing  # noqa: E402
+from hybridcache.kernels.norms import triton as norms  # noqa: E402
+
+HIDDEN, INNER, EXPERTS, TOP_K = 2048, 512, 512, 10
+TUNINGS = [
+    few_tokens.Tuning(),
+    few_tokens.Tuning(gate_rows=4, gate_dims=1024, gate_warps=4, down_rows=4, down_warps=2),
+    few_tokens.Tuning(gate_rows=16, gate_dims=256, gate_warps=4, down_rows=16, down_warps=8),
+]
+
+
+def wide_loads(compiled) -> int:
+    return len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"]))
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_few_tokens(tuning, tmp_path):
+    gate_constants, down_constants = few_tokens.constants(HIDDEN, INNER, TOP_K, tuning)
+    matrices = {"gate_up_ptr": "*bf16", "down_ptr": "*bf16", "shared_ptr": "*bf16"}
+    pointers = {**matrices, "x_ptr": "*bf16", "expert_ptr": "*i32", "out_ptr": "*fp32"}
+    compiled = compile_for_hopper(
+        few_tokens.gate_up_kernel, pointers, {"x_stride": "i32"}, gate_constants, {"num_warps": tuning.gate_warps}
+    )
+    assert_fits(compiled, tmp_path)
+    tile_bytes = 2 * 2 * tuning.gate_rows * HIDDEN
+    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tuning.gate_warps)
+    pointers = {**matrices, "narrow_ptr": "*fp32", "weight_ptr": "*fp32", "expert_ptr": "*i32", "out_ptr": "*bf16"}
+    compiled = compile_for_hopper(
+        few_tokens.down_kernel, pointers, {}, down_constants, {"num_warps": tuning.down_warps}
+    )
+    assert_fits(compiled, tmp_path)
+    tile_bytes = 2 * tuning.down_rows * INNER * (TOP_K + 1)
+    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tuning.down_warps)
+
+
+def test_routing(tmp_path):
+    pointers = {"logits_ptr": "*bf16", "weight_ptr": "*fp32", "expert_ptr": "*i32"}
+    constants = {"EXPERTS": EXPERTS, "TOP_K": TOP_K, "RENORMALISE": True, "BLOCK_E": 512, "BLOCK_K": 16}
+    options = {"num_warps": 1}
+    assert_fits(
+        compile_for_hopper(routing.route_kernel, pointers, {"logits_stride": "i32"}, constants, options), tmp_path
+    )
+
+
+def test_between_grouped_products(tmp_path):
+    rows = {"x_ptr": "*bf16", "order_ptr": "*i64", "out_ptr": "*bf16", "place_ptr": "*i32", "y_ptr": "*bf16"}
+    rows |= {"gate_up_ptr": "*bf16", "weight_ptr": "*fp32", "shared_ptr": "*bf16"}
+    scalars = {"x_stride": "i32", "rows": "i32"}
+    gated = {"TOP_K": TOP_K, "INNER": INNER, "WEIGHTED": True, "BLOCK_R": 4, "BLOCK_I": 512}
+    for kernel, constants in (
+        (grouped.gather_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 2048}),
+        (grouped.silu_mul_kernel, gated),
+        (grouped.combine_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 1024}),
+    ):
+        compiled = compile_for_hopper(kernel, rows, scalars, constants, {"num_warps": 4})
+        assert_fits(compiled, tmp_path)
+
+
+def test_norms(tmp_path):
+    pointers = dict.fromkeys(("x_ptr", "delta_ptr", "gate_ptr", "sum_ptr", "out_ptr"), "*bf16") | {
+        "weight_ptr": "*fp32"
+    }
+    names = ("x_stride", "delta_stride", "x_stride_t", "x_stride_h", "gate_stride_t", "gate_stride_h")
+    scalars = dict.fromkeys(names, "i32")
+    added = {"DIM": HIDDEN, "EPS": 1e-6, "ADD": True, "BLOCK_D": 2048}
+    gated = {"HEADS": 32, "DIM": 128, "EPS": 1e-6, "BLOCK_H": 8, "BLOCK_E": 128}
+    for kernel, constants, warps in ((norms.add_norm_kernel, added, 8), (norms.gated_norm_kernel, gated, 4)):
+        assert_fits(compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": warps}), tmp_path)
