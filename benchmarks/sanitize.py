@@ -1,0 +1,238 @@
+"""Runs the kernels of every cache operation once on small shapes under NVIDIA's compute-sanitizer, and records what it finds.
+
+    python benchmarks/sanitize.py --out benchmarks/results/sanitize-h100.json
+
+Kernels are compiled first, in parallel and without the sanitizer, so that under it they are only launched. Then one process
+per tool launches them one after another: ``memcheck`` (accesses out of bounds, each tensor in an allocation of its own) and
+``racecheck`` (hazards in shared memory). A clean report of memcheck proves something only if it sees a fault: the last
+kernel, ``planted``, writes beyond its tensor; racecheck has no such proof here. Findings belong to the kernel that was running. Exit status 1: a finding, a
+kernel that did not finish, a report without a summary, or a planted fault that was not found.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hybridcache.bench.once import PLANTED, here, launch  # noqa: E402
+from hybridcache.bench.precompile import in_parallel  # noqa: E402
+from hybridcache.environment import environment  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck")
+REST = "(unattributed)"
+MARK = "SANITIZE"
+SETTLE_S = 0.1
+"""Between a kernel's end and the next one's mark, for the sanitizer's report to be written."""
+MESSAGES, MESSAGE_CHARS = 3, 300
+SUMMARY = {
+    "memcheck": re.compile(r"^========= ERROR SUMMARY: (\d+) errors?()", re.MULTILINE),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warnings?\)"),
+}
+"""Errors and warnings in all."""
+NO_FINDING = (
+    "COMPUTE-SANITIZER",
+    "ERROR SUMMARY",
+    "RACECHECK SUMMARY",
+    "LEAK SUMMARY",
+    "Target application",
+    "Process ID",
+)
+
+
+def launch_all(names: list[str]) -> None:
+    """In the process under the sanitizer: a mark before and after every kernel."""
+    for name in names:
+        print(f"{MARK} begin {name}", flush=True)
+        started = time.perf_counter()
+        try:
+            launch(name)
+        except Exception as error:
+            print(f"{MARK} error {type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_CHARS]}", flush=True)
+        time.sleep(SETTLE_S)
+        print(f"{MARK} end {time.perf_counter() - started:.3f}", flush=True)
+
+
+# -- reports -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """Of one kernel under one tool."""
+
+    errors: int = 0
+    warnings: int = 0
+    seconds: float | None = None
+    failure: str | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+def parse(text: str) -> dict[str, Found]:
+    """Findings by kernel, from the marks of :func:`launch_all` and the sanitizer's report between them."""
+    found: dict[str, Found] = {}
+    name, message = REST, None
+    for line in text.splitlines():
+        mark = re.match(rf"{MARK} (begin|end|error) (.*)", line)
+        if mark:
+            kind, value = mark.groups()
+            if kind == "begin":
+                name = value
+                found[name] = Found()
+            elif kind == "error":
+                found[name].failure = value
+            else:
+                found[name].seconds = float(value)
+                name = REST
+            continue
+        if not line.startswith("========= "):
+            continue
+        body = line.removeprefix("========= ")
+        if body.startswith(" "):
+            if message is not None and len(message.split(" | ")) < 4:
+                found[name].messages[-1] = message = f"{message} | {body.strip()}"[:MESSAGE_CHARS]
+            continue
+        message = None
+        if body.startswith(NO_FINDING) or "SUMMARY" in body or body.startswith("Info"):
+            continue
+        at = found.setdefault(name, Found())
+        at.warnings += body.startswith("Warning")
+        at.errors += not body.startswith("Warning")
+        if len(at.messages) < MESSAGES:
+            at.messages.append(body[:MESSAGE_CHARS])
+            message = at.messages[-1]
+    return found
+
+
+def add_rest(found: dict[str, Found], tool: str, text: str) -> None:
+    """What the summary counts and no kernel's report shows. Without a summary the report is not whole, which is a failure."""
+    rest = found.setdefault(REST, Found())
+    summary = SUMMARY[tool].search(text)
+    if summary is None:
+        rest.failure = rest.failure or "the report has no summary"
+        return
+    errors, warnings = (int(count or 0) for count in summary.groups())
+    rest.errors = max(errors - sum(f.errors for name, f in found.items() if name != REST), 0)
+    rest.warnings = max(warnings - sum(f.warnings for name, f in found.items() if name != REST), 0)
+
+
+def find_sanitizer() -> str:
+    """Path of compute-sanitizer: on the PATH, or of a CUDA toolkit in its usual place.
+
+    Raises:
+        SystemExit: it is nowhere.
+    """
+    places = [shutil.which("compute-sanitizer"), *sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))]
+    for place in places:
+        if place and os.access(place, os.X_OK):
+            return str(place)
+    sys.exit("error: compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin; install the CUDA toolkit")
+
+
+def run_limited(command: list[str], limit_s: float, env: dict[str, str]) -> tuple[str, str | None]:
+    """Output (both streams in order), and why the command did not end well, None where it did. A command that takes longer
+    is stopped with the processes that it started."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+    )
+    try:
+        text, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        return text, f"stopped after {limit_s:.0f} s"
+    return text, None if process.returncode == 0 else f"exit status {process.returncode}"
+
+
+def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tuple[dict[str, Found], str]:
+    """Findings of one tool by kernel, and its whole report."""
+    env = dict(os.environ)
+    if tool == "memcheck":
+        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        names = [*names, PLANTED]
+    options = ["--print-limit", "1000", "--report-api-errors", "no", "--target-processes", "application-only"]
+    child = [sys.executable, str(Path(__file__).resolve()), "--launch", *names]
+    text, failure = run_limited([sanitizer, "--tool", tool, *options, *child], limit_s, env)
+    found = parse(text)
+    for name in names:
+        at = found.setdefault(name, Found(failure="not reached"))
+        if at.seconds is None and at.failure is None:
+            at.failure = "did not finish"
+    add_rest(found, tool, text)
+    found[REST].failure = failure or found[REST].failure
+    return found, text
+
+
+def verdict(tool: str, found: dict[str, Found]) -> list[str]:
+    """What is wrong, in lines; nothing where all is well."""
+    wrong = []
+    for name, at in found.items():
+        if name == PLANTED:
+            if not at.errors:
+                wrong.append(f"{tool}: the planted fault was not found, so a clean report proves nothing")
+            continue
+        if at.errors or at.warnings:
+            wrong.append(f"{tool}: {name}: {at.errors} errors, {at.warnings} warnings: {'; '.join(at.messages)}")
+        if at.failure:
+            wrong.append(f"{tool}: {name}: {at.failure}")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--limit-s", type=float, default=50.0, help="seconds for one tool")
+    parser.add_argument("--launch", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.launch:
+        launch_all(args.launch)
+        return 0
+    if args.out is None:
+        parser.error("--out is needed")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: there is nothing to sanitize")
+    sanitizer, started = find_sanitizer(), time.perf_counter()
+    told = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
+    version = next((line.strip() for line in told.splitlines() if "ersion" in line), told.strip())
+    wrong = [f"without a sanitizer: {line}" for line in in_parallel(launch, here())]
+    compiled = time.perf_counter() - started
+    records, reports = [], {}
+    for tool in args.tools:
+        found, reports[tool] = sanitize(sanitizer, tool, here(), args.limit_s)
+        wrong += verdict(tool, found)
+        for name, at in found.items():
+            records.append({"tool": tool, "kernel": name, **vars(at), "version": version})
+            print(f"{tool:10} {name:36} {at.errors:5} errors {at.warnings:5} warnings  {at.failure or ''}", flush=True)
+    result = {
+        "environment": environment(),
+        "version": version,
+        "seconds": time.perf_counter() - started,
+        "compile_seconds": compiled,
+        "wrong": wrong,
+        "records": records,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for tool, text in reports.items():
+        if any(line.startswith(tool) for line in wrong):
+            args.out.with_suffix(f".{tool}.txt").write_text(text)
+    counts = Counter(record["tool"] for record in records)
+    print("\n".join(wrong) or "nothing found")
+    print(f"{version}; {dict(counts)} records in {result['seconds']:.0f} s: {args.out}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
