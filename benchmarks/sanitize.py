@@ -5,8 +5,9 @@
 Kernels are compiled first, in parallel and without the sanitizer, so that under it they are only launched. Then one process
 per tool launches them one after another: ``memcheck`` (accesses out of bounds, each tensor in an allocation of its own) and
 ``racecheck`` (hazards in shared memory). A clean report of memcheck proves something only if it sees a fault: the last
-kernel, ``planted``, writes beyond its tensor; racecheck has no such proof here. Findings belong to the kernel that was running. Exit status 1: a finding, a
-kernel that did not finish, a report without a summary, or a planted fault that was not found.
+kernel, ``planted``, writes beyond its tensor; racecheck has no such proof here. Findings belong to the kernel that was
+running. Exit status 1: a finding, a kernel that did not finish, a report without a summary, or a planted fault that was not
+found.
 """
 
 import argparse
