@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from qwen3_next_runs import Loop, tiny_config
 
+from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing
+from hybridcache.kernels.norms import naive as naive_norms
+from hybridcache.kernels.norms import triton as norms
+from hybridcache.kernels.testing import rel_error
 from models.qwen3_next import build_model
-from models.qwen3_next.moe import Experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,22 +43,40 @@ def test_cuda_gives_the_cpu_result(rng, dtype, tolerance):
         assert tokens[0] == tokens[1]
 
 
+@pytest.mark.parametrize("way", [few_tokens, grouped], ids=["few_tokens", "grouped"])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (37, 16, 3), (700, 64, 10)])
-def test_grouped_experts_equal_each_token_through_its_own(rng, tokens, experts, k):
-    hidden, intermediate = 128, 64
-    module = Experts(experts, hidden, intermediate, torch.bfloat16, torch.device("cuda"))
-    module.init_weights(0.1, torch.Generator("cuda").manual_seed(rng.randrange(1000)))
-    x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-    chosen = torch.rand(tokens, experts, device="cuda").topk(k).indices
-    weight = torch.rand(tokens, k, device="cuda").bfloat16()
-    out = module(x, chosen, weight)
-    expected = torch.zeros(tokens, hidden, device="cuda", dtype=torch.float64)
-    for j in range(k):
-        gate_up = torch.einsum("tih,th->ti", module.gate_up[chosen[:, j]].double(), x.double())
-        gate, up = gate_up.chunk(2, dim=1)
-        y = torch.einsum("thi,ti->th", module.down[chosen[:, j]].double(), F.silu(gate) * up)
-        expected += y * weight[:, j : j + 1].double()
-    torch.testing.assert_close(out.double(), expected, rtol=3e-2, atol=3e-2 * expected.abs().max().item())
+def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
+    hidden, inner = 128, 64
+    shapes = ((experts, 2 * inner, hidden), (experts, hidden, inner), (2 * inner, hidden), (hidden, inner))
+    matrices = [torch.randn(shape, device="cuda").mul(0.1).bfloat16() for shape in shapes]
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    weight, chosen = naive.route(torch.randn(tokens, router_rows(experts), device="cuda"), experts, k, True)
+    out = way.mixture(x, weight, chosen, *matrices)
+    expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
+    assert rel_error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (37, 61, 3), (9000, 512, 10)])
+def test_routing_is_that_of_torch(rng, tokens, experts, k, renormalise):
+    logits = torch.randn(tokens, router_rows(experts), device="cuda")
+    weight, chosen = routing.route(logits, experts, k, renormalise)
+    expected_weight, expected = naive.route(logits.double(), experts, k, renormalise)
+    assert torch.equal(chosen, expected)
+    assert rel_error(weight, expected_weight) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_fused_norms_are_those_of_torch(rng, tokens):
+    x, delta = torch.randn(2, tokens, 2048, device="cuda").bfloat16()
+    weight = torch.randn(2048, device="cuda")
+    total, out = norms.add_norm(x, delta, weight, 1e-6)
+    expected_total, expected = naive_norms.add_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, expected_total)
+    assert rel_error(out, expected) < 1e-2
+    heads, gate = torch.randn(2, tokens, 32, 128, device="cuda").bfloat16()
+    out = norms.gated_norm(heads, gate, weight[:128], 1e-6)
+    assert rel_error(out, naive_norms.gated_norm(heads.double(), gate.double(), weight[:128].double(), 1e-6)) < 1e-2
 
 
 def test_decode_in_a_cuda_graph_with_padding_rows(rng):

@@ -31,14 +31,14 @@ def test_few_tokens(tuning, tmp_path):
     matrices = {"gate_up_ptr": "*bf16", "down_ptr": "*bf16", "shared_ptr": "*bf16"}
     pointers = {**matrices, "x_ptr": "*bf16", "expert_ptr": "*i32", "out_ptr": "*fp32"}
     compiled = compile_for_hopper(
-        few_tokens.gate_up_kernel, pointers, {"x_stride": "i32"}, gate_constants, {"num_warps": tuning.gate_warps}
+        few_tokens.moe_gate_up_kernel, pointers, {"x_stride": "i32"}, gate_constants, {"num_warps": tuning.gate_warps}
     )
     assert_fits(compiled, tmp_path)
     tile_bytes = 2 * 2 * tuning.gate_rows * HIDDEN
     assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tuning.gate_warps)
     pointers = {**matrices, "narrow_ptr": "*fp32", "weight_ptr": "*fp32", "expert_ptr": "*i32", "out_ptr": "*bf16"}
     compiled = compile_for_hopper(
-        few_tokens.down_kernel, pointers, {}, down_constants, {"num_warps": tuning.down_warps}
+        few_tokens.moe_down_kernel, pointers, {}, down_constants, {"num_warps": tuning.down_warps}
     )
     assert_fits(compiled, tmp_path)
     tile_bytes = 2 * tuning.down_rows * INNER * (TOP_K + 1)
@@ -50,7 +50,7 @@ def test_routing(tmp_path):
     constants = {"EXPERTS": EXPERTS, "TOP_K": TOP_K, "RENORMALISE": True, "BLOCK_E": 512, "BLOCK_K": 16}
     options = {"num_warps": 1}
     assert_fits(
-        compile_for_hopper(routing.route_kernel, pointers, {"logits_stride": "i32"}, constants, options), tmp_path
+        compile_for_hopper(routing.moe_route_kernel, pointers, {"logits_stride": "i32"}, constants, options), tmp_path
     )
 
 
@@ -60,9 +60,9 @@ def test_between_grouped_products(tmp_path):
     scalars = {"x_stride": "i32", "rows": "i32"}
     gated = {"TOP_K": TOP_K, "INNER": INNER, "WEIGHTED": True, "BLOCK_R": 4, "BLOCK_I": 512}
     for kernel, constants in (
-        (grouped.gather_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 2048}),
-        (grouped.silu_mul_kernel, gated),
-        (grouped.combine_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 1024}),
+        (grouped.moe_gather_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 2048}),
+        (grouped.moe_silu_mul_kernel, gated),
+        (grouped.moe_combine_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 1024}),
     ):
         compiled = compile_for_hopper(kernel, rows, scalars, constants, {"num_warps": 4})
         assert_fits(compiled, tmp_path)

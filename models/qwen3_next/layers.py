@@ -1,6 +1,6 @@
 """Norms, rotary positions and the dense MLP.
 
-Shapes: T tokens, D hidden or head dim, I intermediate, P rotated pairs (half the rotated dims).
+Shapes: T tokens, D hidden or head dim, V value heads, E head dim, I intermediate, P rotated pairs (half the rotated dims).
 """
 
 from collections.abc import Container
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Qwen3NextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from models.qwen3_next.ops import Ops
 from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
 
 
@@ -22,9 +23,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = parameter(dim, dtype=at_least_float32(dtype), device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises the last dimension. Returns the weight's dtype, for the caller to round."""
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, 1.0 + self.weight, self.eps)
+    def add(self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x + delta``, and the norm of that, both in x's dtype. ``delta`` None adds nothing."""
+        return ops.add_norm(x_TD, delta_TD, self.weight, self.eps)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield f"{prefix}weight", Slot.of(self.weight)
@@ -41,10 +42,9 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
         self.weight = parameter(dim, dtype=at_least_float32(dtype), device=device)
 
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        dtype = self.weight.dtype
-        normed = F.rms_norm(x.to(dtype), self.weight.shape, self.weight, self.eps)
-        return (normed * F.silu(gate.to(dtype))).to(gate.dtype)
+    def forward(self, x_TVE: torch.Tensor, gate_TVE: torch.Tensor, ops: Ops) -> torch.Tensor:
+        """Normalises the last dimension."""
+        return ops.gated_norm(x_TVE, gate_TVE, self.weight, self.eps)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield f"{prefix}weight", Slot.of(self.weight)
@@ -90,9 +90,8 @@ class MLP(nn.Module):
         self.gate_up = parameter(2 * intermediate, hidden, dtype=dtype, device=device)
         self.down = parameter(hidden, intermediate, dtype=dtype, device=device)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+    def forward(self, x_TD: torch.Tensor, ops: Ops) -> torch.Tensor:
+        return F.linear(ops.silu_mul(F.linear(x_TD, self.gate_up)), self.down)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield f"{prefix}gate_proj.weight", Slot.of(self.gate_up[: self.intermediate])

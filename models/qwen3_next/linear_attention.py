@@ -75,7 +75,8 @@ class LinearAttention(nn.Module):
                 )
             )
         o_TVF = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return F.linear(self.norm(o_TVF, z.unflatten(1, (self.value_heads, self.value_dim))).flatten(1), self.out)
+        gate_TVF = z.unflatten(1, (self.value_heads, self.value_dim))
+        return F.linear(self.norm(o_TVF, gate_TVF, step.ops).flatten(1), self.out)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         hidden = self.in_proj.shape[1]

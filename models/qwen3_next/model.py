@@ -53,9 +53,14 @@ class DecoderLayer(nn.Module):
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
-        x_TD = x_TD + self.mixer(self.mixer_norm(x_TD).to(x_TD.dtype), step)
-        return x_TD + self.mlp(self.mlp_norm(x_TD).to(x_TD.dtype))
+    def forward(
+        self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the stream and what is still to be added to it, None for nothing, and returns the same: the addition is
+        part of the norm behind it."""
+        x_TD, normed_TD = self.mixer_norm.add(x_TD, delta_TD, step.ops)
+        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.mixer(normed_TD, step), step.ops)
+        return x_TD, self.mlp(normed_TD, step.ops)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield from self.mixer_norm.slots(f"{prefix}input_layernorm.", names)
@@ -110,12 +115,14 @@ class Qwen3Next(nn.Module):
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
         ``batch.logit_index_R`` names, in the model's dtype."""
-        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T))
-        x_TD = F.embedding(batch.token_ids_T, self.embedding)
+        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T), self.dtype)
+        x_TD, delta_TD = F.embedding(batch.token_ids_T, self.embedding), None
         for layer in self.layers:
-            x_TD = layer(x_TD, step)
-        x_RD = x_TD if batch.logit_index_R is None else x_TD[batch.logit_index_R]
-        return F.linear(self.norm(x_RD).to(x_TD.dtype), self.head)
+            x_TD, delta_TD = layer(x_TD, delta_TD, step)
+        if batch.logit_index_R is not None:
+            x_TD = x_TD[batch.logit_index_R]
+            delta_TD = None if delta_TD is None else delta_TD[batch.logit_index_R]
+        return F.linear(self.norm.add(x_TD, delta_TD, step.ops)[1], self.head)
 
     def slots(self, names: Container[str]) -> Slots:
         """Slots of all checkpoint tensors, by the published names."""

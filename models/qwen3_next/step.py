@@ -7,6 +7,7 @@ import torch
 from hybridcache.batch import StepBatch
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
+from models.qwen3_next.ops import Ops, ops_for
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Step:
     sin: torch.Tensor
     prefill_start_P: torch.Tensor
     """int32; position of each prefilling row's first token of this step."""
+    ops: Ops
 
     @classmethod
     def of(
@@ -33,10 +35,11 @@ class Step:
         layout: Layout,
         backend: Backend,
         rotary: tuple[torch.Tensor, torch.Tensor],
+        dtype: torch.dtype,
     ) -> "Step":
         offsets = batch.prefill_cu_seqlens
         start = batch.context_len_B[batch.num_decode :] - (offsets[1:] - offsets[:-1])
-        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], start)
+        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], start, ops_for(backend, dtype))
 
     @property
     def has_prefill(self) -> bool:

@@ -10,6 +10,9 @@ from hybridcache.kernels.moe.routing import route
 from hybridcache.kernels.norms import naive as naive_norms
 from hybridcache.kernels.norms import triton as triton_norms
 from hybridcache.kernels.testing import rel_error
+from models.configs import shipped_config
+from models.qwen3_next.moe import SparseMoe
+from models.qwen3_next.ops import TritonOps
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -119,3 +122,19 @@ def test_gated_norm(generator, tokens, heads, dim, dtype):
     expected = naive_norms.gated_norm(x.double(), gate.double(), weight.double(), 1e-6)
     assert out.dtype == dtype
     assert rel_error(out, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [3, few_tokens.MAX_TOKENS + 3])
+def test_the_models_experts(generator, tokens):
+    """Few and many tokens through the model's module, against the same weights in float64."""
+    config = shipped_config("tiny")
+    fused, exact = (SparseMoe(config, dtype, torch.device("cpu")) for dtype in (torch.bfloat16, torch.float64))
+    fused.init_weights(0.2, generator)
+    exact.load_state_dict(fused.state_dict())
+    x = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16()
+    logits = torch.nn.functional.linear(x, fused.router)
+    ops = TritonOps()
+    weight, expert = ops.route(logits, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+    matrices = (exact.experts.gate_up, exact.experts.down, exact.shared.gate_up, exact.shared.down)
+    expected = naive.mixture(x.double(), weight.double(), expert, *matrices)
+    assert rel_error(fused(x, ops), expected) < 2e-2

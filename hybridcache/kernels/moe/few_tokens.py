@@ -33,7 +33,7 @@ class Tuning:
 
 
 @triton.jit
-def gate_up_kernel(
+def moe_gate_up_kernel(
     x_ptr,
     expert_ptr,
     gate_up_ptr,
@@ -71,7 +71,7 @@ def gate_up_kernel(
 
 
 @triton.jit
-def down_kernel(
+def moe_down_kernel(
     narrow_ptr,
     weight_ptr,
     expert_ptr,
@@ -129,7 +129,7 @@ def mixture(
     gate_constants, down_constants = constants(hidden, inner, k, tuning)
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    gate_up_kernel[(triton.cdiv(inner, tuning.gate_rows), tokens * (k + 1))](
+    moe_gate_up_kernel[(triton.cdiv(inner, tuning.gate_rows), tokens * (k + 1))](
         x_TD,
         expert_Tk,
         gate_up_EID,
@@ -139,7 +139,7 @@ def mixture(
         **gate_constants,
         num_warps=tuning.gate_warps,
     )
-    down_kernel[(triton.cdiv(hidden, tuning.down_rows), tokens)](
+    moe_down_kernel[(triton.cdiv(hidden, tuning.down_rows), tokens)](
         narrow,
         weight_Ts,
         expert_Tk,

@@ -14,7 +14,7 @@ ROWS_AT_ONCE = 4
 
 
 @triton.jit
-def gather_kernel(
+def moe_gather_kernel(
     x_ptr, order_ptr, out_ptr, place_ptr, x_stride, TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Row ``a`` of ``out`` is the token of assignment ``order[a]``; ``place`` is the inverse of ``order``."""
@@ -29,7 +29,7 @@ def gather_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(
+def moe_silu_mul_kernel(
     gate_up_ptr,
     weight_ptr,
     order_ptr,
@@ -57,7 +57,7 @@ def silu_mul_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def moe_combine_kernel(
     y_ptr, place_ptr, shared_ptr, weight_ptr, out_ptr, TOP_K: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Sum of a token's rows, in the order of its experts, and its gated shared expert."""
@@ -78,7 +78,7 @@ def gather(x_TD: torch.Tensor, order_A: torch.Tensor, k: int) -> tuple[torch.Ten
     out_AD = torch.empty((assignments, dim), dtype=x_TD.dtype, device=x_TD.device)
     place_A = torch.empty(assignments, dtype=torch.int32, device=x_TD.device)
     block = min(triton.next_power_of_2(dim), 2048)
-    gather_kernel[(assignments,)](
+    moe_gather_kernel[(assignments,)](
         x_TD, order_A, out_AD, place_A, x_TD.stride(0), TOP_K=k, DIM=dim, BLOCK_D=block, num_warps=4
     )
     return out_AD, place_A
@@ -91,7 +91,7 @@ def silu_mul(
     rows, inner = gate_up_AI.shape[0], gate_up_AI.shape[1] // 2
     out_AI = torch.empty((rows, inner), dtype=gate_up_AI.dtype, device=gate_up_AI.device)
     weighted = weight_Ts is not None
-    silu_mul_kernel[(triton.cdiv(rows, ROWS_AT_ONCE),)](
+    moe_silu_mul_kernel[(triton.cdiv(rows, ROWS_AT_ONCE),)](
         gate_up_AI,
         weight_Ts if weighted else gate_up_AI,
         order_A if weighted else gate_up_AI,
@@ -114,7 +114,7 @@ def combine(
     tokens, dim = shared_TD.shape
     out_TD = torch.empty_like(shared_TD)
     block = min(triton.next_power_of_2(dim), 1024)
-    combine_kernel[(tokens, triton.cdiv(dim, block))](
+    moe_combine_kernel[(tokens, triton.cdiv(dim, block))](
         y_AD,
         place_A,
         shared_TD,

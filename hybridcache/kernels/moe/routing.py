@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def route_kernel(
+def moe_route_kernel(
     logits_ptr,
     weight_ptr,
     expert_ptr,
@@ -49,7 +49,7 @@ def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> t
     weight_Ts = torch.empty((tokens, k + 1), dtype=torch.float32, device=logits_TR.device)
     expert_Tk = torch.empty((tokens, k), dtype=torch.int32, device=logits_TR.device)
     if tokens:
-        route_kernel[(tokens,)](
+        moe_route_kernel[(tokens,)](
             logits_TR,
             weight_Ts,
             expert_Tk,
