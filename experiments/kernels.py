@@ -186,11 +186,16 @@ class Record:
 def _show(record: Record, results: pd.DataFrame, run_dir: Path) -> None:
     title = f"kernels, {record.device}" + ("" if record.on_cuda else f": {FUNCTIONAL}")
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in HEADINGS[:-1]:
-        table.add_column(name, justify="left" if name in ("operation", "shape", "impl") else "right", no_wrap=True)
-    for _, rows in results.groupby("op", sort=False):
-        for cells in _cells(rows):
-            table.add_row(*cells[:-1])
+    groups = [[cells[:-1] for cells in _cells(rows)] for _, rows in results.groupby("op", sort=False)]
+    for i, name in enumerate(HEADINGS[:-1]):
+        if name in ("operation", "shape", "impl"):
+            table.add_column(name, no_wrap=True)
+        else:  # a figure is never cut short, whatever becomes of the names
+            widest = max(len(cells[i]) for group in groups for cells in group)
+            table.add_column(name, justify="right", no_wrap=True, min_width=widest)
+    for group in groups:
+        for cells in group:
+            table.add_row(*cells)
         table.add_section()
     CONSOLE.print(table)
     absent = [f"{name} ({text})" for name, text in record.peers.items() if text != "installed"]
@@ -205,7 +210,7 @@ def _cells(rows: pd.DataFrame) -> list[list[str]]:
     lines = []
     for _, row in rows.iterrows():
         name = [row["op"], row_label(row), row["impl"]]
-        if row["error"]:
+        if pd.notna(row["error"]):
             lines.append([*name, *["failed"] * 2, *["-"] * (len(HEADINGS) - 5)])
             continue
         rates = ["-"] * 4
@@ -220,7 +225,7 @@ def _cells(rows: pd.DataFrame) -> list[list[str]]:
         lines.append(
             [
                 *name,
-                row["l2"] or "-",
+                row["l2"] if pd.notna(row["l2"]) else "-",
                 f"{row['median_ms']:.4f}" if timed else "-",
                 rates[0],
                 bytes_text(row["bytes"]),
