@@ -1,0 +1,118 @@
+"""Where the time of engine steps goes on a GPU, kernel by kernel: decode steps of several sizes, and one prefill step.
+
+    python benchmarks/decode_profile.py [--rows 1 16 128 256] [--top 24] [--out profile.json] [--no-graphs]
+
+Qwen3-Next cut to 8 layers, all other widths real, random bf16 weights, shared_pool with fp32 states. Decode steps run as the
+engine runs them, replayed graphs by default; contexts are short, so that what is seen is everything but the KV cache.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from hybridcache.bench.step_profile import summarize
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.environment import device_name
+from hybridcache.kernels.backend import make_backend
+from hybridcache.llm import load_for_inference
+from hybridcache.spec import CacheSpec
+from hybridcache.strategies import build
+
+STEPS = 5
+CONTEXT = 64
+PREFILL = 8192
+
+
+def submit(engine: Engine, rows: int, prompt: int, output: int) -> None:
+    for ids in np.random.default_rng(rows).integers(1000, 150_000, (rows, prompt)):
+        engine.add_request(ids, SamplingParams(max_tokens=output, ignore_eos=True))
+
+
+def profiled(engine: Engine, steps: int, top: int) -> dict[str, Any]:
+    """Time by class and by kernel of the next steps, per step, in microseconds."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    ]
+    times: dict[str, list[float]] = defaultdict(list)
+    for start, end, name in spans:
+        times[name].append((end - start) * 1e6)
+    summary = summarize(spans, steps)
+    kernels = sorted(times.items(), key=lambda item: -sum(item[1]))
+    return {
+        "step_us": summary.seconds * 1e6,
+        "launches": len(spans) / steps,
+        "classes": {part.name: [part.seconds * 1e6, part.launches] for part in summary.parts},
+        "kernels": [
+            {"name": name[:96], "us": sum(each) / steps, "launches": len(each) / steps} for name, each in kernels[:top]
+        ],
+    }
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    print(f"\n== {title}: {found['step_us']:.0f} us, {found['launches']:.0f} kernels")
+    for name, (us, launches) in sorted(found["classes"].items(), key=lambda item: -item[1][0]):
+        print(f"   {us:9.1f} us {launches:6.1f} x  {name}")
+    for kernel in found["kernels"]:
+        print(f"      {kernel['us']:9.1f} us {kernel['launches']:6.1f} x  {kernel['name']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 128, 256])
+    parser.add_argument("--top", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-graphs", action="store_true")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: needs a CUDA device")
+    started = time.perf_counter()
+    model, _ = load_for_inference("qwen3_next_8l", dtype="bfloat16", device="cuda", seed=0)
+    spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
+    most = max([*args.rows, 8])
+    strategy = build("shared_pool", spec=spec, budget_bytes=2 * most * spec.request_bytes(PREFILL // 8), physical=True)
+    config = SchedulerConfig(max_running=most, max_tokens_per_step=PREFILL)
+    graphs = "false" if args.no_graphs else "auto"
+    engine = Engine(model, strategy, config, make_backend("auto", "cuda"), cuda_graphs=graphs)
+    print(f"[{time.perf_counter() - started:5.1f} s] engine", flush=True)
+    record: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "graphs": graphs, "steps": {}}
+    for rows in args.rows:
+        submit(engine, rows, CONTEXT, STEPS + 12)
+        while engine.scheduler.waiting or any(seq.num_settled < 3 for seq in engine.scheduler.running):
+            engine.step()
+        record["steps"][f"decode {rows}"] = profiled(engine, STEPS, args.top)
+        engine.run()
+        for seq in engine.sequences:
+            engine.forget(seq.seq_id)
+    for name, rows in (("prefill 8 x 1024", 8), ("prefill 1 x 8192", 1)):
+        for _ in range(2):  # the first compiles
+            submit(engine, rows, PREFILL // rows, 1)
+            found = profiled(engine, 1, args.top)
+            engine.run()
+        record["steps"][name] = found
+    print(f"[{time.perf_counter() - started:5.1f} s] profiled", flush=True)
+    for name, found in record["steps"].items():
+        show(name, found)
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
