@@ -1,21 +1,22 @@
 """Times the GDN decode kernels under several cuts, at the shapes of Qwen3-Next-80B-A3B.
 
-    python benchmarks/gdn_decode_variants.py --out benchmarks/results/variants-gdn_decode-h100.json
+    python benchmarks/gdn_decode_variants.py --out benchmarks/results/variants-gdn_decode-last-h100.json
 
 Every figure is one launch (conv update included) among the 16 of a CUDA graph, each on slots of its own. At one row the 16
 launches' states fit in the L2 cache of a Hopper GPU; from 8 rows on they don't. Each variant is compared with the float64
 reference first, output and stored state; one that is wrong or does not build is reported and not timed. Worker processes
 compile all variants at once before the first is timed.
 
-Three families (``registers`` is ``gdn_decode/triton.py``, the others ``gdn_decode/hopper.py``):
+Two families:
 
-- ``registers``: the tile waits in registers, widened to float32: 8 or 9 warps and 64 KiB of bfloat16 state a multiprocessor,
-  17.8 KB/us where the copy ceiling is 23. ``packed`` keeps it as it is stored: 12 to 14 warps.
-- ``cp.async``: the tile waits in shared memory: 160 to 224 KiB of state, whatever its type.
-- ``bulk``: the same with one TMA copy per chunk, in both directions.
+- ``registers`` (``gdn_decode/triton.py``): the tile waits in registers, widened to float32: 8 or 9 warps and 64 KiB of
+  bfloat16 state a multiprocessor.
+- ``cp.async`` (``gdn_decode/hopper.py``): the tile waits in shared memory: 144 to 192 KiB of state, whatever its type.
 
-Suffixes: ``h2`` both value heads of a key head in one program, ``c1``/``c8`` chunks of a tile (else 4), ``r`` register cap,
-``cols`` conv weight by column, ``pdl`` dependent launch.
+Suffixes: ``c1``/``c4`` chunks of a tile, ``cols`` conv weight by column, ``first`` the conv's loads before the state's,
+``across`` warps across the value dims, ``evict`` L2 hint, ``pdl`` dependent launch. An earlier round of twenty-six, on the
+kernels of commit 7056eed, is ``benchmarks/results/variants-gdn_decode-h100.json``; what lost there is gone: one TMA copy per
+chunk, both value heads of a key head in one program, 8 warps, states packed in registers.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,10 @@ from kernels import copy_bandwidth, graph_ms
 
 from hybridcache.dtypes import itemsize
 from hybridcache.environment import environment
-from hybridcache.kernels.gdn_decode import hopper, naive
+from hybridcache.kernels.gdn_decode import naive
 from hybridcache.kernels.gdn_decode.staging import Staging
-from hybridcache.kernels.gdn_decode.triton import Tuning, gdn_decode
+from hybridcache.kernels.gdn_decode.triton import gdn_decode
+from hybridcache.kernels.gdn_decode.tuning import Tuning
 from hybridcache.kernels.testing import StateCase, rel_error, state_case
 
 LAUNCHES, CHECKED_ROWS = 16, 2
@@ -55,7 +58,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 class Variant:
     name: str
     cut: Tuning | Staging
-    weight_by_column: bool = False
+    weight_by_column: bool = True
     """Conv weight stored as ``[W, C]``: the channels of one column lie side by side and load as vectors."""
     state_dtypes: tuple[str, ...] = STATE_DTYPES
 
@@ -66,49 +69,40 @@ class Variant:
 
         def step(layer: int) -> torch.Tensor:
             arguments = (case.buffer, case.layout, layer, *inputs, case.state_table_BL, case.position_B)
-            if isinstance(self.cut, Staging):
-                return hopper.gdn_decode(*arguments, staging=self.cut)
             return gdn_decode(*arguments, tuning=self.cut)
 
         return step
 
 
-def registers(block_v: int, num_warps: int, cap: int | None = None, packed: bool = False, **more: Any) -> Tuning:
-    return Tuning(block_v, num_warps, max_registers=cap, packed=packed, dependent_launch=True, **more)
+def registers(block_v: int, num_warps: int, **more: Any) -> Tuning:
+    return Tuning(block_v, num_warps, dependent_launch=True, **more)
 
 
-def shared(block_v: int, num_warps: int, chunks: int = 4, **more: Any) -> Staging:
+def shared(block_v: int, num_warps: int, chunks: int, **more: Any) -> Staging:
     return Staging(block_v, num_warps, chunks, dependent_launch=True, **more)
 
 
-BF16 = ("bfloat16",)
+FIRST: dict[str, Any] = {"conv_first": True}
+EVICT: dict[str, Any] = {"evict_first": True}
+ACROSS: dict[str, Any] = {"conv_first": True, "across": True}
 VARIANTS = (
-    Variant("registers v32 w1", Tuning(32, 1)),
-    Variant("registers v32 w1 pdl", registers(32, 1)),
-    Variant("registers v32 w1 cols pdl", registers(32, 1), weight_by_column=True),
-    Variant("registers v64 w2 pdl", registers(64, 2)),
-    Variant("registers v128 w4 pdl", registers(128, 4)),
-    Variant("registers v32 w1 r144 packed pdl", registers(32, 1, 144, True), state_dtypes=BF16),
-    Variant("registers v64 w2 r168 packed pdl", registers(64, 2, 168, True), state_dtypes=BF16),
-    Variant("registers v128 w4 r168 packed pdl", registers(128, 4, 168, True), state_dtypes=BF16),
-    Variant("cp.async v128 w4", Staging(128, 4)),
-    Variant("cp.async v128 w4 pdl", shared(128, 4)),
-    Variant("cp.async v128 w4 cols pdl", shared(128, 4), weight_by_column=True),
-    Variant("cp.async v128 w4 c1 pdl", shared(128, 4, 1)),
-    Variant("cp.async v128 w4 c8 pdl", shared(128, 4, 8)),
-    Variant("cp.async v128 w8 pdl", shared(128, 8)),
-    Variant("cp.async v64 w4 pdl", shared(64, 4)),
-    Variant("cp.async v64 w2 pdl", shared(64, 2)),
-    Variant("cp.async v32 w2 pdl", shared(32, 2)),
-    Variant("cp.async v32 w1 pdl", shared(32, 1)),
-    Variant("cp.async v128 w4 h2 pdl", shared(128, 4, heads=2)),
-    Variant("cp.async v128 w8 h2 pdl", shared(128, 8, heads=2)),
-    Variant("cp.async v64 w4 h2 pdl", shared(64, 4, heads=2)),
-    Variant("cp.async v32 w2 h2 pdl", shared(32, 2, heads=2)),
-    Variant("bulk v128 w4 pdl", shared(128, 4, bulk=True)),
-    Variant("bulk v128 w8 pdl", shared(128, 8, bulk=True)),
-    Variant("bulk v64 w4 pdl", shared(64, 4, bulk=True)),
-    Variant("bulk v128 w4 h2 pdl", shared(128, 4, heads=2, bulk=True)),
+    Variant("registers v32 w1 cols pdl", registers(32, 1)),
+    Variant("registers v32 w1 cols first pdl", registers(32, 1, **FIRST)),
+    Variant("registers v32 w1 cols evict pdl", registers(32, 1, **EVICT)),
+    Variant("registers v32 w1 cols first evict pdl", registers(32, 1, **FIRST, **EVICT)),
+    Variant("registers v64 w2 cols pdl", registers(64, 2)),
+    Variant("registers v64 w2 cols first pdl", registers(64, 2, **FIRST)),
+    Variant("registers v64 w2 cols first evict pdl", registers(64, 2, **FIRST, **EVICT)),
+    Variant("registers v64 w2 cols first", Tuning(64, 2, **FIRST)),
+    Variant("cp.async v128 w4 c1 cols pdl", shared(128, 4, 1)),
+    Variant("cp.async v128 w4 c1 cols first pdl", shared(128, 4, 1, **FIRST)),
+    Variant("cp.async v128 w4 c1 first pdl", shared(128, 4, 1, **FIRST), weight_by_column=False),
+    Variant("cp.async v128 w4 c1 cols first evict pdl", shared(128, 4, 1, **FIRST, **EVICT)),
+    Variant("cp.async v128 w4 c4 cols first pdl", shared(128, 4, 4, **FIRST)),
+    Variant("cp.async v128 w4 c1 cols first across pdl", shared(128, 4, 1, **ACROSS)),
+    Variant("cp.async v128 w2 c1 cols first across pdl", shared(128, 2, 1, **ACROSS), state_dtypes=("bfloat16",)),
+    Variant("cp.async v64 w4 c1 cols first pdl", shared(64, 4, 1, **FIRST)),
+    Variant("cp.async v64 w2 c1 cols first pdl", shared(64, 2, 1, **FIRST)),
 )
 
 
@@ -165,7 +159,7 @@ def measure(
         record |= {"rel_error": out_error, "state_rel_error": state_error}
         if not (out_error <= 1e-2 and state_error <= TOLERANCE[state_dtype]):
             return {**record, "error": "wrong result"}
-        milliseconds = graph_ms([lambda i=i: step(i) for i in range(LAUNCHES)])
+        milliseconds = graph_ms([partial(step, layer) for layer in range(LAUNCHES)])
     except Exception as error:  # a tuning that this compiler or device refuses must not hide the others
         return {**record, "error": f"{type(error).__name__}: {error}"}
     num_bytes = moved_bytes(case, state_dtype)
@@ -176,9 +170,9 @@ def table(records: Sequence[dict[str, Any]], state_dtype: str) -> str:
     """Microseconds by variant and rows; the best of a column is marked."""
     cells = {(r["variant"], r["rows"]): r.get("us") for r in records if r["state_dtype"] == state_dtype}
     times = {rows: [us for (_, r), us in cells.items() if r == rows and us is not None] for rows in ROWS}
-    lines = [f"{state_dtype + ' state, us':36}" + "".join(f"{f'B={rows}':>10}" for rows in ROWS)]
+    lines = [f"{state_dtype + ' state, us':42}" + "".join(f"{f'B={rows}':>10}" for rows in ROWS)]
     for variant in offered(state_dtype):
-        line = f"{variant.name:36}"
+        line = f"{variant.name:42}"
         for rows in ROWS:
             us = cells.get((variant.name, rows))
             mark = "*" if us is not None and us == min(times[rows]) else " "

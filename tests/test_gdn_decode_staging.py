@@ -1,5 +1,7 @@
 """Which cuts GDN decode through shared memory offers, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from hybridcache.kernels.testing import state_case
 
 @pytest.mark.parametrize(
     ("kwargs", "field"),
-    [({"num_warps": 3}, "num_warps"), ({"block_v": 48}, "block_v"), ({"chunks": 0}, "chunks"), ({"heads": 3}, "heads")],
+    [({"num_warps": 3}, "num_warps"), ({"block_v": 48}, "block_v"), ({"chunks": 0}, "chunks")],
 )
 def test_impossible_stagings_are_refused(kwargs, field):
     with pytest.raises(UserError, match=field):
@@ -21,11 +23,12 @@ def test_impossible_stagings_are_refused(kwargs, field):
     ("staging", "shape", "reason"),
     [
         (Staging(128, 4), {}, None),
-        (Staging(128, 8, chunks=8, heads=2), {}, None),
+        (Staging(128, 4, chunks=1, across=True), {}, None),
+        (Staging(64, 8, across=True), {}, None),
+        (Staging(32, 8, across=True), {}, "shorter than a copy"),
         (Staging(64, 4), {"key_dim": 96, "value_dim": 128}, "powers of two"),
         (Staging(64, 4), {"width": 3}, "powers of two"),
-        (Staging(64, 4), {"value_dim": 96}, "not cut"),
-        (Staging(128, 4, heads=4), {}, "not cut"),
+        (Staging(64, 4), {"value_dim": 96}, "no multiple"),
         (Staging(128, 8, chunks=32), {}, "chunks"),
         (Staging(128, 4), {"dtype": "float64"}, "float32"),
         (Staging(128, 4), {"state_dtype": "float64"}, "float32"),
@@ -34,11 +37,19 @@ def test_impossible_stagings_are_refused(kwargs, field):
 def test_what_a_staging_can_do(staging, shape, reason):
     heads = {"k_heads": 2, "v_heads": 4}
     case = state_case(torch.Generator(), positions=[-1], layers=1, **{"state_dtype": "bfloat16", **heads, **shape})
-    found = why_not(case.layout, case.x_BC, staging)
+    found = why_not(case.layout, case.x_BC.dtype, staging)
     assert found is None if reason is None else reason in found
 
 
+def test_states_must_be_aligned_to_copies():
+    case = state_case(torch.Generator(), positions=[-1], layers=1, state_dtype="bfloat16")
+    for shifted in (replace(case.layout, base=(8,)), replace(case.layout, stride=case.layout.stride + 8)):
+        assert "aligned" in why_not(shifted, case.x_BC.dtype, Staging(128, 4))
+
+
 def test_rows_at_once():
-    assert rows_at_once(128, 2, 4) == 8
-    assert rows_at_once(128, 4, 4) == 4
-    assert rows_at_once(32, 2, 1) == 8
+    assert rows_at_once(Staging(128, 4), 2) == 8
+    assert rows_at_once(Staging(128, 4), 4) == 4
+    assert rows_at_once(Staging(32, 1), 2) == 8
+    assert rows_at_once(Staging(128, 4, across=True), 2) == 8
+    assert rows_at_once(Staging(128, 4, across=True), 4) == 4

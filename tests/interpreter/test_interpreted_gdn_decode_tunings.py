@@ -7,7 +7,8 @@ import torch
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.gdn_decode import naive
-from hybridcache.kernels.gdn_decode.triton import Tuning, gdn_decode
+from hybridcache.kernels.gdn_decode.triton import gdn_decode
+from hybridcache.kernels.gdn_decode.tuning import Tuning
 from hybridcache.kernels.testing import rel_error, state_case, state_error
 
 
@@ -19,8 +20,9 @@ def generator() -> torch.Generator:
 
 
 @pytest.mark.parametrize("weight_by_column", [False, True], ids=["CW", "WC"])
+@pytest.mark.parametrize("conv_first", [False, True], ids=["state-first", "conv-first"])
 @pytest.mark.parametrize("block_v", [4, 8, 64])
-def test_tunings_agree(generator, block_v, weight_by_column):
+def test_tunings_agree(generator, block_v, conv_first, weight_by_column):
     """Tiles that divide the value dims and tiles that do not."""
     case = state_case(
         generator,
@@ -36,7 +38,7 @@ def test_tunings_agree(generator, block_v, weight_by_column):
         case.conv_weight_CW = case.conv_weight_CW.t().contiguous().t()
     expected_buffer = case.buffer.clone()
     expected = naive.gdn_decode(expected_buffer, *case.step(1))
-    tuning = Tuning(block_v, num_warps=2, evict_first=True, max_registers=128)
+    tuning = Tuning(block_v, num_warps=2, evict_first=True, max_registers=128, conv_first=conv_first)
     assert rel_error(gdn_decode(case.buffer, *case.step(1), tuning=tuning), expected) <= 1e-5
     assert state_error(case, expected_buffer, 1) <= 1e-5
 

@@ -2,13 +2,14 @@
 
 A program takes one tile of value dims of one value head of one row, as in ``triton.py``, and computes the same. There a tile
 waits in registers, widened to float32, and they bound the state bytes that a multiprocessor holds at a time: 64 KiB in
-bfloat16 against 128 KiB in float32. Here asynchronous copies bring the tile into shared memory, chunk by chunk, so that
+bfloat16 against 128 KiB in float32. Here asynchronous copies (``cp.async``, 16 bytes by every thread) bring the tile into
+shared memory, chunk by chunk, so that
 
 - about 190 KiB are resident, in either type, and the conv, the gates and the sums over the first chunks run while later
   ones are on their way;
 - both passes over the tile read few rows at a time, so a thread gets by with few registers.
 
-Copies are either ``cp.async`` of 16 bytes by every thread or one bulk (TMA) copy per chunk. The rows of a tile are key dims.
+The rows of a tile are key dims. The channels of q, k and the tile's v pass through one conv, several of them to a thread.
 """
 
 from typing import Any
@@ -17,8 +18,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridcache.dtypes import torch_dtype
@@ -29,59 +29,58 @@ from hybridcache.layout import StateLayout
 
 
 @constexpr_function
-def tile_layout(block_v, dtype, num_warps):
-    """A thread holds 16 bytes of a row; warps lie along the rows, so that an access covers whole rows."""
-    vector = min(block_v, 128 // dtype.primitive_bitwidth)
-    lanes = min(32, block_v // vector)
-    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [num_warps, 1], [1, 0])
+def tile_layout(block_v, dtype, num_warps, across):
+    """A thread holds 16 bytes of a row. Warps lie along the rows, so that an access covers whole rows, or ``across`` them, so
+    that sums over rows stay inside a warp."""
+    vector = 128 // dtype.primitive_bitwidth
+    lanes = min(32, (block_v // num_warps if across else block_v) // vector)
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [1, num_warps] if across else [num_warps, 1], [1, 0])
 
 
 @constexpr_function
-def conv_layout(width, num_warps):
-    """A thread holds all taps of a channel."""
-    return gl.BlockedLayout([1, width], [32, 1], [num_warps, 1], [1, 0])
-
-
-@gluon.jit
-def conv(
-    x_ptr,
-    weight_ptr,
-    ring_ptr,
-    first,
-    position,
-    CHANNELS_OF_TILE: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    WIDTH: gl.constexpr,
-    WEIGHT_STRIDE_C: gl.constexpr,
-    WEIGHT_STRIDE_W: gl.constexpr,
-):
-    """Causal depthwise conv and SiLU of the channels from ``first`` on: the token's own inputs and the results."""
-    layout: gl.constexpr = conv_layout(WIDTH, gl.num_warps())
-    channel = gl.arange(0, CHANNELS_OF_TILE, layout=gl.SliceLayout(1, layout))
-    tap = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))[None, :]
-    weight_ptr += first * WEIGHT_STRIDE_C
-    weight = gl.load(weight_ptr + channel[:, None] * WEIGHT_STRIDE_C + tap * WEIGHT_STRIDE_W)
-    # Tap t takes position - (WIDTH - 1 - t), which lies in the column below; positions before the first are not read.
-    column = (position + 1 + tap) % WIDTH
-    seen = (tap < WIDTH - 1) & (position >= WIDTH - 1 - tap)
-    past = gl.load(ring_ptr + first + column * CHANNELS + channel[:, None], mask=seen, other=0.0)
-    x = gl.load(x_ptr + first + channel)
-    taps = gl.where(tap == WIDTH - 1, x[:, None].to(gl.float32), past.to(gl.float32))
-    acc = gl.sum(taps * weight.to(gl.float32), 1)
-    return x, acc / (1.0 + gl.exp(-acc))
+def staged_layout(block_v, dtype, num_warps, across):
+    """Rows one after another. Where a warp's part of one is shorter than the 128 bytes of all banks, those of neighbouring
+    rows change places, so that eight threads that read together find different banks."""
+    part = block_v // num_warps if across else block_v
+    phases = max(1, 1024 // (part * dtype.primitive_bitwidth)) if across else 1
+    return gl.SwizzledSharedLayout(part if phases > 1 else 1, 1, phases, [1, 0])
 
 
 @constexpr_function
-def staged_layout(dtype, bulk):
-    """Rows one after another: an access of 16 bytes by every thread finds them without bank conflicts."""
-    if bulk:
-        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=dtype.primitive_bitwidth, rank=2)
-    return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+def conv_layout(channels, width, num_warps, by_channel):
+    """A thread holds all taps of some channels, which lie side by side; taps are its inner dimension or channels are
+    (``by_channel``), whichever memory has together."""
+    order = [0, 1] if by_channel else [1, 0]
+    return gl.BlockedLayout([max(1, channels // (32 * num_warps)), width], [32, 1], [num_warps, 1], order)
+
+
+@constexpr_function
+def warp_layout(size, num_warps):
+    """Every warp holds all of a vector, so that its sum takes no other warp."""
+    return gl.BlockedLayout([max(1, size // 32)], [32], [num_warps], [0])
+
+
+@constexpr_function
+def power_of_two(size):
+    """The least that holds ``size``."""
+    return 1 << (size - 1).bit_length()
 
 
 @gluon.jit
-def add_pairs(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
+def copy_tile(tiles, source_ptr, seen, VALUE_DIM: gl.constexpr, layout: gl.constexpr):
+    """Ask for all chunks of a tile, one group each. Rows that are masked arrive as zeros."""
+    CHUNKS: gl.constexpr = tiles.shape[0]
+    CHUNK: gl.constexpr = tiles.shape[1]
+    BLOCK_V: gl.constexpr = tiles.shape[2]
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))[:, None]
+    offset = row * VALUE_DIM + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, layout))[None, :]
+    for n in gl.static_range(CHUNKS):
+        async_copy.async_copy_global_to_shared(
+            tiles.index(n),
+            source_ptr + n * (CHUNK * VALUE_DIM) + offset,
+            mask=seen & (row >= 0),
+        )
+        async_copy.commit_group()
 
 
 @gluon.jit
@@ -94,7 +93,6 @@ def add_triples(a0, b0, c0, a1, b1, c1):
     do_not_specialize_on_alignment=["a_ptr", "b_ptr", "table_ptr", "position_ptr"],
 )
 def shared_decode_kernel(
-    state_desc,
     state_ptr,
     ring_ptr,
     x_ptr,
@@ -111,6 +109,7 @@ def shared_decode_kernel(
     a_stride: gl.int64,
     b_stride: gl.int64,
     table_stride: gl.int64,
+    state_base: gl.int64,
     state_stride: gl.int64,
     ring_base: gl.int64,
     ring_stride: gl.int64,
@@ -118,7 +117,6 @@ def shared_decode_kernel(
     WEIGHT_STRIDE_W: gl.constexpr,
     V_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
-    HEADS: gl.constexpr,
     KEY_DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     CHANNELS: gl.constexpr,
@@ -126,142 +124,112 @@ def shared_decode_kernel(
     BLOCK_V: gl.constexpr,
     CHUNKS: gl.constexpr,
     ROWS: gl.constexpr,
-    BULK: gl.constexpr,
+    ACROSS: gl.constexpr,
+    CONV_FIRST: gl.constexpr,
+    EVICTION: gl.constexpr,
     DEPENDENT_LAUNCH: gl.constexpr,
     SCALE: gl.constexpr,
     EPS: gl.constexpr,
 ):
-    """Grid: (tiles of value dims, value heads / ``HEADS``, rows)."""
+    """Grid: (tiles of value dims, value heads, rows)."""
     dtype: gl.constexpr = state_ptr.dtype.element_ty
-    layout: gl.constexpr = tile_layout(BLOCK_V, dtype, gl.num_warps())
+    layout: gl.constexpr = tile_layout(BLOCK_V, dtype, gl.num_warps(), ACROSS)
     key_layout: gl.constexpr = gl.SliceLayout(1, layout)
     value_layout: gl.constexpr = gl.SliceLayout(0, layout)
     CHUNK: gl.constexpr = KEY_DIM // CHUNKS
     K_CHANNELS: gl.constexpr = (V_HEADS // GROUP) * KEY_DIM
 
     tile = gl.program_id(0)
-    first_head = gl.program_id(1) * HEADS
+    head = gl.program_id(1)
     row = gl.program_id(2).to(gl.int64)
     first_value = tile * BLOCK_V
     j = gl.arange(0, BLOCK_V, layout=value_layout)
-    out_ptr += (row * V_HEADS + first_head) * VALUE_DIM + first_value
+    out_ptr += (row * V_HEADS + head) * VALUE_DIM + first_value
 
     if DEPENDENT_LAUNCH:
         gdc_launch_dependents()
         gdc_wait()
     position = gl.load(position_ptr + row).to(gl.int32)
     entry = gl.load(table_ptr + row * table_stride + layer).to(gl.int64)
+    a = gl.load(a_ptr + row * a_stride + head).to(gl.float32) + gl.load(dt_bias_ptr + head).to(gl.float32)
+    b = gl.load(b_ptr + row * b_stride + head).to(gl.float32)
+    rate = gl.load(a_log_ptr + head).to(gl.float32)
     if entry < 0:
-        for head in gl.static_range(HEADS):
-            zero = gl.zeros([BLOCK_V], gl.float32, layout=value_layout)
-            gl.store(out_ptr + head * VALUE_DIM + j, zero.to(out_ptr.dtype.element_ty))
+        gl.store(out_ptr + j, gl.zeros([BLOCK_V], gl.float32, layout=value_layout).to(out_ptr.dtype.element_ty))
         return
 
-    state_offset = entry * state_stride + first_head * (KEY_DIM * VALUE_DIM) + first_value
-    state_ptr += state_offset
+    state_ptr += state_base + entry * state_stride + head * (KEY_DIM * VALUE_DIM) + first_value
     ring_ptr += ring_base + entry * ring_stride
     x_ptr += row * x_stride
+    shared_layout: gl.constexpr = staged_layout(BLOCK_V, dtype, gl.num_warps(), ACROSS)
+    tiles = gl.allocate_shared_memory(dtype, [CHUNKS, CHUNK, BLOCK_V], shared_layout)
+    if not CONV_FIRST:
+        copy_tile(tiles, state_ptr, position > 0, VALUE_DIM, layout)
 
-    shared_layout: gl.constexpr = staged_layout(dtype, BULK)
-    tiles = gl.allocate_shared_memory(dtype, [HEADS * CHUNKS, CHUNK, BLOCK_V], shared_layout)
-    row_of_chunk = gl.arange(0, CHUNK, layout=key_layout)[:, None]
-    in_chunk = row_of_chunk * VALUE_DIM + j[None, :]
-    seen = position > 0
-    # fmt: off
-    if BULK:
-        arrived = gl.allocate_shared_memory(gl.int64, [HEADS * CHUNKS, 1], mbarrier.MBarrierLayout())
-        first_row = (state_offset // VALUE_DIM).to(gl.int32)
-        for n in gl.static_range(HEADS * CHUNKS):
-            mbarrier.init(arrived.index(n), count=1)
-        fence_async_shared()
-        for n in gl.static_range(HEADS * CHUNKS):
-            mbarrier.expect(arrived.index(n), CHUNK * BLOCK_V * (dtype.primitive_bitwidth // 8), pred=seen)
-            tma.async_copy_global_to_shared(
-                state_desc, [first_row + n * CHUNK, first_value], arrived.index(n), tiles.index(n), pred=seen
-            )
-    else:
-        for n in gl.static_range(HEADS * CHUNKS):
-            # Rows that are masked arrive as zeros.
-            source = state_ptr + n * (CHUNK * VALUE_DIM) + in_chunk
-            async_copy.async_copy_global_to_shared(tiles.index(n), source, mask=seen & (row_of_chunk >= 0))
-            async_copy.commit_group()
-    # fmt: on
+    # One conv for the channels of q, of k and of the tile's v.
+    OWN: gl.constexpr = power_of_two(2 * KEY_DIM + BLOCK_V)
+    own_layout: gl.constexpr = conv_layout(OWN, WIDTH, gl.num_warps(), True)
+    weight_layout: gl.constexpr = conv_layout(OWN, WIDTH, gl.num_warps(), WEIGHT_STRIDE_C == 1)
+    q_channel = (head // GROUP) * KEY_DIM
+    v_channel = 2 * K_CHANNELS + head * VALUE_DIM + first_value
+    c = gl.arange(0, OWN, layout=gl.SliceLayout(1, own_layout))
+    q_or_k = gl.where(c < KEY_DIM, q_channel, K_CHANNELS - KEY_DIM + q_channel)
+    channel = gl.where(c < 2 * KEY_DIM, q_or_k, v_channel - 2 * KEY_DIM) + c
+    inside = c < 2 * KEY_DIM + BLOCK_V
+    tap = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, own_layout))[None, :]
+    # Tap t takes position - (WIDTH - 1 - t), which lies in the column below; positions before the first are not read.
+    seen = (tap < WIDTH - 1) & (position >= WIDTH - 1 - tap)
+    past = gl.load(
+        ring_ptr + ((position + 1 + tap) % WIDTH) * CHANNELS + channel[:, None], mask=seen & inside[:, None], other=0.0
+    )
+    x = gl.load(x_ptr + channel, mask=inside, other=0.0)
+    weight_c = gl.convert_layout(channel, gl.SliceLayout(1, weight_layout))[:, None]
+    weight_inside = gl.convert_layout(inside, gl.SliceLayout(1, weight_layout))[:, None]
+    weight_tap = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, weight_layout))[None, :]
+    weight = gl.load(
+        weight_ptr + weight_c * WEIGHT_STRIDE_C + weight_tap * WEIGHT_STRIDE_W,
+        mask=weight_inside & (weight_tap >= 0),
+        other=0.0,
+    )
+    if CONV_FIRST:
+        copy_tile(tiles, state_ptr, position > 0, VALUE_DIM, layout)
 
-    # Everything else that comes from memory is asked for before the first barrier.
-    q_channel = (first_head // GROUP) * KEY_DIM
-    k_channel = K_CHANNELS + q_channel
-    column = ring_ptr + (position % WIDTH) * CHANNELS
-    vector_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    v_shared = gl.allocate_shared_memory(gl.float32, [HEADS, BLOCK_V], vector_layout)
-    gates = ()
-    for head in gl.static_range(HEADS):
-        v_head = first_head + head
-        a = gl.load(a_ptr + row * a_stride + v_head).to(gl.float32) + gl.load(dt_bias_ptr + v_head).to(gl.float32)
-        b = gl.load(b_ptr + row * b_stride + v_head).to(gl.float32)
-        rate = gl.load(a_log_ptr + v_head).to(gl.float32)
-        gates = gates + ((a, b, rate),)  # type: ignore[assignment]  # noqa: RUF005
-    # fmt: off
-    x_q, q = conv(
-        x_ptr, weight_ptr, ring_ptr, q_channel, position, KEY_DIM, CHANNELS, WIDTH, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W
-    )
-    x_k, k = conv(
-        x_ptr, weight_ptr, ring_ptr, k_channel, position, KEY_DIM, CHANNELS, WIDTH, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W
-    )
-    for head in gl.static_range(HEADS):
-        v_channel = 2 * K_CHANNELS + (first_head + head) * VALUE_DIM + first_value
-        x_v, v = conv(
-            x_ptr, weight_ptr, ring_ptr, v_channel, position, BLOCK_V, CHANNELS, WIDTH, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W
-        )
-        gl.store(column + v_channel + gl.arange(0, BLOCK_V, layout=x_v.type.layout), x_v)
-        v_shared.index(head).store(v)
-    # fmt: on
-    q_shared = gl.allocate_shared_memory(gl.float32, [KEY_DIM], vector_layout, q)
-    k_shared = gl.allocate_shared_memory(gl.float32, [KEY_DIM], vector_layout, k)
-    if (tile == 0) & (first_head % GROUP == 0):
-        i = gl.arange(0, KEY_DIM, layout=x_q.type.layout)
-        gl.store(column + q_channel + i, x_q)
-        gl.store(column + k_channel + i, x_k)
+    taps = gl.where(tap == WIDTH - 1, x[:, None].to(gl.float32), past.to(gl.float32))
+    acc = gl.sum(taps * gl.convert_layout(weight, own_layout).to(gl.float32), 1)
+    qkv = gl.allocate_shared_memory(gl.float32, [OWN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    qkv.store(acc / (1.0 + gl.exp(-acc)))
+    written = inside & ((c >= 2 * KEY_DIM) | ((tile == 0) & (head % GROUP == 0)))
+    gl.store(ring_ptr + (position % WIDTH) * CHANNELS + channel, x, mask=written)
+
+    q = qkv.slice(0, KEY_DIM).load(warp_layout(KEY_DIM, gl.num_warps()))
+    k = qkv.slice(KEY_DIM, KEY_DIM).load(warp_layout(KEY_DIM, gl.num_warps()))
     qq, kk, qk = gl.reduce((q * q, k * k, q * k), 0, add_triples)
     q_norm = gl.rsqrt(qq + EPS) * SCALE
     k_norm = gl.rsqrt(kk + EPS)
+    softplus = gl.maximum(a, 0.0) + gl.log(1.0 + gl.exp(-gl.abs(a)))
+    decay = gl.exp(-gl.exp(rate) * softplus)
+    beta = 1.0 / (1.0 + gl.exp(-b))
 
-    for head in gl.static_range(HEADS):
-        a, b, rate = gates[head]
-        softplus = gl.maximum(a, 0.0) + gl.log(1.0 + gl.exp(-gl.abs(a)))
-        decay = gl.exp(-gl.exp(rate) * softplus)
-        beta = 1.0 / (1.0 + gl.exp(-b))
-        s = gl.zeros([ROWS, BLOCK_V], gl.float32, layout=layout)
-        t = gl.zeros([ROWS, BLOCK_V], gl.float32, layout=layout)
-        for c in gl.static_range(CHUNKS):
-            if BULK:
-                mbarrier.wait(arrived.index(head * CHUNKS + c), 0, pred=seen)
-                if position <= 0:
-                    tiles.index(head * CHUNKS + c).store(gl.zeros([CHUNK, BLOCK_V], dtype, layout=layout))
-            else:
-                async_copy.wait_group(HEADS * CHUNKS - 1 - (head * CHUNKS + c))
-            for r in gl.static_range(0, CHUNK, ROWS):
-                state = tiles.index(head * CHUNKS + c).slice(r, ROWS).load(layout).to(gl.float32)
-                s += state * k_shared.slice(c * CHUNK + r, ROWS).load(key_layout)[:, None]
-                t += state * q_shared.slice(c * CHUNK + r, ROWS).load(key_layout)[:, None]
-        s, t = gl.reduce((s, t), 0, add_pairs)
-        delta = (v_shared.index(head).load(value_layout) - s * (decay * k_norm)) * beta
-        out = t * (decay * q_norm) + delta * (qk * q_norm * k_norm)
-        gl.store(out_ptr + head * VALUE_DIM + j, out.to(out_ptr.dtype.element_ty))
-        delta = (delta * k_norm)[None, :]
-        for c in gl.static_range(CHUNKS):
-            chunk = tiles.index(head * CHUNKS + c)
-            k_rows = k_shared.slice(c * CHUNK, CHUNK).load(key_layout)[:, None]
-            state = (chunk.load(layout).to(gl.float32) * decay + k_rows * delta).to(dtype)
-            if BULK:
-                chunk.store(state)
-                fence_async_shared()
-                tma.async_copy_shared_to_global(
-                    state_desc, [first_row + (head * CHUNKS + c) * CHUNK, first_value], chunk
-                )
-            else:
-                gl.store(state_ptr + ((head * CHUNKS + c) * CHUNK * VALUE_DIM) + in_chunk, state)
-    if BULK:
-        tma.store_wait(0)
+    s = gl.zeros([ROWS, BLOCK_V], gl.float32, layout=layout)
+    t = gl.zeros([ROWS, BLOCK_V], gl.float32, layout=layout)
+    for n in gl.static_range(CHUNKS):
+        async_copy.wait_group(CHUNKS - 1 - n)
+        for r in gl.static_range(0, CHUNK, ROWS):
+            state = tiles.index(n).slice(r, ROWS).load(layout).to(gl.float32)
+            s += state * qkv.slice(KEY_DIM + n * CHUNK + r, ROWS).load(key_layout)[:, None]
+            t += state * qkv.slice(n * CHUNK + r, ROWS).load(key_layout)[:, None]
+    # One after the other, so that both use the same few KiB of shared memory: one program more on a multiprocessor.
+    s = gl.sum(s, 0)
+    t = gl.sum(t, 0)
+    delta = (qkv.slice(2 * KEY_DIM, BLOCK_V).load(value_layout) - s * (decay * k_norm)) * beta
+    out = t * (decay * q_norm) + delta * (qk * q_norm * k_norm)
+    gl.store(out_ptr + j, out.to(out_ptr.dtype.element_ty))
+    delta = (delta * k_norm)[None, :]
+    in_chunk = gl.arange(0, CHUNK, layout=key_layout)[:, None] * VALUE_DIM + j[None, :]
+    for n in gl.static_range(CHUNKS):
+        k_rows = qkv.slice(KEY_DIM + n * CHUNK, CHUNK).load(key_layout)[:, None]
+        state = (tiles.index(n).load(layout).to(gl.float32) * decay + k_rows * delta).to(dtype)
+        gl.store(state_ptr + n * (CHUNK * VALUE_DIM) + in_chunk, state, eviction_policy=EVICTION)
 
 
 def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -275,15 +243,16 @@ def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int
         "WEIGHT_STRIDE_W": stride_w,
         "V_HEADS": v_heads,
         "GROUP": v_heads // k_heads,
-        "HEADS": staging.heads,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
         "CHANNELS": layout.conv_channels,
         "WIDTH": layout.conv_kernel,
         "BLOCK_V": staging.block_v,
         "CHUNKS": staging.chunks,
-        "ROWS": rows_at_once(staging.block_v, torch_dtype(layout.recurrent_dtype).itemsize, staging.num_warps),
-        "BULK": staging.bulk,
+        "ROWS": rows_at_once(staging, torch_dtype(layout.recurrent_dtype).itemsize),
+        "ACROSS": staging.across,
+        "CONV_FIRST": staging.conv_first,
+        "EVICTION": "evict_first" if staging.evict_first else "",
         "DEPENDENT_LAUNCH": staging.dependent_launch,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
@@ -309,25 +278,22 @@ def gdn_decode(
     Raises:
         ValueError: :func:`why_not` has a reason.
     """
-    reason = why_not(layout, x_BC, staging)
+    reason = why_not(layout, x_BC.dtype, staging)
     if reason is not None:
         raise ValueError(f"GDN decode through shared memory cannot do {reason}")
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
         )
-    rows, (v_heads, key_dim, value_dim) = x_BC.shape[0], layout.recurrent_shape
+    rows, (v_heads, _, value_dim) = x_BC.shape[0], layout.recurrent_shape
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
     state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
-    # Rows of the pool are counted from this layer's base, which need not lie on a whole number of them.
-    states = elements(buffer[layout.base[layer] :], state_dtype)
     constant = constants(layout, staging, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
-    grid = (value_dim // staging.block_v, v_heads // staging.heads, rows)
+    grid = (value_dim // staging.block_v, v_heads, rows)
     shared_decode_kernel[grid](
-        descriptor(states, value_dim, key_dim // staging.chunks, staging) if staging.bulk else None,
-        states,
+        elements(buffer, state_dtype),
         elements(buffer, conv_dtype),
         x_BC,
         conv_weight_CW,
@@ -343,6 +309,7 @@ def gdn_decode(
         a_BV.stride(0),
         b_BV.stride(0),
         state_table_BL.stride(0),
+        layout.base[layer] // state_dtype.itemsize,
         layout.stride // state_dtype.itemsize,
         (layout.base[layer] + layout.conv_offset) // conv_dtype.itemsize,
         layout.stride // conv_dtype.itemsize,
@@ -351,10 +318,3 @@ def gdn_decode(
         **({"launch_pdl": True} if staging.dependent_launch else {}),
     )
     return out_BVJ
-
-
-def descriptor(states: torch.Tensor, value_dim: int, chunk: int, staging: Staging) -> TensorDescriptor:
-    """The pool from a layer's base on, as rows of ``value_dim`` elements that bulk copies take ``chunk`` at a time."""
-    dtype = getattr(gl, str(states.dtype).removeprefix("torch."))
-    shape = [states.numel() // value_dim, value_dim]
-    return TensorDescriptor(states, shape, [value_dim, 1], [chunk, staging.block_v], staged_layout(dtype, True))

@@ -1,6 +1,7 @@
 """How GDN decode through shared memory is cut, and which layouts and inputs it can do."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -25,43 +26,51 @@ class Staging:
     num_warps: int
     chunks: int = 4
     """Parts of a tile, along the key dims, that are copied and waited for one by one."""
-    bulk: bool = False
-    """Bulk (TMA) copies in both directions; else ``cp.async`` in and ordinary stores out."""
-    heads: int = 1
-    """Value heads of one program: those that share a key head share its conv and norms too."""
+    across: bool = False
+    """Warps lie across the value dims instead of along the key dims: sums stay inside a warp and take no shared memory."""
+    evict_first: bool = False
+    """Tell the L2 cache that the stored state is not read again soon (Triton gives ``cp.async`` no such hint)."""
     dependent_launch: bool = False
     """Programmatic dependent launch: the grid is set up while the kernel before it ends."""
+    conv_first: bool = False
+    """The conv's loads go out before the state's, so that its arithmetic does not wait for the last of them."""
 
     def __post_init__(self) -> None:
         if self.num_warps not in (1, 2, 4, 8):
             raise bad("num_warps", self.num_warps, "choose 1, 2, 4 or 8")
-        for field in ("block_v", "chunks", "heads"):
+        for field in ("block_v", "chunks"):
             value = getattr(self, field)
             if value < 1 or value & (value - 1):
                 raise bad(field, value, "choose a power of two")
 
+    @property
+    def row_part(self) -> int:
+        """Value dims of a row that one warp takes."""
+        return self.block_v // self.num_warps if self.across else self.block_v
 
-def why_not(layout: StateLayout, x_BC: torch.Tensor, staging: Staging) -> str | None:
-    """What keeps this kernel from a layout and inputs; None where it can do them."""
-    v_heads, key_dim, value_dim = layout.recurrent_shape
-    k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
+
+@lru_cache
+def why_not(layout: StateLayout, dtype: torch.dtype, staging: Staging) -> str | None:
+    """What keeps this kernel from a layout and inputs of a dtype; None where it can do them."""
+    _, key_dim, value_dim = layout.recurrent_shape
     state_dtype = torch_dtype(layout.recurrent_dtype)
-    if x_BC.dtype not in (torch.bfloat16, torch.float16, torch.float32) or state_dtype == torch.float64:
-        return f"{x_BC.dtype} inputs and a {layout.recurrent_dtype} state: it computes in float32"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or state_dtype == torch.float64:
+        return f"{dtype} inputs and a {layout.recurrent_dtype} state: it computes in float32"
     if any(size & (size - 1) for size in (key_dim, layout.conv_kernel)):
         return f"key dim {key_dim} and conv width {layout.conv_kernel}: both must be powers of two"
-    if value_dim % staging.block_v or (v_heads // k_heads) % staging.heads:
-        return f"{value_dim} value dims and {v_heads // k_heads} heads a group: not cut by {staging}"
-    rows = rows_at_once(staging.block_v, state_dtype.itemsize, staging.num_warps)
+    if value_dim % staging.block_v:
+        return f"{value_dim} value dims: no multiple of the {staging.block_v} of a program"
+    if staging.row_part * state_dtype.itemsize < COPIED_BYTES:
+        return f"{staging.row_part} value dims a warp: shorter than a copy of {COPIED_BYTES} B"
+    rows = rows_at_once(staging, state_dtype.itemsize)
     if key_dim % (staging.chunks * rows):
         return f"key dim {key_dim}: {staging.chunks} chunks of rows that are read {rows} at a time"
-    row_bytes = value_dim * state_dtype.itemsize
-    if layout.stride % row_bytes or staging.block_v * state_dtype.itemsize < COPIED_BYTES:
-        return f"state stride {layout.stride} with rows of {row_bytes} B: no tiles of whole rows"
+    if any(address % COPIED_BYTES for address in (layout.stride, *layout.base)):
+        return f"states at {layout.base} + n * {layout.stride}: not aligned to copies of {COPIED_BYTES} B"
     return None
 
 
-def rows_at_once(block_v: int, itemsize: int, num_warps: int) -> int:
+def rows_at_once(staging: Staging, itemsize: int) -> int:
     """Rows of a tile that one access of all threads covers."""
-    lanes = min(32, block_v * itemsize // COPIED_BYTES)
-    return 32 // lanes * num_warps
+    lanes = min(32, staging.row_part * itemsize // COPIED_BYTES)
+    return 32 // lanes * (1 if staging.across else staging.num_warps)

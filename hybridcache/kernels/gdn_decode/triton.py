@@ -8,14 +8,14 @@ writer (q and k: the first tile of the first value head of the key head).
 The step streams the state through the chip and does little else, so what counts is how many bytes are on their way:
 
 - All loads are issued before anything waits for one. Barriers pin that order: the assembler moves no load across one, and
-  it would otherwise move the state's behind the arithmetic of the conv, which costs a second trip to memory.
+  it would otherwise move the state's behind the arithmetic of the conv, which costs a second trip to memory. Whether the
+  conv's few loads queue before or behind the state's many is part of the tuning.
 - With ``s = S^T k`` and ``t = S^T q`` of the *stored* state and unnormalised k and q, the prediction is
   ``decay |k|^-1 s`` and the output ``decay |q|^-1 t + (q . k) |q|^-1 |k|^-1 delta``: one pass over the tile yields all sums,
   and norms and gates scale them afterwards instead of standing before them.
 - Few warps share a tile, so that sums over key dims stay inside a warp.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,47 +23,15 @@ import triton
 import triton.language as tl
 
 from hybridcache.dtypes import torch_dtype
-from hybridcache.errors import bad
-from hybridcache.kernels.gdn_decode import L2NORM_EPS
+from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
+from hybridcache.kernels.gdn_decode.staging import Staging
+from hybridcache.kernels.gdn_decode.tuning import REGISTERS, Tuning, choose
 from hybridcache.kernels.memory import elements
 from hybridcache.layout import StateLayout
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """How a launch is cut and compiled; the result is the same up to rounding.
-
-    Raises:
-        UserError: ``block_v`` is no power of two of 4 or more, or ``num_warps`` none of 1, 2, 4, 8.
-    """
-
-    block_v: int
-    """Value dims of one program at most."""
-    num_warps: int
-    evict_first: bool = False
-    """Tell the L2 cache that the state is not read again soon."""
-    max_registers: int | None = None
-    """Registers of a thread at most; None leaves it to the assembler."""
-    dependent_launch: bool = False
-    """Programmatic dependent launch: the grid is set up while the kernel before it ends (Hopper and later)."""
-    packed: bool = False
-    """Keep a 16-bit state in its own type between the two passes over it: fewer registers, so more programs at a time. Wider
-    states are not affected. Inline assembly, which Triton's interpreter refuses."""
-
-    def __post_init__(self) -> None:
-        if self.block_v < 4 or self.block_v & (self.block_v - 1):
-            raise bad("block_v", self.block_v, "choose a power of two from 4 on")
-        if self.num_warps not in (1, 2, 4, 8):
-            raise bad("num_warps", self.num_warps, "choose 1, 2, 4 or 8")
-
-
-def default_tuning(rows: int) -> Tuning:
-    """Few rows do not fill the device: small tiles make more programs of them."""
-    return Tuning(block_v=8, num_warps=1) if rows < 8 else Tuning(block_v=32, num_warps=1)
-
-
 @triton.jit
-def conv_sum(
+def conv_loads(
     x_ptr,
     weight_ptr,
     ring_ptr,
@@ -75,34 +43,31 @@ def conv_sum(
     WEIGHT_STRIDE_W: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """Causal depthwise conv of the channels ``first + c``: the token's own inputs and the sums."""
+    """What the causal depthwise conv of the channels ``first + c`` reads: the token's own inputs, then tuples of the weights
+    and the inputs before it, from the token backwards."""
     weight_ptr += first * WEIGHT_STRIDE_C
     x = tl.load(x_ptr + first + c, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + (WIDTH - 1) * WEIGHT_STRIDE_W + c * WEIGHT_STRIDE_C, mask=inside, other=0.0)
-    acc = x.to(ACC) * weight.to(ACC)
+    last = weight_ptr + (WIDTH - 1) * WEIGHT_STRIDE_W
+    weights = (tl.load(last + c * WEIGHT_STRIDE_C, mask=inside, other=0.0),)
+    past = ()
     for back in tl.static_range(1, WIDTH):
         # Column of position - back. WIDTH keeps the dividend positive; positions before the first are masked, not read.
         column = (position + WIDTH - back) % WIDTH
         seen = inside & (position >= back)
-        past = tl.load(ring_ptr + column * CHANNELS + first + c, mask=seen, other=0.0)
+        past = past + (tl.load(ring_ptr + column * CHANNELS + first + c, mask=seen, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         tap = weight_ptr + (WIDTH - 1 - back) * WEIGHT_STRIDE_W
-        acc += past.to(ACC) * tl.load(tap + c * WEIGHT_STRIDE_C, mask=inside, other=0.0).to(ACC)
-    return x, acc
+        weights = weights + (tl.load(tap + c * WEIGHT_STRIDE_C, mask=inside, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return x, weights, past
 
 
 @triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def unknown_copy(x, not_negative):
-    """``x``, of 16-bit elements, as a value that the assembler takes for another one: so it keeps ``x`` as it is stored until
-    the copy is used, and not widened to twice the registers."""
-    zero = tl.full(x.shape, 0, tl.int16) + (not_negative >> 31).to(tl.int16)
-    return tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [x, zero], dtype=x.dtype, is_pure=True, pack=2)
+def conv_sum(x, weights, past, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """The conv of what :func:`conv_loads` has read, and SiLU."""
+    acc = x.to(ACC) * weights[0].to(ACC)
+    for back in tl.static_range(1, WIDTH):
+        acc += past[back - 1].to(ACC) * weights[back].to(ACC)
+    return acc / (1.0 + tl.exp(-acc))
 
 
 @triton.jit
@@ -149,7 +114,7 @@ def gdn_decode_kernel(
     BLOCK_V: tl.constexpr,
     EVICTION: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    PACKED: tl.constexpr,
+    CONV_FIRST: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
@@ -181,34 +146,37 @@ def gdn_decode_kernel(
     ring_ptr += ring_base + entry * ring_stride
     x_ptr += row * x_stride
 
-    offset = i[:, None] * VALUE_DIM + j[None, :]
-    inside = i_inside[:, None] & j_inside[None, :]
-    state = tl.load(state_ptr + offset, mask=inside & (position > 0), other=0.0, eviction_policy=EVICTION)
-    tl.debug_barrier()
-
     K_CHANNELS: tl.constexpr = (V_HEADS // GROUP) * KEY_DIM
     q_channel = (head // GROUP) * KEY_DIM
     k_channel = K_CHANNELS + q_channel
     v_channel = 2 * K_CHANNELS + head * VALUE_DIM + first_value
-    x_v, v = conv_sum(
-        x_ptr, weight_ptr, ring_ptr, v_channel, j, j_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
-        WIDTH, ACC,
-    )  # fmt: skip
-    x_k, k = conv_sum(
-        x_ptr, weight_ptr, ring_ptr, k_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
-        WIDTH, ACC,
-    )  # fmt: skip
-    x_q, q = conv_sum(
-        x_ptr, weight_ptr, ring_ptr, q_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS,
-        WIDTH, ACC,
-    )  # fmt: skip
+    offset = i[:, None] * VALUE_DIM + j[None, :]
+    inside = i_inside[:, None] & j_inside[None, :]
+    # fmt: off
+    if not CONV_FIRST:
+        state = tl.load(state_ptr + offset, mask=inside & (position > 0), other=0.0, eviction_policy=EVICTION)
+        tl.debug_barrier()
+    x_v, w_v, past_v = conv_loads(
+        x_ptr, weight_ptr, ring_ptr, v_channel, j, j_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS, WIDTH
+    )
+    x_k, w_k, past_k = conv_loads(
+        x_ptr, weight_ptr, ring_ptr, k_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS, WIDTH
+    )
+    x_q, w_q, past_q = conv_loads(
+        x_ptr, weight_ptr, ring_ptr, q_channel, i, i_inside, position, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, CHANNELS, WIDTH
+    )
+    if CONV_FIRST:
+        state = tl.load(state_ptr + offset, mask=inside & (position > 0), other=0.0, eviction_policy=EVICTION)
+    # fmt: on
     tl.debug_barrier()
     column = ring_ptr + (position % WIDTH) * CHANNELS
     writes_qk = i_inside & (tile == 0) & (head % GROUP == 0)
     tl.store(column + q_channel + i, x_q, mask=writes_qk)
     tl.store(column + k_channel + i, x_k, mask=writes_qk)
     tl.store(column + v_channel + j, x_v, mask=j_inside)
-    q, k, v = silu(q), silu(k), silu(v)
+    q = conv_sum(x_q, w_q, past_q, WIDTH, ACC)
+    k = conv_sum(x_k, w_k, past_k, WIDTH, ACC)
+    v = conv_sum(x_v, w_v, past_v, WIDTH, ACC)
 
     softplus = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))
     decay = tl.exp(-tl.exp(rate) * softplus)
@@ -221,8 +189,6 @@ def gdn_decode_kernel(
     s, t = tl.reduce((wide * k[:, None], wide * q[:, None]), 0, add_pairs)
     delta = (v - s * (decay * k_norm)) * beta
     tl.store(out_ptr + j, t * (decay * q_norm) + delta * (qk * q_norm * k_norm), mask=j_inside)
-    if PACKED:
-        state = unknown_copy(state, position)
     state = state.to(ACC) * decay + k[:, None] * (delta * k_norm)[None, :]
     tl.store(state_ptr + offset, state, mask=inside, eviction_policy=EVICTION)
 
@@ -234,8 +200,8 @@ def constants(
     weight_stride_CW: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
-    (contiguous where None)."""
-    tuning = tuning or default_tuning(1 << 30)
+    (contiguous where None); ``REGISTERS`` is the tuning where None."""
+    tuning = tuning or REGISTERS
     v_heads, key_dim, value_dim = layout.recurrent_shape
     k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
     stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
@@ -252,7 +218,7 @@ def constants(
         "BLOCK_V": min(triton.next_power_of_2(value_dim), tuning.block_v),
         "EVICTION": "evict_first" if tuning.evict_first else "",
         "DEPENDENT_LAUNCH": tuning.dependent_launch,
-        "PACKED": tuning.packed and torch_dtype(layout.recurrent_dtype).itemsize == 2,
+        "CONV_FIRST": tuning.conv_first,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -261,7 +227,7 @@ def constants(
 
 def options(tuning: Tuning | None = None) -> dict[str, Any]:
     """Launch options."""
-    tuning = tuning or default_tuning(1 << 30)
+    tuning = tuning or REGISTERS
     chosen: dict[str, Any] = {"num_warps": tuning.num_warps}
     if tuning.max_registers:
         chosen["maxnreg"] = tuning.max_registers
@@ -282,10 +248,17 @@ def gdn_decode(
     dt_bias_V: torch.Tensor,
     state_table_BL: torch.Tensor,
     position_B: torch.Tensor,
-    tuning: Tuning | None = None,
+    tuning: Tuning | Staging | None = None,
 ) -> torch.Tensor:
     """See :meth:`hybridcache.kernels.backend.Backend.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
-    whose last dimension has stride 1; the conv weight may have any strides (``W`` rows of ``C`` load as vectors)."""
+    whose last dimension has stride 1. The conv weight may have any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors,
+    so it is the faster one, and neither order is copied. A :class:`Staging` takes the kernel of ``hopper.py``; None chooses
+    (:func:`~hybridcache.kernels.gdn_decode.tuning.choose`)."""
+    if tuning is None:
+        tuning = choose(layout, x_BC)
+    if isinstance(tuning, Staging):
+        inputs = (x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_table_BL, position_B)
+        return hopper.gdn_decode(buffer, layout, layer, *inputs, staging=tuning)
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
@@ -294,7 +267,6 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    tuning = tuning or default_tuning(rows)
     state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
     constant = constants(layout, x_BC.dtype, tuning, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (triton.cdiv(value_dim, constant["BLOCK_V"]), v_heads, rows)

@@ -1,0 +1,67 @@
+"""Which cut of GDN decode a batch gets."""
+
+import logging
+
+import pytest
+import torch
+
+from hybridcache.kernels.gdn_decode import tuning
+from hybridcache.kernels.gdn_decode.staging import Staging
+from hybridcache.kernels.gdn_decode.tuning import Tuning, choose, default_tuning
+from hybridcache.kernels.testing import state_case
+
+
+def case_of(rows: int, state_dtype: str = "bfloat16", **shape):
+    return state_case(torch.Generator(), positions=[-1] * rows, layers=1, state_dtype=state_dtype, **shape)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(tuning, "is_hopper_or_later", lambda device: True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    tuning._say_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "rows", "block_v"),
+    [
+        *(("float32", rows, block_v) for rows, block_v in ((1, 32), (16, 32), (17, 64), (256, 64))),
+        *(
+            ("bfloat16", rows, block_v)
+            for rows, block_v in ((1, 32), (2, 32), (3, 64), (31, 64), (32, 128), (256, 128))
+        ),
+    ],
+)
+def test_measured_winners(state_dtype, rows, block_v):
+    chosen = default_tuning(rows, getattr(torch, state_dtype))
+    assert chosen.block_v == block_v
+    assert chosen.dependent_launch
+    assert isinstance(chosen, Staging) == (block_v == 128)
+
+
+def test_hopper_gets_the_default(on_hopper, caplog):
+    case = case_of(32)
+    assert choose(case.layout, case.x_BC) == default_tuning(32, torch.bfloat16)
+    assert not caplog.records
+
+
+def test_other_devices_stay_in_registers_and_say_why_once(caplog):
+    case = case_of(32)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert choose(case.layout, case.x_BC) == Tuning(64, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "GDN decode keeps states in registers, not in shared memory: cpu: no compute capability of 9.0 or later"
+    ]
+
+
+def test_shapes_that_shared_memory_cannot_do_are_named(on_hopper, caplog):
+    case = case_of(32, k_heads=1, v_heads=1, key_dim=96)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert choose(case.layout, case.x_BC) == Tuning(64, 2, dependent_launch=True)
+    assert len(caplog.records) == 1
+    assert "key dim 96" in caplog.text
