@@ -97,9 +97,9 @@ def test_gdn_prefill_of_other_shapes(generator, k_heads, v_heads, key_dim, value
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 1e-2)])
 def test_gdn_prefill_in_16_bits(generator, dtype, tolerance, state_dtype):
-    """The interpreter casts to bfloat16 by cutting bits off, which errs more than a GPU's rounding."""
+    """The interpreter casts to bfloat16 by cutting bits off, which errs more than a GPU's rounding: outputs only."""
     options = {"dtype": dtype, "state_dtype": state_dtype, "conv_dtype": dtype, **SMALL}
     case = prefill_case(generator, lengths=[70, 64], starts=[100, 0], **options)
     check(case, LARGE_CHUNKS, tolerance, max(tolerance, TOLERANCE[state_dtype]))
@@ -127,7 +127,8 @@ def test_checkpoints(generator, width):
     triton.gdn_prefill(case.buffer, *case.step(1), checkpoint_table_BNL=table_BNL, checkpoint_interval=64)
     for entries in (None, [entry for _, _, entry in kept]):
         error, rings = block_errors(case, expected_buffer, 1, entries)
-        assert error <= 1e-5
+        # Of a state that strong decay has nearly erased, rounded sums of log decays are what is left.
+        assert error <= 5e-5
         assert rings
     assert torch.equal(case.buffer, expected_buffer)
 
