@@ -60,14 +60,12 @@ STATE_TILES = {
     "v64 w4 s2": replace(NARROW, stages=2),
     "v64 w4 s3": NARROW,
     "v128 w8 s3": WIDE,
-    "v32 w4 s3": replace(NARROW, value_tile=32),
     "hopper s3": replace(NARROW, hopper=True),
     "hopper s2": replace(NARROW, hopper=True, stages=2),
 }
 CHUNK_TILES = {
     "w4": replace(NARROW, chunk_registers=None),
     "w4 r168": NARROW,
-    "w4 r152": replace(NARROW, chunk_registers=152),
     "w8": replace(NARROW, chunk_warps=8, chunk_registers=None),
 }
 CONV_TILES = {"w4": NARROW, "w8": replace(NARROW, conv_warps=8)}

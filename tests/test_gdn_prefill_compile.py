@@ -1,5 +1,7 @@
 """GDN prefill's kernels compile for Hopper (sm_90) without a GPU, without spills, and use its matrix unit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -105,6 +107,21 @@ def test_states(dtype, dim, rows, checkpoints, state_dtype, tmp_path):
     assert_fits(compiled, tmp_path)
     if dtype != "float32" and dim <= 128:
         assert_on_matrix_unit(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(("value_tile", "warps", "stages"), [(64, 4, 2), (64, 4, 3), (128, 8, 3)])
+def test_other_tiles_of_states(value_tile, warps, stages, checkpoints, tmp_path):
+    """Those that ``benchmarks/gdn_prefill.py`` times."""
+    target = Target(checkpoints=checkpoints)
+    target.tiles = replace(target.tiles, value_tile=value_tile, state_warps=warps, stages=stages)
+    target.constant |= {"BLOCK_V": value_tile, "STAGES": stages}
+    assert_fits(target.compile(state_kernel, warps), tmp_path)
+
+
+@pytest.mark.parametrize(("warps", "registers"), [(4, None), (8, None)])
+def test_other_tiles_of_chunks(warps, registers, tmp_path):
+    assert_fits(Target().compile(chunk_kernel, warps, registers), tmp_path)
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
