@@ -7,6 +7,7 @@ for output in llm.generate(["The pool is"], SamplingParams(max_tokens=8)):
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from hybridcache.errors import UserError, bad
 from hybridcache.kernels.backend import make_backend
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
+from hybridcache.streaming import TokenStream, interrupts_held
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config, shipped_fields, shipped_names
 from models.qwen3_next import Qwen3Next, build_model, load_model
@@ -61,7 +63,7 @@ class RequestOutput:
     text: str | None
     """None where the model has no tokenizer."""
     finish_reason: str
-    """``length``, ``stop`` or ``error``."""
+    """``length``, ``stop``, ``error`` or, in a stream, ``abort``."""
     error: str | None
     arrival_s: float
     first_token_s: float | None
@@ -142,6 +144,8 @@ class LLM:
             cuda_graphs=cuda_graphs,
             overlap=overlap,
         )
+        self._inboxes: dict[int, tuple[deque[tuple[int, int | None, bool]], int]] = {}
+        """For every request of a stream where its tokens go, and its number there."""
 
     def generate(
         self,
@@ -160,6 +164,59 @@ class LLM:
         Raises:
             UserError: a prompt that cannot be run; then none is.
         """
+        items, encoded, ids = self._submit(prompts, sampling_params)
+        try:
+            self._run(ids, progress)
+            return [self._output(seq_id, item, tokens) for seq_id, item, tokens in zip(ids, items, encoded)]
+        finally:
+            # Also after an interrupt: what is left gives its memory back, and the LLM stays usable.
+            self._drop(ids)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> TokenStream:
+        """Queue all prompts and return an iterator over their tokens as they come; a prompt's last one brings its whole
+        output. ``stream.abort(index)`` ends one of them, ``stream.close()`` all.
+
+        Args:
+            prompts, sampling_params: as of :meth:`generate`.
+
+        Raises:
+            UserError: a prompt that cannot be run; then none is.
+        """
+        items, encoded, ids = self._submit(prompts, sampling_params)
+        inbox: deque[tuple[int, int | None, bool]] = deque()
+        self._inboxes |= {seq_id: (inbox, index) for index, seq_id in enumerate(ids)}
+        return TokenStream(
+            ids,
+            inbox,
+            self._advance,
+            lambda index: self.engine.abort(ids[index]),
+            lambda index: self._output(ids[index], items[index], encoded[index]),
+            lambda: self._drop(ids),
+            self.tokenizer,
+        )
+
+    def _advance(self) -> StepOutput:
+        """One step of the engine; streams get their tokens."""
+        with interrupts_held():
+            step = self.engine.step()
+            if self._inboxes:
+                ended = {seq.seq_id for seq in step.finished}
+                for seq_id in [*step.new_tokens, *(ended - step.new_tokens.keys())]:
+                    if seq_id in self._inboxes:
+                        inbox, index = self._inboxes[seq_id]
+                        inbox.append((index, step.new_tokens.get(seq_id), seq_id in ended))
+        return step
+
+    def _submit(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> tuple[list[Prompt], list[list[int]], list[int]]:
+        """Queue all prompts, or none: the prompts as a list, their tokens, and their requests' ids."""
         items = _as_list(prompts)
         params = _as_params(sampling_params, len(items))
         encoded = [self._encode(i, item, one.max_tokens) for i, (item, one) in enumerate(zip(items, params))]
@@ -171,13 +228,18 @@ class LLM:
                         ids.append(self.engine.add_request(tokens, one).seq_id)
                     except UserError as error:
                         raise UserError(f"prompts[{number}]: {error}") from error
-            self._run(len(items), progress)
-            return [self._output(seq_id, item, tokens) for seq_id, item, tokens in zip(ids, items, encoded)]
-        finally:
-            # Also after an interrupt: what is left gives its memory back, and the LLM stays usable.
-            for seq_id in ids:
+        except BaseException:
+            self._drop(ids)
+            raise
+        return items, encoded, ids
+
+    def _drop(self, ids: list[int]) -> None:
+        """End these requests and forget them; those that are forgotten already are passed over."""
+        for seq_id in ids:
+            if self.engine.knows(seq_id):
                 self.engine.abort(seq_id)
                 self.engine.forget(seq_id)
+            self._inboxes.pop(seq_id, None)
 
     def _encode(self, number: int, prompt: Prompt, max_tokens: int) -> list[int]:
         if isinstance(prompt, str):
@@ -196,23 +258,21 @@ class LLM:
             )
         return tokens
 
-    def _run(self, total: int, progress: bool) -> None:
-        if not progress:
-            self.engine.run()
-            return
+    def _run(self, ids: list[int], progress: bool) -> None:
+        """Step until these requests have ended."""
+        mine, left, tokens = set(ids), len(ids), 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        tokens = 0
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("generate", total=total)
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task("generate", total=left)
             started = self.engine.now()
-
-            def show(output: StepOutput) -> None:
-                nonlocal tokens
-                tokens += len(output.new_tokens)
-                rate = tokens / max(self.engine.now() - started, 1e-9)
-                bar.update(task, advance=len(output.finished), description=f"generate, {rate:,.0f} tok/s")
-
-            self.engine.run(show)
+            while left:
+                step = self._advance()
+                tokens += len(step.new_tokens)
+                finished = sum(seq.seq_id in mine for seq in step.finished)
+                left -= finished
+                if progress:
+                    rate = tokens / max(self.engine.now() - started, 1e-9)
+                    bar.update(task, advance=finished, description=f"generate, {rate:,.0f} tok/s")
 
     def _output(self, seq_id: int, prompt: Prompt, tokens: list[int]) -> RequestOutput:
         seq = self.engine.sequence(seq_id)

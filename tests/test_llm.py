@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hybridcache import LLM, SamplingParams
 from hybridcache.device import choose_device, require_room
 from hybridcache.errors import UserError
 from hybridcache.llm import load_for_inference
+from hybridcache.streaming import TextPieces
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config
 
@@ -236,6 +239,94 @@ def test_an_interrupt_leaves_the_llm_usable(llm, monkeypatch):
         llm.generate(["again", "and again"], params, progress=False)
     monkeypatch.undo()
     assert not llm.strategy.residents
+    assert llm.generate("again", params, progress=False)[0].token_ids == expected
+
+
+def test_a_stream_gives_the_tokens_of_generate(llm):
+    prompts = ["one", "two héllo", [97, 98, 99]]
+    params = [
+        SamplingParams(max_tokens=n, temperature=t, seed=3, ignore_eos=True) for n, t in ((9, 0), (1, 1), (14, 1))
+    ]
+    expected = llm.generate(prompts, params, progress=False)
+    tokens, texts, outputs = [[], [], []], ["", "", ""], {}
+    for item in llm.stream(prompts, params):
+        tokens[item.index].append(item.token_id)
+        texts[item.index] += item.text
+        if item.output is not None:
+            outputs[item.index] = item.output
+    assert tokens == [output.token_ids for output in expected]
+    assert texts == [output.text for output in expected]
+    assert [outputs[i].token_ids for i in range(3)] == tokens
+    assert [outputs[i].prompt for i in range(3)] == ["one", "two héllo", None]
+    assert not llm.strategy.residents
+    assert llm.engine.sequences == []
+
+
+def test_streams_run_beside_one_another(llm):
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    expected = [output.token_ids for output in llm.generate(["a", "b", "c"], params, progress=False)]
+    first, second = llm.stream("a", params), llm.stream("b", params)
+    found = [next(first).token_id, next(second).token_id]
+    third = llm.generate("c", params, progress=False)[0].token_ids
+    assert [found[0], *(item.token_id for item in first)] == expected[0]
+    assert [found[1], *(item.token_id for item in second)] == expected[1]
+    assert third == expected[2]
+    assert list(first) == []
+    assert llm.engine.sequences == []
+
+
+def test_a_stream_may_be_aborted_and_closed(llm):
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    expected = llm.generate(["a", "b"], params, progress=False)
+    with llm.stream(["a", "b"], params) as stream:
+        for item in stream:
+            if item.output is not None:
+                break
+            if item.index == 0:
+                stream.abort(0)
+                stream.abort(0)
+        assert (item.index, item.token_id) == (0, None)
+        assert item.output.finish_reason == "abort"
+        assert item.output.token_ids == expected[0].token_ids[: len(item.output.token_ids)]
+        assert next(stream).index == 1
+    assert list(stream) == []
+    assert not llm.strategy.residents
+    stream = llm.stream(["a", "b"], params)
+    next(stream)
+    assert llm.engine.has_work
+    del stream
+    assert not llm.engine.has_work
+    with pytest.raises(UserError, match=r"prompts\[1\]"):
+        llm.stream(["a", ""])
+    assert llm.engine.sequences == []
+
+
+def test_pieces_of_text_hold_back_half_a_character():
+    pieces = TextPieces(ByteTokenizer(272))
+    found = [pieces.add(byte, last=False) for byte in "é✓".encode()]
+    assert found == ["", "é", "", "", "✓"]
+    assert pieces.add(0xC3, last=False) == ""
+    assert pieces.add(None, last=True) == "\ufffd"
+    assert TextPieces(None).add(5, last=True) is None
+
+
+def test_an_interrupt_waits_for_the_end_of_a_step(llm, monkeypatch):
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    expected = llm.generate("again", params, progress=False)[0].token_ids
+    advance, ended = llm.engine.scheduler.advance, []
+
+    def interrupted(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        sampled = advance(step)
+        ended.append(True)
+        return sampled
+
+    monkeypatch.setattr(llm.engine.scheduler, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("again", params, progress=False)
+    assert ended, "the step was cut short"
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert llm.generate("again", params, progress=False)[0].token_ids == expected
 
 

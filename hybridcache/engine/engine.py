@@ -183,6 +183,10 @@ class Engine:
             raise bad("seq_id", seq_id, "has not finished; abort it first")
         del self._requests[seq_id]
 
+    def knows(self, seq_id: int) -> bool:
+        """Whether a request was added and not forgotten."""
+        return seq_id in self._requests
+
     def sequence(self, seq_id: int) -> Sequence:
         """A request that was added and not forgotten."""
         return self._request(seq_id).seq

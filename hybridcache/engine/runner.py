@@ -7,6 +7,7 @@ Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -144,7 +145,13 @@ class ModelRunner:
     def prepare(self) -> None:
         """Capture all decode graphs now, rather than each at its first use. Does nothing without graphs."""
         if self.graphs is not None:
-            self.graphs.capture()
+            with self._on_device():
+                self.graphs.capture()
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels and graphs go to the current device: make it the pool's."""
+        device = self.pool.buffer.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def relocate(self) -> None:
         """Execute the strategy's pending moves. Must precede every :meth:`launch` after memory was taken or returned."""
@@ -161,7 +168,7 @@ class ModelRunner:
         num_decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
         ids = [row.seq_id for row in rows]
         places, changed = self.rows.arrange(ids[:num_decode], ids[num_decode:])
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             if self.graphs is not None and num_decode == len(rows):
                 logits_RV, slots = self._replay(rows, places, changed, self.graphs)
             else:
