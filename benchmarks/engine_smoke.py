@@ -8,6 +8,7 @@ tokens a step. ``--share`` runs that part of each workload's requests (1 for all
 * ``host_ms``: the host's work in a step that only decodes, waiting excluded; ``wait_ms``: its waiting for the device.
 * ``idle``: of the time between two steps that only decode, the part in which the first had ended and the second's inputs were
   not yet on their way, by events on the stream.
+* Operations that wait for the device, in steps of all kinds, are counted and named: there should be none.
 * Tokens of a small greedy stream with graphs and overlap are compared with those without either. Where they part, the logits
   of the step are computed again: two that differ by no more than two bf16 steps are a near tie, reported and not failed.
 """
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,22 @@ def run_workload(engine: Engine, watch: Watch, name: str, share: float) -> dict[
     }
 
 
+def waits(engine: Engine) -> list[str]:
+    """What PyTorch reports of operations that wait for the device, in steps that prefill, decode, and do both."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        for prompt in (700, 64, 1300):
+            ids = np.arange(1000, 1000 + prompt)
+            engine.add_request(ids, SamplingParams(max_tokens=6, ignore_eos=True))
+            engine.add_request(ids, SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, ignore_eos=True))
+            engine.step()
+            engine.step()
+        engine.run()
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(each.filename).name}:{each.lineno}: {each.message}" for each in caught]
+
+
 def compare_tokens(model) -> dict[str, Any]:
     """A small greedy stream with graphs and overlap, and without."""
     cache = 512 << 20
@@ -204,6 +222,8 @@ def main() -> None:
     for requests, prompt in ((1, 128), (8, 1024), (40, 64), (2, 4096), (4, 2048)):
         serve(engine, requests, prompt, 4, seed=0)
     clock("warm-up")
+    found = waits(engine)
+    clock(f"{len(found)} waits for the device {sorted(set(found))[:4]}")
     watch = Watch(engine)
     rows = []
     for name in args.workloads:
@@ -215,6 +235,7 @@ def main() -> None:
         "share": args.share,
         "rows": rows,
         "launches": dict(engine.backend.launches),
+        "waits": found,
     }
     del engine, watch
     if not args.no_tokens:

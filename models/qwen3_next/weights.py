@@ -6,10 +6,13 @@ second copy of the weights is held on the host.
 
 import json
 import logging
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen3NextConfig
 
@@ -61,12 +64,28 @@ def load_model(folder: str | Path, dtype: str | torch.dtype, device: str | torch
         log.info("%s: skipped %d tensors that generation does not use (mtp.* ...)", folder, len(skipped))
     model = Qwen3Next(config, dtype, device)
     slots = dict(model.slots(shapes))
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
-                if name in slots:
-                    slots[name].write(tensors.get_tensor(name))
+    with _progress() as progress:
+        task = progress.add_task(f"load {folder.name}", total=sum(file.stat().st_size for file in files))
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (the handle is no mapping)
+                    tensor = tensors.get_tensor(name)
+                    if name in slots:
+                        slots[name].write(tensor)
+                    progress.advance(task, tensor.nbytes)
     return model.eval()
+
+
+def _progress() -> Progress:
+    """A bar of bytes on standard error, where that is a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 def read_config(folder: Path) -> Qwen3NextConfig:
