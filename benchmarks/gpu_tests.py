@@ -25,6 +25,8 @@ class _Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             entry: dict[str, object] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+            if report.user_properties:
+                entry["measured"] = [{name: value} for name, value in report.user_properties]
             if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
                 entry["reason"] = report.longrepr[2]
             self.tests[report.nodeid] = entry

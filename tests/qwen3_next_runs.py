@@ -41,9 +41,9 @@ def tiny_config(**changes) -> Qwen3NextConfig:
     return Qwen3NextConfig(**{**fields, **changes})
 
 
-def spec_for(config: Qwen3NextConfig, dtype: str) -> CacheSpec:
-    """Every cache in one dtype, so that a cached value is the computed one to the bit."""
-    return CacheSpec.from_config(config, kv_dtype=dtype, state_dtype=dtype)
+def spec_for(config: Qwen3NextConfig, dtype: str, state_dtype: str | None = None) -> CacheSpec:
+    """Every cache in one dtype by default, so that a cached value is the computed one to the bit."""
+    return CacheSpec.from_config(config, kv_dtype=dtype, state_dtype=state_dtype or dtype)
 
 
 class Loop:
@@ -51,9 +51,16 @@ class Loop:
     device."""
 
     def __init__(
-        self, model, strategy: str = "shared_pool", *, budget_bytes: int = 4 << 20, backend=None, **options
+        self,
+        model,
+        strategy: str = "shared_pool",
+        *,
+        budget_bytes: int = 4 << 20,
+        backend=None,
+        state_dtype: str | None = None,
+        **options,
     ) -> None:
-        spec = spec_for(model.config, str(model.dtype).removeprefix("torch."))
+        spec = spec_for(model.config, str(model.dtype).removeprefix("torch."), state_dtype)
         self.model = model
         self.strategy = build(strategy, spec=spec, budget_bytes=budget_bytes, physical=True, **options)
         self.pool = CachePool(self.strategy.layout, model.device, poison=True)

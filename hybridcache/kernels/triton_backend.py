@@ -1,8 +1,9 @@
 """TritonBackend: every cache operation on CUDA.
 
-Paged prefill has two kernels: one in Gluon for Hopper, counted as ``paged_prefill[gluon]``, and one for other devices and
-for what the first cannot do, ``paged_prefill[triton]``. Shapes, dtypes and the device choose, so a run's choice is known
-before it starts; nothing falls back: a kernel that fails to compile or to launch raises.
+Paged prefill and GDN decode have two kernels each: one in Gluon for Hopper, counted as ``paged_prefill[gluon]`` and
+``gdn_decode[gluon]`` (16-bit states of many rows), and one for other devices and for what the first cannot do, counted as
+``[triton]``. Shapes, dtypes and the device choose, so a run's choice is known before it starts; nothing falls back: a kernel
+that fails to compile or to launch raises.
 """
 
 from collections import Counter
@@ -14,7 +15,9 @@ import torch
 from hybridcache.dtypes import dtype_name
 from hybridcache.errors import bad
 from hybridcache.kernels.block_copy.triton import block_copy
+from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
+from hybridcache.kernels.gdn_decode.tuning import choose
 from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
 from hybridcache.kernels.kv_store.triton import kv_store
 from hybridcache.kernels.paged_decode.triton import paged_decode
@@ -165,10 +168,12 @@ class TritonBackend:
         position_B: torch.Tensor,
     ) -> torch.Tensor:
         """See :class:`hybridcache.kernels.backend.Backend`. Output of a padding row is 0."""
-        gates = (a_BV, b_BV, a_log_V, dt_bias_V)
+        gates, tuning = (a_BV, b_BV, a_log_V, dt_bias_V), choose(layout, x_BC)
         with torch.cuda.device_of(buffer):
-            out_BVJ = gdn_decode(buffer, layout, layer, x_BC, conv_weight_CW, *gates, state_table_BL, position_B)
-        self._count("gdn_decode")
+            out_BVJ = gdn_decode(
+                buffer, layout, layer, x_BC, conv_weight_CW, *gates, state_table_BL, position_B, tuning
+            )
+        self._count("gdn_decode", "gluon" if isinstance(tuning, Staging) else "triton")
         return out_BVJ
 
     def gdn_prefill(

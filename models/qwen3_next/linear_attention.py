@@ -19,9 +19,10 @@ from models.qwen3_next.step import Step
 class LinearAttention(nn.Module):
     """One gated delta net; ``ordinal`` numbers it among the linear layers, as the state layout does.
 
-    ``in_proj`` stacks the rows of every input projection as ``q | k | v | z | b | a``, heads in order within each, so that
-    the conv's input is a slice of its output. Checkpoints interleave them by key head (Transformers'
-    ``fix_query_key_value_ordering``); the slots sort them once, at loading.
+    ``conv_WC`` keeps the channels of one tap together, as kernels load them. ``in_proj`` stacks the rows of every input
+    projection as ``q | k | v | z | b | a``, heads in order within each, so that the conv's input is a slice of its output.
+    Checkpoints interleave them by key head (Transformers' ``fix_query_key_value_ordering``); the slots sort them once, at
+    loading.
     """
 
     def __init__(self, config: Qwen3NextConfig, ordinal: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -34,7 +35,7 @@ class LinearAttention(nn.Module):
         self.sizes = [self.channels, values, self.value_heads, self.value_heads]
         exact = at_least_float32(dtype)
         self.in_proj = parameter(sum(self.sizes), config.hidden_size, dtype=dtype, device=device)
-        self.conv = parameter(self.channels, config.linear_conv_kernel_dim, dtype=dtype, device=device)
+        self.conv_WC = parameter(config.linear_conv_kernel_dim, self.channels, dtype=dtype, device=device)
         self.a_log = parameter(self.value_heads, dtype=exact, device=device)
         self.dt_bias = parameter(self.value_heads, dtype=exact, device=device)
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps, dtype, device)
@@ -52,7 +53,7 @@ class LinearAttention(nn.Module):
                 step.backend.gdn_decode(
                     *pool,
                     x_TC[:n],
-                    self.conv,
+                    self.conv_WC.t(),
                     a_TV[:n],
                     b_TV[:n],
                     *gates,
@@ -65,7 +66,7 @@ class LinearAttention(nn.Module):
                 step.backend.gdn_prefill(
                     *pool,
                     x_TC[n:],
-                    self.conv,
+                    self.conv_WC.t(),
                     a_TV[n:],
                     b_TV[n:],
                     *gates,
@@ -82,7 +83,7 @@ class LinearAttention(nn.Module):
         hidden = self.in_proj.shape[1]
         yield f"{prefix}in_proj_qkvz.weight", Slot((self.channels + self.sizes[1], hidden), self._write_qkvz)
         yield f"{prefix}in_proj_ba.weight", Slot((2 * self.value_heads, hidden), self._write_ba)
-        yield f"{prefix}conv1d.weight", Slot.of(self.conv.unsqueeze(1))
+        yield f"{prefix}conv1d.weight", Slot.of(self.conv_WC.t().unsqueeze(1))
         yield f"{prefix}A_log", Slot.of(self.a_log)
         yield f"{prefix}dt_bias", Slot.of(self.dt_bias)
         yield from self.norm.slots(f"{prefix}norm.", names)
@@ -102,7 +103,7 @@ class LinearAttention(nn.Module):
             section.copy_(group.flatten(0, 1))
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:
-        for weight in (self.in_proj, self.conv, self.out):
+        for weight in (self.in_proj, self.conv_WC, self.out):
             weight.normal_(0.0, std, generator=generator)
         # Kept away from 0, whose logarithm is -inf.
         self.a_log.uniform_(0.01, 16.0, generator=generator).log_()

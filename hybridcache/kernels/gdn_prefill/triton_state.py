@@ -8,6 +8,9 @@ import triton.language as tl
 
 from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES, TO_END, WRITTEN_FROM_START
 
+PAST_THE_END = tl.constexpr(1 << 30)
+"""A token that no step has."""
+
 
 @triton.jit(
     do_not_specialize=["layer", "interval", "checkpoints"],
@@ -110,10 +113,13 @@ def state_kernel(
         out = tl.dot(left, tl.trans(q), input_precision=PRECISION) * from_start[None, :]
         out = tl.dot(new.to(DOT), tl.trans(score), out, input_precision=PRECISION)
         state = tl.dot((new * to_end[None, :]).to(DOT), k, state * decay, input_precision=PRECISION)
-        full = (token >= begin) & (token + CHUNK <= end)
-        if (VALUE_DIM == HEAD_V) and full:  # else a tile would reach into the next head
-            out_desc.store([token, head * VALUE_DIM + tile * BLOCK_V], tl.trans(out).to(out_ptr.dtype.element_ty))
-        else:
+        whole = (token >= begin) & (token + CHUNK <= end)
+        if VALUE_DIM == HEAD_V:
+            # The store stands outside conditions, which Triton 3.6 can't pipeline: a partial tile's lies past the end and is
+            # dropped.
+            place = tl.where(whole, token, PAST_THE_END)
+            out_desc.store([place, head * VALUE_DIM + tile * BLOCK_V], tl.trans(out).to(out_ptr.dtype.element_ty))
+        if (VALUE_DIM != HEAD_V) or not whole:  # where they differ, a tile of the descriptor reaches into the next head
             valid = (token + slot >= begin) & (token + slot < end)
             tl.store(
                 out_ptr + (token - token0).to(tl.int64) * (V_HEADS * VALUE_DIM) + out_offset,
