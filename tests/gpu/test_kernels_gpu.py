@@ -76,7 +76,8 @@ def test_gdn_decode(backend, generator, rows, order, dtype, state_dtype):
     out = backend.gdn_decode(case.buffer, *case.step(1))
     assert rel_error(out, expected) <= TOLERANCE[dtype]
     assert state_error(case, expected_buffer, 1) <= TOLERANCE[state_dtype]
-    assert backend.launches == {"gdn_decode[triton]": 1}
+    assert sum(backend.launches.values()) == 1
+    assert not any("[torch]" in name for name in backend.launches)
 
 
 def test_gdn_decode_is_deterministic_beside_its_own_ring_writes(backend, generator):
