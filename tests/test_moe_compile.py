@@ -1,4 +1,4 @@
-"""Routing, experts and norms compiled for Hopper without a GPU: nothing spills, and matrices are read 16 bytes wide."""
+"""Routing, experts, norms and greedy choice compiled for Hopper without a GPU: nothing spills, and matrices are read 16 bytes wide."""
 
 import re
 
@@ -10,6 +10,8 @@ if triton.knobs.runtime.interpret:
 
 from test_kernels_compile import assert_fits, compile_for_hopper  # noqa: E402
 
+from hybridcache.kernels.greedy import NOT_FINITE  # noqa: E402
+from hybridcache.kernels.greedy import triton as greedy  # noqa: E402
 from hybridcache.kernels.moe import few_tokens, grouped, routing  # noqa: E402
 from hybridcache.kernels.norms import triton as norms  # noqa: E402
 
@@ -77,4 +79,14 @@ def test_norms(tmp_path):
     added = {"DIM": HIDDEN, "EPS": 1e-6, "ADD": True, "BLOCK_D": 2048}
     gated = {"HEADS": 32, "DIM": 128, "EPS": 1e-6, "BLOCK_H": 8, "BLOCK_E": 128}
     for kernel, constants, warps in ((norms.add_norm_kernel, added, 8), (norms.gated_norm_kernel, gated, 4)):
+        assert_fits(compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": warps}), tmp_path)
+
+
+def test_greedy(tmp_path):
+    pointers = {"logits_ptr": "*bf16", "value_ptr": "*fp32", "index_ptr": "*i32", "id_ptr": "*i64", "feed_ptr": "*i64"}
+    scalars = dict.fromkeys(("stride", "vocabulary", "parts"), "i32")
+    for kernel, constants, warps in (
+        (greedy.sample_part_kernel, {"BLOCK": greedy.PART}, 4),
+        (greedy.sample_best_kernel, {"NONE": NOT_FINITE, "BLOCK": 64}, 1),
+    ):
         assert_fits(compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": warps}), tmp_path)

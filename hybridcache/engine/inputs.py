@@ -157,11 +157,9 @@ class StepInputs:
             max_context_len=0,
         )
 
-    def keep(self, ids_R: torch.Tensor) -> None:
-        """Keep a step's sampled ids for the next step and for :meth:`fetch`."""
-        count = ids_R.shape[0]
-        self.sampled[:count] = ids_R
-        torch.clamp_min(ids_R, 0, out=self.feed[:count])
+    def feed_sampled(self, count: int) -> None:
+        """Let the next step read the first sampled ids, which have changed."""
+        torch.clamp_min(self.sampled[:count], 0, out=self.feed[:count])
 
     # -- from the device to the host -------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ a CUDA graph where there are graphs.
 Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from hybridcache.batch import StepBatch
 from hybridcache.engine.graphs import Capture, DecodeGraphs, graph_sizes
 from hybridcache.engine.inputs import StepInputs
 from hybridcache.engine.rows import RowTable
-from hybridcache.engine.sampling import SamplingRow, draw, greedy
+from hybridcache.engine.sampling import SamplingRow, draw
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from hybridcache.pool import CachePool
@@ -110,6 +110,7 @@ class ModelRunner:
         self._max_entries = -(-strategy.request_limit() // self.layout.attention.tokens_per_entry)
         self.rows = RowTable(strategy, self.max_rows, self._max_entries)
         self.inputs = self._make_inputs()
+        self._choose = _greedy_of(backend, model.dtype)
         self.graphs: DecodeGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
@@ -137,7 +138,12 @@ class ModelRunner:
         with torch.inference_mode():
             logits_RV = self._forward(inputs.decode_batch(num_rows))
             self._logits[:num_rows] = logits_RV
-            inputs.keep(greedy(logits_RV))
+            self._greedy(logits_RV, inputs)
+
+    def _greedy(self, logits_RV: torch.Tensor, inputs: StepInputs) -> None:
+        """Each row's most likely token, kept for the next step and for the host."""
+        count = logits_RV.shape[0]
+        self._choose(logits_RV, inputs.sampled[:count], inputs.feed[:count])
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
@@ -189,7 +195,7 @@ class ModelRunner:
                 by_slot[slot] = row.sampling
         sampled_R = self.inputs.sampled[: len(by_slot)]
         draw(logits_RV, by_slot, sampled_R)
-        self.inputs.keep(sampled_R)
+        self.inputs.feed_sampled(len(by_slot))
 
     def _replay(
         self, rows: Sequence[RowInput], places: list[int], changed: list[int], graphs: DecodeGraphs
@@ -219,7 +225,7 @@ class ModelRunner:
         """Any step, launched operation by operation."""
         batch, slots = self._build(rows, places, changed, num_decode)
         logits_RV = self._forward(batch)
-        self.inputs.keep(greedy(logits_RV))
+        self._greedy(logits_RV, self.inputs)
         return logits_RV, slots
 
     def _build(
@@ -294,3 +300,14 @@ class ModelRunner:
         """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
         self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
+
+
+def _greedy_of(backend: Backend, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """Greedy choice in Triton where the backend's own kernels are Triton's, in PyTorch elsewhere and in float64."""
+    if backend.name.split("+")[0] == "triton" and dtype != torch.float64:
+        from hybridcache.kernels.greedy.triton import greedy
+
+        return greedy
+    from hybridcache.kernels.greedy import naive
+
+    return naive.greedy

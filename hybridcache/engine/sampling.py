@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from hybridcache.errors import bad
-
-NOT_FINITE = -1
-"""Returned in place of a token id where a row's logits hold NaN or no finite maximum."""
+from hybridcache.kernels.greedy import NOT_FINITE
+from hybridcache.kernels.greedy.naive import greedy
 
 _ROWS_AT_ONCE = 32
 """Rows whose probabilities are in memory together: 32 x 151,936 float64 are 39 MB."""
@@ -129,16 +128,10 @@ def _multiply(a: np.uint64, b_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """One token id per row, :data:`NOT_FINITE` where the logits hold NaN."""
-    ids_R = greedy(logits_RV)
+    ids_R = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
+    greedy(logits_RV, ids_R, torch.empty_like(ids_R))
     draw(logits_RV, rows, ids_R)
     return ids_R.tolist()
-
-
-def greedy(logits_RV: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row (int64), :data:`NOT_FINITE` where the logits hold NaN. Nothing waits."""
-    best = logits_RV.max(dim=-1)
-    # Infinity less itself and NaN are not 0. (torch.where would copy its scalar to the device, and wait.)
-    return best.indices.masked_fill_(best.values - best.values != 0, NOT_FINITE)
 
 
 def draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow | None], ids_R: torch.Tensor) -> None:

@@ -71,6 +71,8 @@ class Rotary(nn.Module):
     def forward(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[T, 1, P]``, in float32 or more."""
         angle = position_T.to(self.frequency_P.dtype)[:, None, None] * self.frequency_P
+        if self.scaling == 1.0:
+            return angle.cos(), angle.sin()
         return angle.cos() * self.scaling, angle.sin() * self.scaling
 
 

@@ -10,8 +10,11 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingRow, sample
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.kernels.backend import make_backend
+from hybridcache.kernels.greedy import NOT_FINITE, naive
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Span, build
+
+triton = pytest.importorskip("hybridcache.kernels.greedy.triton")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -121,6 +124,22 @@ def _blocks(spans, block_bytes: int) -> list[Span]:
         for span in spans
         for start in range(0, span.num_bytes, block_bytes)
     ]
+
+
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 151_936), (40, 5000)])
+def test_greedy_choice_is_that_of_torch(rows, vocabulary):
+    logits = torch.randn(rows, vocabulary, device="cuda").bfloat16()
+    logits[0, vocabulary // 3 :: 1000] = 20.0
+    if rows > 3:
+        logits[1, 7], logits[2], logits[3, -1] = float("nan"), float("-inf"), float("inf")
+    ids, feed, expected, expected_feed = torch.full((4, rows), -7, device="cuda")
+    triton.greedy(logits, ids, feed)
+    naive.greedy(logits, expected, expected_feed)
+    finite = expected != NOT_FINITE
+    assert torch.equal(ids != NOT_FINITE, finite)
+    # Of equal logits PyTorch may name another.
+    assert torch.equal(logits.gather(1, feed[:, None])[finite], logits.gather(1, expected_feed[:, None])[finite])
+    assert ids[0] == vocabulary // 3
 
 
 def test_sampling_on_cuda_is_that_of_the_cpu():
