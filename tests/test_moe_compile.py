@@ -1,4 +1,4 @@
-"""Routing, experts, norms and greedy choice compiled for Hopper without a GPU: nothing spills, and matrices are read 16 bytes wide."""
+"""Routing, experts, norms and greedy choice compiled for Hopper without a GPU: nothing spills, matrices are read 16 B wide."""
 
 import re
 
