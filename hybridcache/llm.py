@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hybridcache.device import choose_device, require_room
 from hybridcache.dtypes import dtype_name
-from hybridcache.engine.engine import Engine, StepOutput
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.observed import StepOutput
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import UserError, bad
 from hybridcache.kernels.backend import make_backend
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
-from hybridcache.streaming import TokenStream, interrupts_held
+from hybridcache.streaming import RequestOutput, TokenStream, interrupts_held
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config, shipped_fields, shipped_names
 from models.qwen3_next import Qwen3Next, build_model, load_model
@@ -50,30 +50,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What became of one prompt. Times are seconds since the LLM's first request."""
-
-    prompt: str | None
-    """None where the prompt was given as token ids."""
-    prompt_token_ids: list[int]
-    token_ids: list[int]
-    text: str | None
-    """None where the model has no tokenizer."""
-    finish_reason: str
-    """``length``, ``stop``, ``error`` or, in a stream, ``abort``."""
-    error: str | None
-    arrival_s: float
-    first_token_s: float | None
-    finish_s: float
-    ttft_s: float | None
-    """Arrival to first token, queueing included."""
-    tpot_s: float | None
-    """Mean time per output token after the first; None for a single one."""
-    preemptions: int
-    recomputed_tokens: int
 
 
 class LLM:

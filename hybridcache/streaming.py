@@ -1,4 +1,4 @@
-"""TokenStream: an iterator over the tokens of some requests, as they come."""
+"""What comes of prompts: whole outputs, and TokenStream, an iterator over tokens as they come."""
 
 import signal
 import threading
@@ -6,10 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from hybridcache.llm import RequestOutput
+from typing import Any, Protocol
 
 INCOMPLETE = "\ufffd"
 """What a tokenizer gives for the first bytes of a character whose others have not come."""
@@ -22,6 +19,30 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
+class RequestOutput:
+    """What became of one prompt. Times are seconds since the LLM's first request."""
+
+    prompt: str | None
+    """None where the prompt was given as token ids."""
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str | None
+    """None where the model has no tokenizer."""
+    finish_reason: str
+    """``length``, ``stop``, ``error`` or, in a stream, ``abort``."""
+    error: str | None
+    arrival_s: float
+    first_token_s: float | None
+    finish_s: float
+    ttft_s: float | None
+    """Arrival to first token, queueing included."""
+    tpot_s: float | None
+    """Mean time per output token after the first; None for a single one."""
+    preemptions: int
+    recomputed_tokens: int
+
+
+@dataclass(frozen=True)
 class StreamOutput:
     """One token of a stream, or a request's end."""
 
@@ -31,7 +52,7 @@ class StreamOutput:
     """None where a request ended without another token (``abort``, ``error``)."""
     text: str | None
     """What the token adds to the text: nothing while it is part of a character; None where the model has no tokenizer."""
-    output: "RequestOutput | None"
+    output: RequestOutput | None
     """The whole output, once, with the request's last token or its end."""
 
 
@@ -74,7 +95,7 @@ class TokenStream(Iterator[StreamOutput]):
         inbox: deque[tuple[int, int | None, bool]],
         advance: Callable[[], object],
         abort: Callable[[int], object],
-        output: Callable[[int], "RequestOutput"],
+        output: Callable[[int], RequestOutput],
         drop: Callable[[], object],
         tokenizer: Decoder | None,
     ) -> None:

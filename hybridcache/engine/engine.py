@@ -4,12 +4,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy.typing as npt
 
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
+from hybridcache.engine.observed import HostTimes, StepOutput
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner, RowInput
 from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
@@ -21,29 +21,6 @@ from hybridcache.metrics import Recorder
 from hybridcache.strategies.base import Strategy
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class StepOutput:
-    """What one step gave: the new token of every request that sampled, and the requests that ended."""
-
-    new_tokens: dict[int, int] = field(default_factory=dict)
-    finished: list[Sequence] = field(default_factory=list)
-
-
-@dataclass
-class HostTimes:
-    """Seconds that the host spent in steps, since construction."""
-
-    steps: int = 0
-    total_s: float = 0.0
-    wait_s: float = 0.0
-    """Of ``total_s``, waiting for the device."""
-
-    @property
-    def work_ms_per_step(self) -> float:
-        """Milliseconds of host work in a step, waiting excluded."""
-        return (self.total_s - self.wait_s) / max(self.steps, 1) * 1e3
 
 
 class _Launched(NamedTuple):
