@@ -1,6 +1,6 @@
 """Times the GDN decode kernels under several cuts, at the shapes of Qwen3-Next-80B-A3B.
 
-    python benchmarks/gdn_decode_variants.py --out benchmarks/results/variants-gdn_decode-last-h100.json
+    python benchmarks/gdn_decode_variants.py --out benchmarks/results/variants-gdn_decode-final-h100.json
 
 Every figure is one launch (conv update included) among the 16 of a CUDA graph, each on slots of its own. At one row the 16
 launches' states fit in the L2 cache of a Hopper GPU; from 8 rows on they don't. Each variant is compared with the float64
@@ -13,10 +13,11 @@ Two families:
   bfloat16 state a multiprocessor.
 - ``cp.async`` (``gdn_decode/hopper.py``): the tile waits in shared memory: 144 to 192 KiB of state, whatever its type.
 
-Suffixes: ``c1``/``c4`` chunks of a tile, ``cols`` conv weight by column, ``first`` the conv's loads before the state's,
-``across`` warps across the value dims, ``evict`` L2 hint, ``pdl`` dependent launch. An earlier round of twenty-six, on the
-kernels of commit 7056eed, is ``benchmarks/results/variants-gdn_decode-h100.json``; what lost there is gone: one TMA copy per
-chunk, both value heads of a key head in one program, 8 warps, states packed in registers.
+Suffixes: ``c1``/``c4`` chunks of a tile, ``cols`` conv weight by column, ``first`` the conv's loads before the state's (always
+so in shared memory), ``evict`` L2 hint, ``pdl`` dependent launch. Earlier rounds are kept, and what lost there is gone: on the
+kernels of commit 7056eed (``variants-gdn_decode-h100.json``) one TMA copy per chunk, both value heads of a key head in one
+program, 8 warps, states packed in registers; on 66a9025 (``variants-gdn_decode-last-h100.json``) warps across the value
+dims, and the state's loads before the conv's.
 """
 
 import argparse
@@ -35,8 +36,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import copy_bandwidth, graph_ms
-
+from hybridcache.bench.ceilings import measure_copy
+from hybridcache.bench.timing import time_graph
 from hybridcache.dtypes import itemsize
 from hybridcache.environment import environment
 from hybridcache.kernels.gdn_decode import naive
@@ -84,25 +85,19 @@ def shared(block_v: int, num_warps: int, chunks: int, **more: Any) -> Staging:
 
 FIRST: dict[str, Any] = {"conv_first": True}
 EVICT: dict[str, Any] = {"evict_first": True}
-ACROSS: dict[str, Any] = {"conv_first": True, "across": True}
 VARIANTS = (
     Variant("registers v32 w1 cols pdl", registers(32, 1)),
     Variant("registers v32 w1 cols first pdl", registers(32, 1, **FIRST)),
     Variant("registers v32 w1 cols evict pdl", registers(32, 1, **EVICT)),
     Variant("registers v32 w1 cols first evict pdl", registers(32, 1, **FIRST, **EVICT)),
     Variant("registers v64 w2 cols pdl", registers(64, 2)),
-    Variant("registers v64 w2 cols first pdl", registers(64, 2, **FIRST)),
     Variant("registers v64 w2 cols first evict pdl", registers(64, 2, **FIRST, **EVICT)),
-    Variant("registers v64 w2 cols first", Tuning(64, 2, **FIRST)),
     Variant("cp.async v128 w4 c1 cols pdl", shared(128, 4, 1)),
-    Variant("cp.async v128 w4 c1 cols first pdl", shared(128, 4, 1, **FIRST)),
-    Variant("cp.async v128 w4 c1 first pdl", shared(128, 4, 1, **FIRST), weight_by_column=False),
-    Variant("cp.async v128 w4 c1 cols first evict pdl", shared(128, 4, 1, **FIRST, **EVICT)),
-    Variant("cp.async v128 w4 c4 cols first pdl", shared(128, 4, 4, **FIRST)),
-    Variant("cp.async v128 w4 c1 cols first across pdl", shared(128, 4, 1, **ACROSS)),
-    Variant("cp.async v128 w2 c1 cols first across pdl", shared(128, 2, 1, **ACROSS), state_dtypes=("bfloat16",)),
-    Variant("cp.async v64 w4 c1 cols first pdl", shared(64, 4, 1, **FIRST)),
-    Variant("cp.async v64 w2 c1 cols first pdl", shared(64, 2, 1, **FIRST)),
+    Variant("cp.async v128 w4 c2 cols evict pdl", shared(128, 4, 2, **EVICT)),
+    Variant("cp.async v128 w4 c4 cols pdl", shared(128, 4, 4)),
+    Variant("cp.async v128 w4 c4 cols evict pdl", shared(128, 4, 4, **EVICT)),
+    Variant("cp.async v128 w4 c8 cols evict pdl", shared(128, 4, 8, **EVICT)),
+    Variant("cp.async v64 w2 c1 cols pdl", shared(64, 2, 1)),
 )
 
 
@@ -159,7 +154,7 @@ def measure(
         record |= {"rel_error": out_error, "state_rel_error": state_error}
         if not (out_error <= 1e-2 and state_error <= TOLERANCE[state_dtype]):
             return {**record, "error": "wrong result"}
-        milliseconds = graph_ms([partial(step, layer) for layer in range(LAUNCHES)])
+        milliseconds = time_graph([partial(step, layer) for layer in range(LAUNCHES)]).median_ms
     except Exception as error:  # a tuning that this compiler or device refuses must not hide the others
         return {**record, "error": f"{type(error).__name__}: {error}"}
     num_bytes = moved_bytes(case, state_dtype)
@@ -245,7 +240,7 @@ def main() -> None:
     started, generator, records = time.perf_counter(), torch.Generator().manual_seed(arguments.seed), []
     refused = compile_all()
     compile_seconds = time.perf_counter() - started
-    copy = copy_bandwidth()
+    copy = measure_copy()
     torch.cuda.empty_cache()
     for state_dtype in STATE_DTYPES:
         for rows in ROWS:

@@ -28,10 +28,13 @@ def nothing_said():
 @pytest.mark.parametrize(
     ("state_dtype", "rows", "block_v"),
     [
-        *(("float32", rows, block_v) for rows, block_v in ((1, 32), (16, 32), (17, 64), (256, 64))),
+        *(
+            ("float32", rows, block_v)
+            for rows, block_v in ((1, 32), (16, 32), (17, 64), (63, 64), (64, 128), (256, 128))
+        ),
         *(
             ("bfloat16", rows, block_v)
-            for rows, block_v in ((1, 32), (2, 32), (3, 64), (31, 64), (32, 128), (256, 128))
+            for rows, block_v in ((1, 32), (16, 32), (17, 64), (31, 64), (32, 128), (256, 128))
         ),
     ],
 )

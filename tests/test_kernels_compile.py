@@ -18,6 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from hybridcache.geometry import KERNEL_BLOCK_TOKENS  # noqa: E402
 from hybridcache.kernels.block_copy import triton as block_copy  # noqa: E402
 from hybridcache.kernels.gdn_decode import triton as gdn_decode  # noqa: E402
+from hybridcache.kernels.gdn_decode.tuning import in_registers  # noqa: E402
 from hybridcache.kernels.kv_store import triton as kv_store  # noqa: E402
 from hybridcache.kernels.paged_decode import triton as paged_decode  # noqa: E402
 from hybridcache.kernels.paged_decode.tiles import narrow, wide  # noqa: E402
@@ -85,9 +86,10 @@ def test_gdn_decode(state_dtype, tmp_path):
         "table_ptr": "*i32",
         "position_ptr": "*i64",
     }
-    constants = gdn_decode.constants(layout, torch.bfloat16)
+    tuning = in_registers(64, getattr(torch, state_dtype))
+    constants = gdn_decode.constants(layout, torch.bfloat16, tuning)
     compiled = compile_for_hopper(
-        gdn_decode.gdn_decode_kernel, pointers, {"layer": "i32"}, constants, gdn_decode.options()
+        gdn_decode.gdn_decode_kernel, pointers, {"layer": "i32"}, constants, gdn_decode.options(tuning)
     )
     assert_fits(compiled, tmp_path)
     assert re.search(r"ld\.global\.v4\.b32|ld\.global\.v2\.b32", compiled.asm["ptx"]), "state loads are not vectors"

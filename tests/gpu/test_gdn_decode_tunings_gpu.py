@@ -27,13 +27,10 @@ if torch.cuda.is_available():
         "v64-w2-first-evict": Tuning(64, 2, conv_first=True, evict_first=True),
         "v128-w4-r200": Tuning(128, 4, max_registers=200),
         "shared-v128-w4-c1": Staging(128, 4, chunks=1),
-        "shared-v128-w4-c1-first": Staging(128, 4, chunks=1, conv_first=True),
+        "shared-v128-w4": Staging(128, 4),
         "shared-v128-w4-evict": Staging(128, 4, evict_first=True),
-        "shared-v128-w4-c1-first-across": Staging(128, 4, chunks=1, conv_first=True, across=True),
-        "shared-v128-w4-across": Staging(128, 4, across=True),
-        "shared-v128-w2-c1-across": Staging(128, 2, chunks=1, across=True),
         "shared-v64-w4-c1": Staging(64, 4, chunks=1),
-        "shared-v64-w2-c1-first": Staging(64, 2, chunks=1, conv_first=True),
+        "shared-v64-w2-c1": Staging(64, 2, chunks=1),
         "shared-v32-w1-dependent": Staging(32, 1, dependent_launch=True),
     }
 else:
@@ -77,7 +74,7 @@ def test_dependent_launches_wait_for_each_other(name):
     assert torch.equal(chained_buffer, alone_buffer)
 
 
-@pytest.mark.parametrize("name", ["shared-v128-w4-c1-first", "shared-v128-w4-c1-first-across", "shared-v64-w4-c1"])
+@pytest.mark.parametrize("name", ["shared-v128-w4", "shared-v128-w4-c1", "shared-v64-w4-c1"])
 def test_shared_memory_is_not_read_before_its_copy_arrives(name):
     """Many programs, repeated on the same bytes: a moving result is a race."""
     generator = torch.Generator().manual_seed(random.SystemRandom().randrange(1 << 31))

@@ -29,21 +29,11 @@ from hybridcache.layout import StateLayout
 
 
 @constexpr_function
-def tile_layout(block_v, dtype, num_warps, across):
-    """A thread holds 16 bytes of a row. Warps lie along the rows, so that an access covers whole rows, or ``across`` them, so
-    that sums over rows stay inside a warp."""
+def tile_layout(block_v, dtype, num_warps):
+    """A thread holds 16 bytes of a row; warps lie along the rows, so that an access covers whole rows."""
     vector = 128 // dtype.primitive_bitwidth
-    lanes = min(32, (block_v // num_warps if across else block_v) // vector)
-    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [1, num_warps] if across else [num_warps, 1], [1, 0])
-
-
-@constexpr_function
-def staged_layout(block_v, dtype, num_warps, across):
-    """Rows one after another. Where a warp's part of one is shorter than the 128 bytes of all banks, those of neighbouring
-    rows change places, so that eight threads that read together find different banks."""
-    part = block_v // num_warps if across else block_v
-    phases = max(1, 1024 // (part * dtype.primitive_bitwidth)) if across else 1
-    return gl.SwizzledSharedLayout(part if phases > 1 else 1, 1, phases, [1, 0])
+    lanes = min(32, block_v // vector)
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [num_warps, 1], [1, 0])
 
 
 @constexpr_function
@@ -124,8 +114,6 @@ def shared_decode_kernel(
     BLOCK_V: gl.constexpr,
     CHUNKS: gl.constexpr,
     ROWS: gl.constexpr,
-    ACROSS: gl.constexpr,
-    CONV_FIRST: gl.constexpr,
     EVICTION: gl.constexpr,
     DEPENDENT_LAUNCH: gl.constexpr,
     SCALE: gl.constexpr,
@@ -133,7 +121,7 @@ def shared_decode_kernel(
 ):
     """Grid: (tiles of value dims, value heads, rows)."""
     dtype: gl.constexpr = state_ptr.dtype.element_ty
-    layout: gl.constexpr = tile_layout(BLOCK_V, dtype, gl.num_warps(), ACROSS)
+    layout: gl.constexpr = tile_layout(BLOCK_V, dtype, gl.num_warps())
     key_layout: gl.constexpr = gl.SliceLayout(1, layout)
     value_layout: gl.constexpr = gl.SliceLayout(0, layout)
     CHUNK: gl.constexpr = KEY_DIM // CHUNKS
@@ -161,12 +149,10 @@ def shared_decode_kernel(
     state_ptr += state_base + entry * state_stride + head * (KEY_DIM * VALUE_DIM) + first_value
     ring_ptr += ring_base + entry * ring_stride
     x_ptr += row * x_stride
-    shared_layout: gl.constexpr = staged_layout(BLOCK_V, dtype, gl.num_warps(), ACROSS)
-    tiles = gl.allocate_shared_memory(dtype, [CHUNKS, CHUNK, BLOCK_V], shared_layout)
-    if not CONV_FIRST:
-        copy_tile(tiles, state_ptr, position > 0, VALUE_DIM, layout)
+    tiles = gl.allocate_shared_memory(dtype, [CHUNKS, CHUNK, BLOCK_V], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
-    # One conv for the channels of q, of k and of the tile's v.
+    # One conv for the channels of q, of k and of the tile's v. Its loads go out before the state's, so that its arithmetic
+    # does not wait for the last of them.
     OWN: gl.constexpr = power_of_two(2 * KEY_DIM + BLOCK_V)
     own_layout: gl.constexpr = conv_layout(OWN, WIDTH, gl.num_warps(), True)
     weight_layout: gl.constexpr = conv_layout(OWN, WIDTH, gl.num_warps(), WEIGHT_STRIDE_C == 1)
@@ -191,8 +177,7 @@ def shared_decode_kernel(
         mask=weight_inside & (weight_tap >= 0),
         other=0.0,
     )
-    if CONV_FIRST:
-        copy_tile(tiles, state_ptr, position > 0, VALUE_DIM, layout)
+    copy_tile(tiles, state_ptr, position > 0, VALUE_DIM, layout)
 
     taps = gl.where(tap == WIDTH - 1, x[:, None].to(gl.float32), past.to(gl.float32))
     acc = gl.sum(taps * gl.convert_layout(weight, own_layout).to(gl.float32), 1)
@@ -250,8 +235,6 @@ def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int
         "BLOCK_V": staging.block_v,
         "CHUNKS": staging.chunks,
         "ROWS": rows_at_once(staging, torch_dtype(layout.recurrent_dtype).itemsize),
-        "ACROSS": staging.across,
-        "CONV_FIRST": staging.conv_first,
         "EVICTION": "evict_first" if staging.evict_first else "",
         "DEPENDENT_LAUNCH": staging.dependent_launch,
         "SCALE": key_dim**-0.5,

@@ -26,14 +26,10 @@ class Staging:
     num_warps: int
     chunks: int = 4
     """Parts of a tile, along the key dims, that are copied and waited for one by one."""
-    across: bool = False
-    """Warps lie across the value dims instead of along the key dims: sums stay inside a warp and take no shared memory."""
     evict_first: bool = False
     """Tell the L2 cache that the stored state is not read again soon (Triton gives ``cp.async`` no such hint)."""
     dependent_launch: bool = False
     """Programmatic dependent launch: the grid is set up while the kernel before it ends."""
-    conv_first: bool = False
-    """The conv's loads go out before the state's, so that its arithmetic does not wait for the last of them."""
 
     def __post_init__(self) -> None:
         if self.num_warps not in (1, 2, 4, 8):
@@ -42,11 +38,6 @@ class Staging:
             value = getattr(self, field)
             if value < 1 or value & (value - 1):
                 raise bad(field, value, "choose a power of two")
-
-    @property
-    def row_part(self) -> int:
-        """Value dims of a row that one warp takes."""
-        return self.block_v // self.num_warps if self.across else self.block_v
 
 
 @lru_cache
@@ -60,8 +51,8 @@ def why_not(layout: StateLayout, dtype: torch.dtype, staging: Staging) -> str | 
         return f"key dim {key_dim} and conv width {layout.conv_kernel}: both must be powers of two"
     if value_dim % staging.block_v:
         return f"{value_dim} value dims: no multiple of the {staging.block_v} of a program"
-    if staging.row_part * state_dtype.itemsize < COPIED_BYTES:
-        return f"{staging.row_part} value dims a warp: shorter than a copy of {COPIED_BYTES} B"
+    if staging.block_v * state_dtype.itemsize < COPIED_BYTES:
+        return f"{staging.block_v} value dims: shorter than a copy of {COPIED_BYTES} B"
     rows = rows_at_once(staging, state_dtype.itemsize)
     if key_dim % (staging.chunks * rows):
         return f"key dim {key_dim}: {staging.chunks} chunks of rows that are read {rows} at a time"
@@ -72,5 +63,5 @@ def why_not(layout: StateLayout, dtype: torch.dtype, staging: Staging) -> str | 
 
 def rows_at_once(staging: Staging, itemsize: int) -> int:
     """Rows of a tile that one access of all threads covers."""
-    lanes = min(32, staging.row_part * itemsize // COPIED_BYTES)
-    return 32 // lanes * (1 if staging.across else staging.num_warps)
+    lanes = min(32, staging.block_v * itemsize // COPIED_BYTES)
+    return 32 // lanes * staging.num_warps

@@ -25,7 +25,7 @@ import triton.language as tl
 from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
 from hybridcache.kernels.gdn_decode.staging import Staging
-from hybridcache.kernels.gdn_decode.tuning import REGISTERS, Tuning, choose
+from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
 from hybridcache.kernels.memory import elements
 from hybridcache.layout import StateLayout
 
@@ -196,12 +196,11 @@ def gdn_decode_kernel(
 def constants(
     layout: StateLayout,
     dtype: torch.dtype,
-    tuning: Tuning | None = None,
+    tuning: Tuning,
     weight_stride_CW: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
-    (contiguous where None); ``REGISTERS`` is the tuning where None."""
-    tuning = tuning or REGISTERS
+    (contiguous where None)."""
     v_heads, key_dim, value_dim = layout.recurrent_shape
     k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
     stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
@@ -225,9 +224,8 @@ def constants(
     }
 
 
-def options(tuning: Tuning | None = None) -> dict[str, Any]:
+def options(tuning: Tuning) -> dict[str, Any]:
     """Launch options."""
-    tuning = tuning or REGISTERS
     chosen: dict[str, Any] = {"num_warps": tuning.num_warps}
     if tuning.max_registers:
         chosen["maxnreg"] = tuning.max_registers

@@ -1,8 +1,9 @@
 """How GDN decode is cut for a number of rows, a state dtype and a device.
 
-Measured at the shape of Qwen3-Next on an H100 (``benchmarks/results/variants-gdn_decode-h100.json``). Few rows do not fill
-the device, so small tiles make more programs of them; many rows want whole heads, whose bytes are contiguous, and as many
-of them on a multiprocessor as fit. In float32 registers hold as much state as shared memory; in bfloat16 half as much.
+Measured at the shape of Qwen3-Next on an H100, at 1, 8, 64 and 256 rows (``variants-gdn_decode-h100.json`` and
+``variants-gdn_decode-last-h100.json`` in ``benchmarks/results/``). Few rows do not fill the device, so small tiles make more
+programs of them; many rows want whole heads, whose bytes are contiguous, and as many of them on a multiprocessor as fit.
+In float32 registers hold as much state as shared memory; in bfloat16 half as much.
 """
 
 import logging
@@ -46,24 +47,26 @@ class Tuning:
             raise bad("num_warps", self.num_warps, "choose 1, 2, 4 or 8")
 
 
-REGISTERS = Tuning(64, 2)
-"""For many rows, where nothing more is known."""
-FEW_ROWS = {4: 16, 2: 2}
-"""Up to this many rows, by bytes of a state's element, tiles are the smallest."""
-STAGED_ROWS = 32
-"""From this many rows on, 16-bit states pass through shared memory."""
+VERY_FEW_ROWS, FEW_ROWS = 2, 16
+"""Up to the first many rows states stay in the L2 cache from step to step; up to the second many they don't, but do not fill
+the device either."""
+STAGED_ROWS = {4: 64, 2: 32}
+"""From this many rows on, by bytes of a state's element, states pass through shared memory."""
 
 
 def in_registers(rows: int, state_dtype: torch.dtype) -> Tuning:
     """The cut of ``triton.py``, which can do any shape."""
-    few = rows <= FEW_ROWS.get(state_dtype.itemsize, 16)
-    return replace(Tuning(32, 1) if few else REGISTERS, dependent_launch=True)
+    if rows <= VERY_FEW_ROWS:
+        return Tuning(32, 1, dependent_launch=True)
+    if rows <= FEW_ROWS:
+        return Tuning(32, 1, dependent_launch=True, evict_first=True, conv_first=state_dtype.itemsize == 2)
+    return Tuning(64, 2, dependent_launch=True)
 
 
 def default_tuning(rows: int, state_dtype: torch.dtype) -> Tuning | Staging:
     """The fastest cut on a Hopper GPU of those measured."""
-    if state_dtype.itemsize == 2 and rows >= STAGED_ROWS:
-        return Staging(128, 4, chunks=1, dependent_launch=True)
+    if rows >= STAGED_ROWS.get(state_dtype.itemsize, rows + 1):
+        return Staging(128, 4, chunks=4, dependent_launch=True, evict_first=state_dtype.itemsize == 2)
     return in_registers(rows, state_dtype)
 
 
