@@ -1,5 +1,4 @@
-"""Kernels of every cache operation once, on small shapes with padding rows, partial tiles and stale positions: for tools that
-watch launches."""
+"""Every kernel once, on small shapes with padding rows, partial tiles and stale positions: for tools that watch launches."""
 
 import time
 from collections.abc import Callable
@@ -16,11 +15,14 @@ PLANTED = "planted"
 HEADS, KV_HEADS, DIM, PAIRS = 16, 2, 256, 32
 
 
-def gdn_decode(state_dtype: str, generator: torch.Generator) -> list[torch.Tensor]:
+def gdn_decode(state_dtype: str, shared_memory: bool, generator: torch.Generator) -> list[torch.Tensor]:
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
+    from hybridcache.kernels.gdn_decode.tuning import default_tuning
 
     case = state_case(generator, positions=[0, 2, -1, 77], state_dtype=state_dtype, device="cuda")
-    return [gdn_decode(case.buffer, *case.step(1))]
+    tuning = default_tuning(256 if shared_memory else 4, getattr(torch, state_dtype))
+    step: list[Any] = [*case.step(1), tuning]
+    return [gdn_decode(case.buffer, *step)]
 
 
 def gdn_prefill(dtype: str, generator: torch.Generator) -> list[torch.Tensor]:
@@ -111,6 +113,43 @@ def block_copy(generator: torch.Generator) -> list[torch.Tensor]:
     return []
 
 
+def experts(name: str, generator: torch.Generator) -> list[torch.Tensor]:
+    """Routing, then the experts of few tokens, or what stands between the grouped products of many (those are PyTorch's)."""
+    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing
+
+    draw = partial(normal, generator, device=torch.device("cuda"), dtype="bfloat16")
+    tokens, count, k, hidden, inner = 5, 19, 3, 256, 64
+    x_TD = draw((tokens, hidden))
+    weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
+    if name == "few":
+        gate_up, down = draw((count, 2 * inner, hidden)), draw((count, hidden, inner))
+        shared_gate_up, shared_down = draw((2 * inner, hidden)), draw((hidden, inner))
+        return [few_tokens.mixture(x_TD, weight_Ts, expert_Tk, gate_up, down, shared_gate_up, shared_down)]
+    order_A = expert_Tk.flatten().sort(stable=True).indices
+    x_AD, place_A = grouped.gather(x_TD, order_A, k)
+    narrow = grouped.silu_mul(draw((tokens * k, 2 * inner)), weight_Ts, order_A)
+    return [narrow, grouped.combine(x_AD, place_A, x_TD, weight_Ts)]
+
+
+def norms(generator: torch.Generator) -> list[torch.Tensor]:
+    from hybridcache.kernels.norms.triton import add_norm, gated_norm
+
+    draw = partial(normal, generator, device=torch.device("cuda"))
+    x_TD, delta_TD = (draw((5, 200), dtype="bfloat16") for _ in range(2))
+    x_THE, gate_THE = (draw((5, 3, 128), dtype="bfloat16") for _ in range(2))
+    weight_D = draw((200,), dtype="float32")
+    return [*add_norm(x_TD, delta_TD, weight_D, 1e-6), gated_norm(x_THE, gate_THE, weight_D[:128], 1e-6)]
+
+
+def greedy(generator: torch.Generator) -> list[torch.Tensor]:
+    from hybridcache.kernels.greedy.triton import greedy
+
+    logits_RV = normal(generator, (3, 9001), torch.device("cuda"), "bfloat16")
+    ids_R, feed_R = (torch.empty(3, dtype=torch.int64, device="cuda") for _ in range(2))
+    greedy(logits_RV, ids_R, feed_R)
+    return [logits_RV.gather(1, ids_R[:, None])]
+
+
 @triton.jit
 def write_beyond_kernel(ptr, size, BLOCK: tl.constexpr):
     offset = size + tl.arange(0, BLOCK)
@@ -124,8 +163,10 @@ def planted(generator: torch.Generator) -> list[torch.Tensor]:
 
 
 KERNELS: dict[str, Callable[[torch.Generator], list[torch.Tensor]]] = {
-    "gdn_decode float32": partial(gdn_decode, "float32"),
-    "gdn_decode bfloat16": partial(gdn_decode, "bfloat16"),
+    "gdn_decode float32": partial(gdn_decode, "float32", False),
+    "gdn_decode bfloat16": partial(gdn_decode, "bfloat16", False),
+    "gdn_decode gluon float32": partial(gdn_decode, "float32", True),
+    "gdn_decode gluon bfloat16": partial(gdn_decode, "bfloat16", True),
     "gdn_prefill bfloat16 checkpoints": partial(gdn_prefill, "bfloat16"),
     "gdn_prefill float32 checkpoints": partial(gdn_prefill, "float32"),
     "paged_decode large tiles, 7 splits": partial(paged_decode, 7, True),
@@ -137,13 +178,17 @@ KERNELS: dict[str, Callable[[torch.Generator], list[torch.Tensor]]] = {
     "block_copy": block_copy,
     "page_tiled decode": page_tiled_decode,
     "page_tiled prefill": partial(prefill, "page_tiled"),
+    "routing, experts of few tokens": partial(experts, "few"),
+    "between grouped products": partial(experts, "many"),
+    "norms": norms,
+    "greedy": greedy,
 }
 
 
 def here() -> list[str]:
     """Kernels that this device can run."""
     hopper = torch.cuda.get_device_capability()[0] == 9
-    return [name for name in KERNELS if hopper or name != "paged_prefill gluon"]
+    return [name for name in KERNELS if hopper or "gluon" not in name]
 
 
 def launch(name: str) -> None:
