@@ -30,6 +30,8 @@ class StepBatch:
     """int32; tokens of each request after this step (the new ones included)."""
     prefill_cu_seqlens: torch.Tensor
     """int32 ``[P + 1]``; offsets of the prefilling rows' tokens, counted from token ``num_decode``."""
+    prefill_start_P: torch.Tensor
+    """int32; position of each prefilling row's first token of this step."""
     logit_index_R: torch.Tensor | None
     """int64; indices into T. None for every token."""
     num_decode: int

@@ -103,6 +103,7 @@ class Loop:
             state_table_BL=torch.from_numpy(tables.state),
             context_len_B=torch.tensor(ends, dtype=torch.int32),
             prefill_cu_seqlens=torch.tensor([0, *prefill], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            prefill_start_P=torch.tensor(starts[num_decode:], dtype=torch.int32),
             logit_index_R=torch.arange(sum(counts)),
             num_decode=num_decode,
             max_prefill_len=max(prefill, default=0),

@@ -75,8 +75,13 @@ def test_fused_norms_are_those_of_torch(rng, tokens):
     assert torch.equal(total, expected_total)
     assert rel_error(out, expected) < 1e-2
     heads, gate = torch.randn(2, tokens, 32, 128, device="cuda").bfloat16()
-    out = norms.gated_norm(heads, gate, weight[:128], 1e-6)
-    assert rel_error(out, naive_norms.gated_norm(heads.double(), gate.double(), weight[:128].double(), 1e-6)) < 1e-2
+    out, exact = torch.empty_like(heads), torch.empty_like(heads, dtype=torch.float64)
+    norms.gated_norm(heads, gate, weight[:128], 1e-6, out)
+    naive_norms.gated_norm(heads.double(), gate.double(), weight[:128].double(), 1e-6, exact)
+    assert rel_error(out, exact) < 1e-2
+    norms.sigmoid_mul(heads, gate, out)
+    naive_norms.sigmoid_mul(heads.double(), gate.double(), exact)
+    assert rel_error(out, exact) < 1e-2
 
 
 def test_decode_in_a_cuda_graph_with_padding_rows(rng):

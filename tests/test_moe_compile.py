@@ -78,7 +78,12 @@ def test_norms(tmp_path):
     scalars = dict.fromkeys(names, "i32")
     added = {"DIM": HIDDEN, "EPS": 1e-6, "ADD": True, "BLOCK_D": 2048}
     gated = {"HEADS": 32, "DIM": 128, "EPS": 1e-6, "BLOCK_H": 8, "BLOCK_E": 128}
-    for kernel, constants, warps in ((norms.add_norm_kernel, added, 8), (norms.gated_norm_kernel, gated, 4)):
+    heads = {"HEADS": 16, "DIM": 256, "BLOCK_H": 8, "BLOCK_E": 256}
+    for kernel, constants, warps in (
+        (norms.add_norm_kernel, added, 8),
+        (norms.gated_norm_kernel, gated, 4),
+        (norms.sigmoid_mul_kernel, heads, 4),
+    ):
         assert_fits(compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": warps}), tmp_path)
 
 

@@ -132,13 +132,16 @@ def experts(name: str, generator: torch.Generator) -> list[torch.Tensor]:
 
 
 def norms(generator: torch.Generator) -> list[torch.Tensor]:
-    from hybridcache.kernels.norms.triton import add_norm, gated_norm
+    from hybridcache.kernels.norms.triton import add_norm, gated_norm, sigmoid_mul
 
     draw = partial(normal, generator, device=torch.device("cuda"))
     x_TD, delta_TD = (draw((5, 200), dtype="bfloat16") for _ in range(2))
     x_THE, gate_THE = (draw((5, 3, 128), dtype="bfloat16") for _ in range(2))
     weight_D = draw((200,), dtype="float32")
-    return [*add_norm(x_TD, delta_TD, weight_D, 1e-6), gated_norm(x_THE, gate_THE, weight_D[:128], 1e-6)]
+    normed_THE, gated_THE = torch.empty_like(x_THE), torch.empty_like(x_THE)
+    gated_norm(x_THE, gate_THE, weight_D[:128], 1e-6, normed_THE)
+    sigmoid_mul(x_THE, gate_THE, gated_THE)
+    return [*add_norm(x_TD, delta_TD, weight_D, 1e-6), normed_THE, gated_THE]
 
 
 def greedy(generator: torch.Generator) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ ALIGNMENT = 16
 TOKEN_BYTES = 28
 """Id, index into feed, position (int64) and row (int32)."""
 ROW_BYTES = 32
-"""Context length, offset (int32), index of logits, number of a changed row (int64), and room for alignment."""
+"""Context length, offset, start (int32), index of logits, number of a changed row (int64), and room for alignment."""
 INLINE_ENTRIES = 1 << 18
 """Table entries that travel with the other inputs; more (1 MB) go in a copy of their own."""
 
@@ -151,6 +151,7 @@ class StepInputs:
             state_table_BL=self.table[:num_rows, : self.state_width],
             context_len_B=self._context[:num_rows],
             prefill_cu_seqlens=self._no_prefill,
+            prefill_start_P=self._no_prefill[:0],
             logit_index_R=None,
             num_decode=num_rows,
             max_prefill_len=0,

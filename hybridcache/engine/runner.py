@@ -260,6 +260,7 @@ class ModelRunner:
         row_T = inputs.put(np.repeat(np.arange(n, dtype=np.int32), lengths))
         context_len = inputs.put(context.astype(np.int32))
         prefill_cu_seqlens = inputs.put(cu_seqlens)
+        prefill_start = inputs.put(starts[num_decode:].astype(np.int32))
         logit_index = inputs.put((ends - 1)[samples])
         self._put_rows(changed)
         inputs.send()
@@ -272,6 +273,7 @@ class ModelRunner:
             state_table_BL=inputs.table[:n, :state_width],
             context_len_B=context_len,
             prefill_cu_seqlens=prefill_cu_seqlens,
+            prefill_start_P=prefill_start,
             logit_index_R=logit_index,
             num_decode=num_decode,
             max_prefill_len=int(lengths[num_decode:].max(initial=0)),

@@ -47,45 +47,36 @@ class Attention(nn.Module):
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
         q_THE, gate_THE = qg.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=2)
         k_TKE, v_TKE = (x.unflatten(1, (self.kv_heads, self.head_dim)) for x in (k, v))
-        attended_THE = self._attend(q_THE, k_TKE, v_TKE, step)
-        return F.linear((attended_THE * gate_THE.sigmoid()).flatten(1), self.out, self.out_bias)
+        return F.linear(self._attend(q_THE, k_TKE, v_TKE, gate_THE, step).flatten(1), self.out, self.out_bias)
 
-    def _attend(self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, step: Step) -> torch.Tensor:
+    def _attend(
+        self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, gate_THE: torch.Tensor, step: Step
+    ) -> torch.Tensor:
+        """What the heads attend to, times the gate: each kind of rows goes into its part of the result."""
         batch, n = step.batch, step.batch.num_decode
         pool = (step.buffer, step.layout.attention, self.ordinal)
-        q_THE = step.backend.qk_norm_rope_store(
-            *pool,
-            q_THE,
-            k_TKE,
-            v_TKE,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.q_norm.eps,
-            step.cos.squeeze(1),
-            step.sin.squeeze(1),
-            batch.kv_table_BN,
-            batch.row_T,
-            batch.position_T,
-        )
-        parts = []
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, step.cos_TP, step.sin_TP)
+        tables = (batch.kv_table_BN, batch.row_T, batch.position_T)
+        q_THE = step.backend.qk_norm_rope_store(*pool, q_THE, k_TKE, v_TKE, *norms, *tables)
+        out_THE = torch.empty(gate_THE.shape, dtype=gate_THE.dtype, device=gate_THE.device)
         if n:
-            parts.append(
-                step.backend.paged_decode(*pool, q_THE[:n], batch.kv_table_BN[:n], batch.context_len_B[:n], self.scale)
+            decoded = step.backend.paged_decode(
+                *pool, q_THE[:n], batch.kv_table_BN[:n], batch.context_len_B[:n], self.scale
             )
+            step.ops.sigmoid_mul(decoded, gate_THE[:n], out_THE[:n])
         if step.has_prefill:
-            parts.append(
-                step.backend.paged_prefill(
-                    *pool,
-                    q_THE[n:],
-                    batch.kv_table_BN[n:],
-                    batch.prefill_cu_seqlens,
-                    batch.context_len_B[n:],
-                    self.scale,
-                    batch.max_prefill_len,
-                    batch.max_context_len,
-                )
+            prefilled = step.backend.paged_prefill(
+                *pool,
+                q_THE[n:],
+                batch.kv_table_BN[n:],
+                batch.prefill_cu_seqlens,
+                batch.context_len_B[n:],
+                self.scale,
+                batch.max_prefill_len,
+                batch.max_context_len,
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            step.ops.sigmoid_mul(prefilled, gate_THE[n:], out_THE[n:])
+        return out_THE
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         for name, rows in zip("qkv", self.qkv.split(self.sizes)):

@@ -35,16 +35,16 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """``x / rms(x) * weight * silu(gate)``, in float32 or more. Returns the gate's dtype."""
+    """``x / rms(x) * weight * silu(gate)``, in float32 or more."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = eps
         self.weight = parameter(dim, dtype=at_least_float32(dtype), device=device)
 
-    def forward(self, x_TVE: torch.Tensor, gate_TVE: torch.Tensor, ops: Ops) -> torch.Tensor:
-        """Normalises the last dimension."""
-        return ops.gated_norm(x_TVE, gate_TVE, self.weight, self.eps)
+    def forward(self, x_TVE: torch.Tensor, gate_TVE: torch.Tensor, out_TVE: torch.Tensor, ops: Ops) -> None:
+        """Normalises the last dimension, into ``out``."""
+        ops.gated_norm(x_TVE, gate_TVE, self.weight, self.eps, out_TVE)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield f"{prefix}weight", Slot.of(self.weight)
@@ -69,18 +69,11 @@ class Rotary(nn.Module):
         self.register_buffer("frequency_P", frequency_P.to(device, dtype), persistent=False)
 
     def forward(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[T, 1, P]``, in float32 or more."""
-        angle = position_T.to(self.frequency_P.dtype)[:, None, None] * self.frequency_P
+        """Cosines and sines ``[T, P]``, in float32 or more."""
+        angle = position_T.to(self.frequency_P.dtype)[:, None] * self.frequency_P
         if self.scaling == 1.0:
             return angle.cos(), angle.sin()
         return angle.cos() * self.scaling, angle.sin() * self.scaling
-
-
-def rotate(x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor) -> torch.Tensor:
-    """Rotate dims ``(i, i + P)`` of every head; dims from ``2 P`` on pass."""
-    pairs = cos_T1P.shape[-1]
-    first, second, rest = x_THD.split([pairs, pairs, x_THD.shape[-1] - 2 * pairs], dim=-1)
-    return torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P, rest], dim=-1)
 
 
 class MLP(nn.Module):

@@ -47,37 +47,35 @@ class LinearAttention(nn.Module):
         batch, n = step.batch, step.batch.num_decode
         pool = (step.buffer, step.layout.state, self.ordinal)
         gates = (self.a_log, self.dt_bias)
-        parts = []
-        if n:
-            parts.append(
-                step.backend.gdn_decode(
-                    *pool,
-                    x_TC[:n],
-                    self.conv_WC.t(),
-                    a_TV[:n],
-                    b_TV[:n],
-                    *gates,
-                    batch.state_table_BL[:n],
-                    batch.position_T[:n],
-                )
-            )
-        if step.has_prefill:
-            parts.append(
-                step.backend.gdn_prefill(
-                    *pool,
-                    x_TC[n:],
-                    self.conv_WC.t(),
-                    a_TV[n:],
-                    b_TV[n:],
-                    *gates,
-                    batch.state_table_BL[n:],
-                    batch.prefill_cu_seqlens,
-                    step.prefill_start_P,
-                )
-            )
-        o_TVF = parts[0] if len(parts) == 1 else torch.cat(parts)
         gate_TVF = z.unflatten(1, (self.value_heads, self.value_dim))
-        return F.linear(self.norm(o_TVF, gate_TVF, step.ops).flatten(1), self.out)
+        out_TVF = torch.empty(gate_TVF.shape, dtype=z.dtype, device=z.device)
+        # Each kind of rows goes into its part of what the output projection reads.
+        if n:
+            decoded = step.backend.gdn_decode(
+                *pool,
+                x_TC[:n],
+                self.conv_WC.t(),
+                a_TV[:n],
+                b_TV[:n],
+                *gates,
+                batch.state_table_BL[:n],
+                batch.position_T[:n],
+            )
+            self.norm(decoded, gate_TVF[:n], out_TVF[:n], step.ops)
+        if step.has_prefill:
+            prefilled = step.backend.gdn_prefill(
+                *pool,
+                x_TC[n:],
+                self.conv_WC.t(),
+                a_TV[n:],
+                b_TV[n:],
+                *gates,
+                batch.state_table_BL[n:],
+                batch.prefill_cu_seqlens,
+                batch.prefill_start_P,
+            )
+            self.norm(prefilled, gate_TVF[n:], out_TVF[n:], step.ops)
+        return F.linear(out_TVF.flatten(1), self.out)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         hidden = self.in_proj.shape[1]

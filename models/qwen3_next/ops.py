@@ -20,8 +20,10 @@ class Ops(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def gated_norm(
-        self, x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
+        self, x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
+    ) -> None: ...
+
+    def sigmoid_mul(self, x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None: ...
 
     def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor: ...
 
@@ -46,6 +48,7 @@ class TorchOps:
 
     add_norm = staticmethod(naive_norms.add_norm)
     gated_norm = staticmethod(naive_norms.gated_norm)
+    sigmoid_mul = staticmethod(naive_norms.sigmoid_mul)
     silu_mul = staticmethod(naive_moe.silu_mul)
     route = staticmethod(naive_moe.route)
     mixture = staticmethod(naive_moe.mixture)
@@ -60,7 +63,7 @@ class TritonOps:
         from hybridcache.kernels.norms import triton as norms
 
         self._few_tokens, self._grouped = few_tokens, grouped
-        self.add_norm, self.gated_norm = norms.add_norm, norms.gated_norm
+        self.add_norm, self.gated_norm, self.sigmoid_mul = norms.add_norm, norms.gated_norm, norms.sigmoid_mul
         self.silu_mul, self.route = grouped.silu_mul, routing.route
 
     def mixture(

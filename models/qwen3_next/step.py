@@ -14,17 +14,15 @@ from models.qwen3_next.ops import Ops, ops_for
 class Step:
     """One forward pass: the batch, the pool and the backend that reaches it, and values computed once for all layers.
 
-    P prefilling rows, T tokens, rotary pairs as in ``layers``.
+    T tokens, rotary pairs as in ``layers``.
     """
 
     batch: StepBatch
     buffer: torch.Tensor
     layout: Layout
     backend: Backend
-    cos: torch.Tensor
-    sin: torch.Tensor
-    prefill_start_P: torch.Tensor
-    """int32; position of each prefilling row's first token of this step."""
+    cos_TP: torch.Tensor
+    sin_TP: torch.Tensor
     ops: Ops
 
     @classmethod
@@ -37,9 +35,7 @@ class Step:
         rotary: tuple[torch.Tensor, torch.Tensor],
         dtype: torch.dtype,
     ) -> "Step":
-        offsets = batch.prefill_cu_seqlens
-        start = batch.context_len_B[batch.num_decode :] - (offsets[1:] - offsets[:-1])
-        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], start, ops_for(backend, dtype))
+        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], ops_for(backend, dtype))
 
     @property
     def has_prefill(self) -> bool:

@@ -112,15 +112,19 @@ def test_add_norm(generator, tokens, dim, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 16), (3, 11, 24), (2, 32, 128)])
-def test_gated_norm(generator, tokens, heads, dim, dtype):
+def test_gates(generator, tokens, heads, dim, dtype):
     """The gate is a slice of a wider projection, as in the model."""
     x = torch.randn(tokens, heads, dim, generator=generator).to(dtype)
     gate = torch.randn(tokens, 3 * heads * dim, generator=generator).to(dtype)[:, heads * dim : 2 * heads * dim]
     gate = gate.unflatten(1, (heads, dim))
     weight = torch.randn(dim, generator=generator)
-    out = triton_norms.gated_norm(x, gate, weight, 1e-6)
-    expected = naive_norms.gated_norm(x.double(), gate.double(), weight.double(), 1e-6)
-    assert out.dtype == dtype
+    out, expected = torch.full_like(x, float("nan")), torch.empty_like(x, dtype=torch.float64)
+    triton_norms.gated_norm(x, gate, weight, 1e-6, out)
+    naive_norms.gated_norm(x.double(), gate.double(), weight.double(), 1e-6, expected)
+    assert rel_error(out, expected) < TOLERANCE[dtype]
+    out.fill_(float("nan"))
+    triton_norms.sigmoid_mul(x, gate, out)
+    naive_norms.sigmoid_mul(x.double(), gate.double(), expected)
     assert rel_error(out, expected) < TOLERANCE[dtype]
 
 

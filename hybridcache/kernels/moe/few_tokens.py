@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.sizes import power_of_2
+
 MAX_TOKENS = 16
 """Tokens up to which this is used: from there on the grouped products, which read an expert once, are faster."""
 
@@ -107,8 +109,8 @@ def constants(hidden: int, inner: int, k: int, tuning: Tuning) -> tuple[dict[str
     """Compile-time parameters of the two kernels."""
     shape = {"TOP_K": k, "HIDDEN": hidden, "INNER": inner}
     return (
-        {**shape, "BLOCK_I": tuning.gate_rows, "BLOCK_D": min(tuning.gate_dims, triton.next_power_of_2(hidden))},
-        {**shape, "BLOCK_D": tuning.down_rows, "BLOCK_I": triton.next_power_of_2(inner)},
+        {**shape, "BLOCK_I": tuning.gate_rows, "BLOCK_D": min(tuning.gate_dims, power_of_2(hidden))},
+        {**shape, "BLOCK_D": tuning.down_rows, "BLOCK_I": power_of_2(inner)},
     )
 
 
@@ -129,7 +131,7 @@ def mixture(
     gate_constants, down_constants = constants(hidden, inner, k, tuning)
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    moe_gate_up_kernel[(triton.cdiv(inner, tuning.gate_rows), tokens * (k + 1))](
+    moe_gate_up_kernel[(-(-inner // tuning.gate_rows), tokens * (k + 1))](
         x_TD,
         expert_Tk,
         gate_up_EID,
@@ -139,7 +141,7 @@ def mixture(
         **gate_constants,
         num_warps=tuning.gate_warps,
     )
-    moe_down_kernel[(triton.cdiv(hidden, tuning.down_rows), tokens)](
+    moe_down_kernel[(-(-hidden // tuning.down_rows), tokens)](
         narrow,
         weight_Ts,
         expert_Tk,

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.sizes import power_of_2
+
 ROWS_AT_ONCE = 4
 
 
@@ -28,7 +30,7 @@ def moe_gather_kernel(
         tl.store(out_ptr + d, tl.load(x_ptr + d, mask=d < DIM), mask=d < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def moe_silu_mul_kernel(
     gate_up_ptr,
     weight_ptr,
@@ -77,7 +79,7 @@ def gather(x_TD: torch.Tensor, order_A: torch.Tensor, k: int) -> tuple[torch.Ten
     assignments, dim = order_A.shape[0], x_TD.shape[1]
     out_AD = torch.empty((assignments, dim), dtype=x_TD.dtype, device=x_TD.device)
     place_A = torch.empty(assignments, dtype=torch.int32, device=x_TD.device)
-    block = min(triton.next_power_of_2(dim), 2048)
+    block = min(power_of_2(dim), 2048)
     moe_gather_kernel[(assignments,)](
         x_TD, order_A, out_AD, place_A, x_TD.stride(0), TOP_K=k, DIM=dim, BLOCK_D=block, num_warps=4
     )
@@ -91,7 +93,7 @@ def silu_mul(
     rows, inner = gate_up_AI.shape[0], gate_up_AI.shape[1] // 2
     out_AI = torch.empty((rows, inner), dtype=gate_up_AI.dtype, device=gate_up_AI.device)
     weighted = weight_Ts is not None
-    moe_silu_mul_kernel[(triton.cdiv(rows, ROWS_AT_ONCE),)](
+    moe_silu_mul_kernel[(-(-rows // ROWS_AT_ONCE),)](
         gate_up_AI,
         weight_Ts if weighted else gate_up_AI,
         order_A if weighted else gate_up_AI,
@@ -101,7 +103,7 @@ def silu_mul(
         INNER=inner,
         WEIGHTED=weighted,
         BLOCK_R=ROWS_AT_ONCE,
-        BLOCK_I=triton.next_power_of_2(inner),
+        BLOCK_I=power_of_2(inner),
         num_warps=4,
     )
     return out_AI
@@ -113,8 +115,8 @@ def combine(
     """Sum of each token's rows of ``y_AD`` and of its shared expert, times that one's weight."""
     tokens, dim = shared_TD.shape
     out_TD = torch.empty_like(shared_TD)
-    block = min(triton.next_power_of_2(dim), 1024)
-    moe_combine_kernel[(tokens, triton.cdiv(dim, block))](
+    block = min(power_of_2(dim), 1024)
+    moe_combine_kernel[(tokens, -(-dim // block))](
         y_AD,
         place_A,
         shared_TD,

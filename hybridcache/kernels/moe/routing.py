@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.sizes import power_of_2
+
 
 @triton.jit
 def moe_route_kernel(
@@ -57,8 +59,8 @@ def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> t
             EXPERTS=experts,
             TOP_K=k,
             RENORMALISE=renormalise,
-            BLOCK_E=triton.next_power_of_2(experts),
-            BLOCK_K=triton.next_power_of_2(k + 1),
+            BLOCK_E=power_of_2(experts),
+            BLOCK_K=power_of_2(k + 1),
             num_warps=1,
         )
     return weight_Ts, expert_Tk

@@ -16,7 +16,14 @@ def add_norm(
     return x_TD, F.rms_norm(x_TD.to(weight_D.dtype), weight_D.shape, 1.0 + weight_D, eps).to(x_TD.dtype)
 
 
-def gated_norm(x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / rms(x) * weight * silu(gate)`` over the last dimension, in gate's dtype."""
+def gated_norm(
+    x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
+) -> None:
+    """``x / rms(x) * weight * silu(gate)`` over the last dimension, into ``out``."""
     normed = F.rms_norm(x_THE.to(weight_E.dtype), weight_E.shape, weight_E, eps)
-    return (normed * F.silu(gate_THE.to(weight_E.dtype))).to(gate_THE.dtype)
+    out_THE.copy_(normed * F.silu(gate_THE.to(weight_E.dtype)))
+
+
+def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+    """``x * sigmoid(gate)`` into ``out``."""
+    torch.mul(x_THE, gate_THE.sigmoid(), out=out_THE)

@@ -7,8 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.sizes import power_of_2
+
 HEADS_AT_ONCE = 8
 """Heads of one token that one program of the gated norm takes."""
+GATED_ELEMENTS = 2048
+"""Elements of one token that one program of the gate takes at most."""
 
 
 @triton.jit
@@ -70,6 +74,32 @@ def gated_norm_kernel(
     tl.store(out_ptr + (token * HEADS + head[:, None]) * DIM + e[None, :], out, mask=inside)
 
 
+@triton.jit
+def sigmoid_mul_kernel(
+    x_ptr,
+    gate_ptr,
+    out_ptr,
+    x_stride_t,
+    x_stride_h,
+    gate_stride_t,
+    gate_stride_h,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    e = tl.arange(0, BLOCK_E)
+    inside = (head < HEADS)[:, None] & (e < DIM)[None, :]
+    x = tl.load(x_ptr + token * x_stride_t + head[:, None] * x_stride_h + e[None, :], mask=inside, other=0.0)
+    gate = tl.load(
+        gate_ptr + token * gate_stride_t + head[:, None] * gate_stride_h + e[None, :], mask=inside, other=0.0
+    )
+    out = x.to(tl.float32) / (1.0 + tl.exp(-gate.to(tl.float32)))
+    tl.store(out_ptr + (token * HEADS + head[:, None]) * DIM + e[None, :], out, mask=inside)
+
+
 def add_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +109,7 @@ def add_norm(
     sum_TD = x_TD if delta_TD is None else torch.empty_like(out_TD)
     if tokens:
         delta = x_TD if delta_TD is None else delta_TD
-        block = triton.next_power_of_2(dim)
+        block = power_of_2(dim)
         add_norm_kernel[(tokens,)](
             x_TD,
             delta,
@@ -97,13 +127,15 @@ def add_norm(
     return sum_TD, out_TD
 
 
-def gated_norm(x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
-    """See :func:`hybridcache.kernels.norms.naive.gated_norm`. Not for float64; the last dimension has stride 1."""
+def gated_norm(
+    x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
+) -> None:
+    """See :func:`hybridcache.kernels.norms.naive.gated_norm`. Not for float64; ``out`` is contiguous, the last dimension of
+    the others has stride 1."""
     tokens, heads, dim = x_THE.shape
-    out_THE = torch.empty((tokens, heads, dim), dtype=gate_THE.dtype, device=gate_THE.device)
     if tokens:
-        block_h = min(HEADS_AT_ONCE, triton.next_power_of_2(heads))
-        gated_norm_kernel[(tokens, triton.cdiv(heads, block_h))](
+        block_h = min(HEADS_AT_ONCE, power_of_2(heads))
+        gated_norm_kernel[(tokens, -(-heads // block_h))](
             x_THE,
             gate_THE,
             weight_E,
@@ -116,7 +148,29 @@ def gated_norm(x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tens
             DIM=dim,
             EPS=eps,
             BLOCK_H=block_h,
-            BLOCK_E=triton.next_power_of_2(dim),
+            BLOCK_E=power_of_2(dim),
             num_warps=4,
         )
-    return out_THE
+
+
+def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+    """See :func:`hybridcache.kernels.norms.naive.sigmoid_mul`. Not for float64; ``out`` is contiguous, the last dimension of
+    the others has stride 1."""
+    tokens, heads, dim = x_THE.shape
+    if tokens:
+        block_e = power_of_2(dim)
+        block_h = min(max(GATED_ELEMENTS // block_e, 1), power_of_2(heads))
+        sigmoid_mul_kernel[(tokens, -(-heads // block_h))](
+            x_THE,
+            gate_THE,
+            out_THE,
+            x_THE.stride(0),
+            x_THE.stride(1),
+            gate_THE.stride(0),
+            gate_THE.stride(1),
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_H=block_h,
+            BLOCK_E=block_e,
+            num_warps=4,
+        )
