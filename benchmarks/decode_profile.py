@@ -1,16 +1,25 @@
-"""Where the time of engine steps goes on a GPU, kernel by kernel: decode steps of several sizes, and one prefill step.
+"""Where the time of engine steps goes on a GPU: decode steps of several sizes and prefill steps kernel by kernel, and the
+host's launching of steps that prefill.
 
     python benchmarks/decode_profile.py [--rows 1 16 128 256] [--top 24] [--out profile.json] [--no-graphs]
 
 Qwen3-Next cut to 8 layers, all other widths real, random bf16 weights, shared_pool with fp32 states. Decode steps run as the
 engine runs them, replayed graphs by default; contexts are short, so that what is seen is everything but the KV cache.
+
+The launch of a step that prefills is timed on an idle device and behind a kernel that sleeps for 100 ms: a launch that
+takes longer there waits for the device, and the profile of that launch names the function that does. ``allocations`` are
+the caching allocator's calls of ``cudaMalloc`` during it.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +38,16 @@ from hybridcache.llm import load_for_inference
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 
+OURS = {
+    "runner", "inputs", "rows", "model", "moe", "ops", "layers", "attention", "linear_attention", "triton_backend",
+    "triton", "hopper", "grouped", "routing", "few_tokens", "tiled",
+}  # fmt: skip
+"""Modules whose functions are listed as operations."""
 STEPS = 5
 CONTEXT = 64
 PREFILL = 8192
+MIXED_ROWS = 84
+SLEEP_MS = 100
 
 
 def submit(engine: Engine, rows: int, prompt: int, output: int) -> None:
@@ -64,6 +80,77 @@ def profiled(engine: Engine, steps: int, top: int) -> dict[str, Any]:
             {"name": name[:96], "us": sum(each) / steps, "launches": len(each) / steps} for name, each in kernels[:top]
         ],
     }
+
+
+def sleep_cycles() -> int:
+    """Clock cycles for which ``torch.cuda._sleep`` takes ``SLEEP_MS``."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(10_000_000)
+    end.record()
+    end.synchronize()
+    return int(10_000_000 * SLEEP_MS / start.elapsed_time(end))
+
+
+def launch_ms(engine: Engine, submit_rows: Callable[[], None], cycles: int, profiler: cProfile.Profile | None) -> dict:
+    """The host's time in the launch of the step that comes next, behind a sleep of that many cycles (0 for none)."""
+    submit_rows()
+    found: dict[str, Any] = {}
+    launch = engine.runner.launch
+
+    def timed(rows):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        if cycles:
+            torch.cuda._sleep(cycles)
+        if profiler is not None:
+            profiler.enable()
+        started = time.perf_counter()
+        flight = launch(rows)
+        found["ms"] = (time.perf_counter() - started) * 1e3
+        if profiler is not None:
+            profiler.disable()
+        found["rows"], found["tokens"] = len(rows), sum(row.num_tokens for row in rows)
+        found["allocations"] = torch.cuda.memory_stats()["num_device_alloc"] - before
+        engine.runner.launch = launch
+        return flight
+
+    engine.runner.launch = timed
+    engine.step()
+    engine.run()
+    return found
+
+
+def host_launch(engine: Engine, submit_rows: Callable[[], None], top: int) -> dict[str, Any]:
+    """Launch times of one kind of step, and where they go."""
+    cycles = sleep_cycles()
+    found: dict[str, Any] = {}
+    for name, sleep in (("idle", 0), ("idle again", 0), ("busy", cycles), ("busy again", cycles)):
+        found[name] = launch_ms(engine, submit_rows, sleep, None)
+    profiler = cProfile.Profile()
+    found["profiled"] = launch_ms(engine, submit_rows, cycles, profiler)
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    rows = [
+        {"function": f"{Path(file).name}:{line} {name}", "calls": calls, "own_ms": own * 1e3, "all_ms": whole * 1e3}
+        for (file, line, name), (calls, _, own, whole, _) in stats.items()
+    ]
+    found["own"] = sorted(rows, key=lambda row: -row["own_ms"])[:top]
+    ours = [row for row in rows if row["function"].split(".py:")[0] in OURS]
+    found["operations"] = sorted(ours, key=lambda row: -row["all_ms"])[:top]
+    return found
+
+
+def show_launch(title: str, found: dict[str, Any]) -> None:
+    print(f"\n== launch of {title}")
+    for name in ("idle", "idle again", "busy", "busy again", "profiled"):
+        one = found[name]
+        print(
+            f"   {one['ms']:9.2f} ms {name}: {one['rows']} rows, {one['tokens']} tokens, {one['allocations']} cudaMalloc"
+        )
+    for kind in ("own", "operations"):
+        print(f"   {kind}")
+        for row in found[kind]:
+            print(f"   {row['own_ms']:9.3f} own {row['all_ms']:9.3f} all {row['calls']:6} x  {row['function'][:80]}")
 
 
 def show(title: str, found: dict[str, Any]) -> None:
@@ -101,15 +188,31 @@ def main() -> None:
         engine.run()
         for seq in engine.sequences:
             engine.forget(seq.seq_id)
+    record["launches"] = {}
     for name, rows in (("prefill 8 x 1024", 8), ("prefill 1 x 8192", 1)):
         for _ in range(2):  # the first compiles
             submit(engine, rows, PREFILL // rows, 1)
             found = profiled(engine, 1, args.top)
             engine.run()
         record["steps"][name] = found
+        record["launches"][name] = host_launch(engine, partial(submit, engine, rows, PREFILL // rows, 1), args.top)
+        print(f"[{time.perf_counter() - started:5.1f} s] {name}", flush=True)
+
+    def mixed() -> None:
+        submit(engine, MIXED_ROWS, CONTEXT, 12)
+        while engine.scheduler.waiting or any(seq.num_settled < 2 for seq in engine.scheduler.running):
+            engine.step()
+        submit(engine, 7, PREFILL // 8, 1)
+
+    if most >= MIXED_ROWS + 7:
+        mixed()
+        engine.run()  # compiles
+        record["launches"]["decode and prefill"] = host_launch(engine, mixed, args.top)
     print(f"[{time.perf_counter() - started:5.1f} s] profiled", flush=True)
     for name, found in record["steps"].items():
         show(name, found)
+    for name, found in record["launches"].items():
+        show_launch(name, found)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
 

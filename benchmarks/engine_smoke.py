@@ -47,6 +47,11 @@ BARS = {"bs1": 780, "chat": 7_900, "short": 12_300, "long": 4_200, "mixed": 4_80
 """Output tokens/s aimed at with all requests."""
 
 
+def device_allocations() -> int:
+    """How often PyTorch's allocator has asked the device for memory (it takes a fraction of a millisecond to tell)."""
+    return torch.cuda.memory_stats()["num_device_alloc"]
+
+
 class Watch:
     """Observes an engine's launches: the host's time, and events around each step on the stream."""
 
@@ -69,9 +74,11 @@ class Watch:
                 "end": torch.cuda.Event(enable_timing=True),
             }
             self.steps.append(step)
+            allocations = device_allocations() if decode != len(rows) else 0
             before = time.perf_counter()
             flight = launch(rows)
             step["launch_ms"] = (time.perf_counter() - before) * 1e3
+            step["allocations"] = device_allocations() - allocations if decode != len(rows) else 0
             step["end"].record()
             return flight
 
@@ -96,6 +103,8 @@ class Watch:
                     f"{name}_rows": statistics.mean(s["rows"] for s in chosen),
                     f"{name}_device_ms": statistics.median(s["device_ms"] for s in chosen),
                     f"{name}_launch_ms": statistics.median(s["launch_ms"] for s in chosen),
+                    f"{name}_launch_max_ms": max(s["launch_ms"] for s in chosen),
+                    f"{name}_allocations": sum(s["allocations"] for s in chosen),
                 }
         self.steps.clear()
         return found

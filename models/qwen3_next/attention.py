@@ -55,9 +55,20 @@ class Attention(nn.Module):
         """What the heads attend to, times the gate: each kind of rows goes into its part of the result."""
         batch, n = step.batch, step.batch.num_decode
         pool = (step.buffer, step.layout.attention, self.ordinal)
-        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, step.cos_TP, step.sin_TP)
-        tables = (batch.kv_table_BN, batch.row_T, batch.position_T)
-        q_THE = step.backend.qk_norm_rope_store(*pool, q_THE, k_TKE, v_TKE, *norms, *tables)
+        q_THE = step.backend.qk_norm_rope_store(
+            *pool,
+            q_THE,
+            k_TKE,
+            v_TKE,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            step.cos_TP,
+            step.sin_TP,
+            batch.kv_table_BN,
+            batch.row_T,
+            batch.position_T,
+        )
         out_THE = torch.empty(gate_THE.shape, dtype=gate_THE.dtype, device=gate_THE.device)
         if n:
             decoded = step.backend.paged_decode(
