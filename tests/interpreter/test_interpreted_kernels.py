@@ -213,6 +213,47 @@ def test_paged_decode_around_a_tile_and_a_split(generator, keys, splits):
         assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
 
 
+WAYS = {
+    "together": {"together": 2},
+    "heads-first": {"heads_first": True},
+    "last-combines": {"last_combines": True},
+    "all": {"together": 2, "heads_first": True, "last_combines": True, "chained": True},
+}
+
+
+@device_loop_bounds
+@pytest.mark.parametrize("order", ["block_major", "layer_major"])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kv_heads", "group", "kb", "blocks", "v_dim"), [(2, 8, 8, 11, 16), (4, 3, 8, 1, 24)])
+def test_paged_decode_in_other_ways(generator, order, splits, way, kv_heads, group, kb, blocks, v_dim):
+    """Heads together or apart, either order of programs, either reduction; row 1 is padding. Counters end as they began."""
+    lengths = [1, 0, 7, 8, 9, 16 * splits, 16 * splits + 1, 131]
+    shape = {"kernel_block_tokens": kb, "kernel_blocks": blocks, "kv_heads": kv_heads, "k_dim": 16, "v_dim": v_dim}
+    case = attention_case(generator, lengths=lengths, order=order, dtype="bfloat16", **shape)
+    q_BHD = torch.randn(len(lengths), kv_heads * group, 16, generator=generator).to(torch.bfloat16)
+    inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
+    expected = naive_decode.paged_decode(case.buffer, *inputs)
+    before, counters = case.buffer.clone(), torch.zeros(len(lengths) * kv_heads, dtype=torch.int32)
+    out = triton_decode.paged_decode(
+        case.buffer, *inputs, num_splits=splits, tuning=Tuning(32, 4, 1, 1, **WAYS[way]), counters=counters
+    )
+    assert (out[1] == 0).all()
+    for row in (row for row, length in enumerate(lengths) if length):
+        assert rel_error(out[row], expected[row]) <= 1e-2, f"row {row} of {lengths[row]} tokens"
+    assert (counters == 0).all()
+    assert torch.equal(case.buffer, before)
+
+
+def test_paged_decode_checks_counters_and_heads_together(generator):
+    case = attention_case(generator, lengths=[4], kv_heads=3, k_dim=16, v_dim=16, dtype="float32")
+    inputs = (case.buffer, case.layout, 0, torch.randn(1, 3, 16), case.kv_table_BN, case.context_len_B, 0.25)
+    with pytest.raises(ValueError, match="counters=None"):
+        triton_decode.paged_decode(*inputs, num_splits=2, tuning=Tuning(16, 4, 1, 1, last_combines=True))
+    with pytest.raises(ValueError, match="together=2"):
+        triton_decode.paged_decode(*inputs, tuning=Tuning(16, 4, 1, 1, together=2))
+
+
 @device_loop_bounds
 def test_paged_decode_sees_its_keys_and_values(generator):
     """Poisoning one row of a live request shows in its output and in no other's."""
