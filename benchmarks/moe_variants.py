@@ -2,10 +2,11 @@
 
     python benchmarks/moe_variants.py [--out moe.json] [--tokens 1 8 16]
 
-Ways: PyTorch's grouped products with PyTorch between them (``torch``), with Triton between them (``grouped``), and the
-launches for few tokens under several tilings. A CUDA graph holds ten calls with a routing of their own each, so that
-experts come from memory and not from the L2 cache. ``floor`` is what it takes to read the matrices of the distinct experts
-once, at the bandwidth of a large copy measured here. Every way is checked against float64 first.
+Ways: PyTorch's grouped products with PyTorch between them (``torch``), with Triton between them (``grouped``), the launches
+for few tokens (``row by row``) and those in tiles (``tiles``) under several tilings. A CUDA graph holds ten calls with a
+routing of their own each, so that experts come from memory and not from the L2 cache. ``floor`` is what it takes to read the
+matrices of the distinct experts once, at the bandwidth of a large copy measured here. Every way is checked against float64
+first.
 """
 
 import argparse
@@ -19,12 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from hybridcache.environment import device_name
-from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing
+from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing, tiled, tilings
 from hybridcache.kernels.testing import rel_error
 
 EXPERTS, TOP_K, HIDDEN, INNER = 512, 10, 2048, 512
 TOKENS = (1, 2, 4, 8, 16, 24, 32, 128, 256, 1024, 8192)
 MOST_FEW = 32
+TOKENS_OF_TILES = {"few": (1, 1024), "some": (64, 4096), "many": (1024, 1 << 20)}
+"""For which numbers of tokens tilings are timed, by the first word of their names."""
+CHECKED = (6, 300, 2500)
 CALLS = 10
 TUNINGS = [
     few_tokens.Tuning(),
@@ -80,10 +84,13 @@ def ways(tokens: int) -> dict[str, Callable]:
     found: dict[str, Callable] = {"torch": with_torch_between, "grouped": grouped.mixture}
     if tokens <= MOST_FEW:
         for tuning in TUNINGS:
-            name = (
-                f"few {tuning.gate_rows}x{tuning.gate_dims}w{tuning.gate_warps} {tuning.down_rows}w{tuning.down_warps}"
-            )
+            name = f"row by row {tuning.gate_rows}x{tuning.gate_dims}w{tuning.gate_warps} "
+            name += f"{tuning.down_rows}w{tuning.down_warps}"
             found[name] = lambda *args, tuning=tuning: few_tokens.mixture(*args, tuning=tuning)
+    for name, tiling in tilings.CANDIDATES.items():
+        fewest, most = TOKENS_OF_TILES[name.split()[0]]
+        if fewest <= tokens <= most:
+            found[f"tiles {name}"] = lambda *args, tiling=tiling: tiled.mixture(*args, tiling=tiling)
     return found
 
 
@@ -95,10 +102,17 @@ def make_case(tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 def check(matrices: list[torch.Tensor]) -> dict[str, float]:
-    """Errors of all ways for a few tokens, against float64."""
-    x, weight, expert = make_case(6)
-    exact = naive.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
-    errors = {name: rel_error(way(x, weight, expert, *matrices), exact) for name, way in ways(6).items()}
+    """Largest error of every way, for numbers of tokens that together try them all, against float64. Twice the same input
+    must give the same output, to the bit."""
+    exact_matrices = [matrix.double() for matrix in matrices]
+    errors: dict[str, float] = {}
+    for tokens in CHECKED:
+        x, weight, expert = make_case(tokens)
+        exact = naive.mixture(x.double(), weight.double(), expert, *exact_matrices)
+        for name, way in ways(tokens).items():
+            out = way(x, weight, expert, *matrices)
+            assert torch.equal(out, way(x, weight, expert, *matrices)), name
+            errors[name] = max(errors.get(name, 0.0), rel_error(out, exact))
     assert all(error < 2e-2 for error in errors.values()), errors
     return errors
 
@@ -140,7 +154,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     for row in record["rows"]:
-        print(f"{row['tokens']:6} {row['way']:22} {row['us']:9.1f} us  floor {row.get('floor_us', 0):8.1f}")
+        print(f"{row['tokens']:6} {row['way']:30} {row['us']:9.1f} us  floor {row.get('floor_us', 0):8.1f}")
 
 
 if __name__ == "__main__":

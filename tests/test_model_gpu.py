@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from qwen3_next_runs import Loop, tiny_config
 
-from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing
+from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing, tiled, tilings
 from hybridcache.kernels.norms import naive as naive_norms
 from hybridcache.kernels.norms import triton as norms
 from hybridcache.kernels.testing import rel_error
@@ -43,7 +43,7 @@ def test_cuda_gives_the_cpu_result(rng, dtype, tolerance):
         assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("way", [few_tokens, grouped], ids=["few_tokens", "grouped"])
+@pytest.mark.parametrize("way", [few_tokens, grouped, tiled], ids=["few_tokens", "grouped", "tiled"])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (37, 16, 3), (700, 64, 10)])
 def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     hidden, inner = 128, 64
@@ -54,6 +54,24 @@ def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     out = way.mixture(x, weight, chosen, *matrices)
     expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
     assert rel_error(out, expected) < 1e-2
+
+
+@pytest.mark.parametrize("name", tilings.CANDIDATES)
+def test_every_tiling_of_experts(rng, name):
+    """At real widths, with experts of one token and of hundreds; the same to the bit every time."""
+    tokens, experts, k, hidden, inner = rng.randint(200, 500), 24, 10, 2048, 512
+    shapes = ((experts, 2 * inner, hidden), (experts, hidden, inner), (2 * inner, hidden), (hidden, inner))
+    matrices = [torch.randn(shape, device="cuda").mul(0.02).bfloat16() for shape in shapes]
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    logits = torch.randn(tokens, router_rows(experts), device="cuda") + torch.arange(
+        router_rows(experts), device="cuda"
+    )
+    weight, chosen = naive.route(logits, experts, k, True)
+    out = tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.CANDIDATES[name])
+    expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
+    assert rel_error(out, expected) < 1e-2
+    for _ in range(3):
+        assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.CANDIDATES[name]))
 
 
 @pytest.mark.parametrize("renormalise", [True, False])

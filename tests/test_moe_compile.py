@@ -3,16 +3,17 @@
 import re
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
 
-from test_kernels_compile import assert_fits, compile_for_hopper  # noqa: E402
+from test_kernels_compile import assert_fits, compile_for_hopper, ptxas_report  # noqa: E402
 
 from hybridcache.kernels.greedy import NOT_FINITE  # noqa: E402
 from hybridcache.kernels.greedy import triton as greedy  # noqa: E402
-from hybridcache.kernels.moe import few_tokens, grouped, routing  # noqa: E402
+from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled, tilings  # noqa: E402
 from hybridcache.kernels.norms import triton as norms  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 512, 512, 10
@@ -68,6 +69,37 @@ def test_between_grouped_products(tmp_path):
     ):
         compiled = compile_for_hopper(kernel, rows, scalars, constants, {"num_warps": 4})
         assert_fits(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("name", tilings.CANDIDATES)
+def test_tiles(name, tmp_path):
+    """Every tiling that is timed: products on the matrix unit, matrices by descriptor, gathered rows copied in the
+    background, all of it in a pipeline."""
+    tiling = tilings.CANDIDATES[name]
+    both = tiled.constants(EXPERTS, HIDDEN, INNER, TOP_K, torch.bfloat16, tiling)
+    kernels = (tiled.moe_gate_up_tiles_kernel, tiled.moe_down_tiles_kernel)
+    pointers = dict.fromkeys(("x_ptr", "narrow_ptr", "out_ptr"), "*bf16") | {"weight_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("count_ptr", "list_ptr", "tile_ptr"), "*i32")
+    for kernel, constants, product in zip(kernels, both, (tiling.gate_up, tiling.down)):
+        scalars = {"capacity": "i32", "matrix_desc": f"tensordesc<bf16[{product.columns}, {product.dims}]>"}
+        compiled = compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": product.warps})
+        assert_fits(compiled, tmp_path)
+        ptx = compiled.asm["ptx"]
+        assert "wgmma.mma_async" in ptx or tiling.rows == 16
+        assert "serialized" not in ptxas_report(compiled, tmp_path)
+        assert ptx.count("cp.async.bulk.tensor") >= product.stages
+        assert re.search(r"cp\.async\.c[ga]\.shared\.global", ptx), "rows are not copied in the background"
+
+
+def test_lists_and_sums_of_tiles(tmp_path):
+    pointers = dict.fromkeys(("expert_ptr", "count_ptr", "list_ptr"), "*i32")
+    pointers |= dict.fromkeys(("y_ptr", "shared_ptr", "out_ptr"), "*bf16") | {"weight_ptr": "*fp32"}
+    scalars = dict.fromkeys(("assignments", "capacity"), "i32")
+    for kernel, constants in (
+        (tiled.moe_list_kernel, {"BLOCK": tiled.LISTED_AT_ONCE}),
+        (tiled.moe_sum_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 1024}),
+    ):
+        assert_fits(compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": 4}), tmp_path)
 
 
 def test_norms(tmp_path):

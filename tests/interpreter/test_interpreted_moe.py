@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows
+from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, tiled, tilings
 from hybridcache.kernels.moe.routing import route
 from hybridcache.kernels.norms import naive as naive_norms
 from hybridcache.kernels.norms import triton as triton_norms
@@ -93,6 +93,41 @@ def test_what_stands_between_grouped_products(generator, tokens, experts, k, dim
     out = grouped.combine(narrow, place, shared, weight)
     summed = narrow.double()[place.long()].unflatten(0, (tokens, k)).sum(1) + weight[:, k:].double() * shared.double()
     assert rel_error(out, summed) < TOLERANCE[dtype]
+
+
+TILINGS = {
+    "swapped-16": tilings.Tiling(16, True, tilings.Product(32, 16, 3, 4), tilings.Product(16, 32, 2, 4)),
+    "one-size-64": tilings.Tiling(64, False, tilings.Product(16, 32, 2, 4), tilings.Product(64, 16, 3, 4)),
+    "two-sizes-128": tilings.Tiling(128, False, tilings.Product(32, 32, 4, 8), tilings.Product(32, 32, 3, 8)),
+    "two-sizes-swapped-128": tilings.Tiling(128, True, tilings.Product(64, 64, 4, 8), tilings.Product(64, 64, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k", "hidden", "inner", "shared"),
+    [(1, 5, 3, 40, 24, 24), (37, 7, 3, 72, 40, 16), (150, 3, 2, 64, 16, 8), (9, 130, 2, 48, 72, 72)],
+)
+def test_tiles(generator, tokens, experts, k, hidden, inner, shared, name, dtype):
+    """Experts without tokens, with less than a tile's, and with several tiles; the last expert's rows go to the tensor's end.
+    What no expert owns is poison."""
+    matrices = weights(generator, experts, hidden, inner, shared, dtype)
+    x = torch.randn(tokens, 2 * hidden, generator=generator).to(dtype)[:, :hidden]
+    weight, expert = routed(generator, tokens, experts, k)
+    if tokens == 150:  # one expert has all first choices: two whole tiles of 64 and one of 22
+        expert[:, 0], expert[:, 1] = 2, expert[:, 1] % 2
+    expected = naive.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
+    out = tiled.mixture(x, weight, expert, *matrices, tiling=TILINGS[name])
+    assert out.dtype == dtype
+    # The interpreter cuts bits off where it casts to bfloat16, here three times.
+    assert rel_error(out, expected) < 2 * TOLERANCE[dtype]
+
+
+def test_tiles_are_chosen_by_assignments_per_expert():
+    found = [tilings.choose_tiling(tokens * 10, 512) for tokens in (1, 256, 1024, 8192)]
+    assert found == [tilings.FEW, tilings.FEW, tilings.SOME, tilings.MANY]
+    assert tilings.choose_tiling(1, 1) == tilings.FEW
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
