@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kernels import graph_ms
-
+from hybridcache.bench.ceilings import measure_copy
+from hybridcache.bench.timing import time_graph
 from hybridcache.environment import environment
 from hybridcache.kernels.gdn_prefill.hopper_state import hopper_state_kernel
 from hybridcache.kernels.gdn_prefill.testing import (
@@ -35,7 +35,7 @@ from hybridcache.kernels.gdn_prefill.testing import (
     prefill_case,
     reference64,
 )
-from hybridcache.kernels.gdn_prefill.tiles import THREE_PROGRAMS, Tiles, default_tiles
+from hybridcache.kernels.gdn_prefill.tiles import THREE_PROGRAMS, Tiles, choose
 from hybridcache.kernels.gdn_prefill.triton import Prefill, gdn_prefill
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
@@ -44,6 +44,7 @@ from hybridcache.kernels.testing import rel_error
 
 Record = dict[str, Any]
 SETS, INTERVAL, START = 3, 512, 4096
+CHANNELS = 8192
 SHAPES = {
     "1x2048": [2048],
     "1x8192": [8192],
@@ -54,21 +55,18 @@ SHAPES = {
 BARS_MS = {"1x2048": 0.13, "1x8192": 0.36, "1x32768": 1.30, "16x1024": 0.62}
 """What the delta rule may take on an H100."""
 CHECKPOINT_BAR = 1.10
-NARROW = Tiles(64, 128, 64, stages=3, state_warps=4, chunk_registers=THREE_PROGRAMS)
+NARROW = Tiles(64, 128, 64, stages=3, state_warps=4, chunk_registers=THREE_PROGRAMS, conv_warps=8)
 WIDE = replace(NARROW, value_tile=128, state_warps=8)
-STATE_TILES = {
-    "v64 w4 s2": replace(NARROW, stages=2),
-    "v64 w4 s3": NARROW,
-    "v128 w8 s3": WIDE,
-    "hopper s3": replace(NARROW, hopper=True),
-    "hopper s2": replace(NARROW, hopper=True, stages=2),
+GLUON = replace(NARROW, hopper=True)
+STATE_TILES = {"v64 w4": NARROW, "v128 w8": WIDE, "hopper": GLUON}
+CHUNK_TILES = {"w4": replace(GLUON, chunk_registers=None), "w4 r168": GLUON}
+CONV_TILES = {
+    "s8 w8": GLUON,
+    "s8 w4": replace(GLUON, conv_warps=4),
+    "s16 w4": replace(GLUON, conv_steps=16, conv_warps=4),
+    "s4 w16": replace(GLUON, conv_steps=4, conv_warps=16),
 }
-CHUNK_TILES = {
-    "w4": replace(NARROW, chunk_registers=None),
-    "w4 r168": NARROW,
-    "w8": replace(NARROW, chunk_warps=8, chunk_registers=None),
-}
-CONV_TILES = {"w4": NARROW, "w8": replace(NARROW, conv_warps=8)}
+"""By slots that a thread walks down, and warps: 4 channels (8 bytes) a thread, but 8 in ``s8 w4``."""
 KERNELS = (conv_kernel, ring_kernel, chunk_kernel, state_kernel, hopper_state_kernel)
 CHECK_LENGTHS, CHECK_STARTS = [0, 1, 63, 64, 65, 200, 9, 1100, 5], [7, 0, 1, 63, 64, 100, -1, 0, 1023]
 
@@ -109,6 +107,12 @@ class Expected:
         return record
 
 
+def variants() -> dict[str, Tiles]:
+    """Every tiling by the name under which it is checked."""
+    named = {"conv": CONV_TILES, "chunks": CHUNK_TILES, "states": STATE_TILES}
+    return {f"{stage} {name}": tiles for stage, tilings in named.items() for name, tiles in tilings.items()}
+
+
 def checks(generator: torch.Generator, hung: set[Tiles]) -> list[Record]:
     found: list[Record] = []
     batch: dict[str, Any] = {
@@ -119,12 +123,11 @@ def checks(generator: torch.Generator, hung: set[Tiles]) -> list[Record]:
         "device": "cuda",
     }
     expected = Expected(prefill_case(generator, **batch, pool_bytes=200 * 2_162_688))
-    for name, tiles in [*STATE_TILES.items(), *((f"chunk {name}", tiles) for name, tiles in CHUNK_TILES.items())]:
+    for name, tiles in variants().items():
         ended = tiles not in hung
         found.append(
             expected.check(name, tiles, 1e-2) if ended else {"check": name, "ok": False, "error": "came to no end"}
         )
-    found.append({**found[list(STATE_TILES).index("hopper s3")], "check": "hopper"})
     exact: dict[str, Any] = {"dtype": "float32", "conv_dtype": "float32", "pool_bytes": 200 * 2_228_224}
     found.append(Expected(prefill_case(generator, **batch, **exact)).check("float32", None, 1e-5))
     for record in found:
@@ -173,7 +176,8 @@ def stages(shape: str, timed: Timed, wrong: set[str]) -> list[Record]:
         record: Record = {"shape": shape, "stage": stage, "variant": name, "tiles": asdict(tiles)}
         try:
             calls = timed.calls(tiles, checkpoints)
-            record["ms"] = graph_ms([lambda call=call: run(call) for call in calls * 2])
+            timing = time_graph([lambda call=call: run(call) for call in calls * 2])
+            record |= {"ms": timing.median_ms, "spread": timing.spread}
         except Exception as error:
             record["error"] = f"{type(error).__name__}: {error}"[:500]
         records.append(record)
@@ -187,23 +191,18 @@ def stages(shape: str, timed: Timed, wrong: set[str]) -> list[Record]:
         call.rings()
         delta(call)
 
-    state = timed.case.state
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    default = default_tiles(state.layout, timed.case.x_TC.dtype, len(timed.case.lengths), processors)
-    for name, tiles in CONV_TILES.items():
-        measure("conv", name, tiles, Prefill.conv)
+    state, rows = timed.case.state, len(timed.case.lengths)
+    default = choose(state.layout, timed.case.x_TC, rows)
+    for name, tiles in variants().items():
+        stage, variant = name.split(" ", 1)
+        if name not in wrong:
+            measure(
+                stage, variant, tiles, {"conv": Prefill.conv, "chunks": Prefill.chunks, "states": Prefill.states}[stage]
+            )
     measure("rings", "", default, Prefill.rings)
-    for name, tiles in CHUNK_TILES.items():
-        if f"chunk {name}" not in wrong:
-            measure("chunks", name, tiles, Prefill.chunks)
-    for name, tiles in STATE_TILES.items():
-        if name not in wrong:
-            measure("states", name, tiles, Prefill.states)
-    for name, tiles in {"default": default, "hopper": replace(default, hopper=True)}.items():
-        if name not in wrong:
-            measure("delta", name, tiles, delta)
-            measure("delta", f"{name} +ckpt", tiles, delta, checkpoints=True)
-            measure("whole", name, tiles, whole)
+    measure("delta", "default", default, delta)
+    measure("delta", "default +ckpt", default, delta, checkpoints=True)
+    measure("whole", "default", default, whole)
     return records
 
 
@@ -219,7 +218,7 @@ def build(tiles: Tiles | None) -> None:
 def build_all(seconds: float = 120.0) -> set[Tiles]:
     """All tilings at once, a process each, into Triton's cache on disk. Returns those that came to no end; one that fails is
     reported when it is checked."""
-    tilings = dict.fromkeys([*STATE_TILES.values(), *CHUNK_TILES.values(), *CONV_TILES.values()])
+    tilings = dict.fromkeys(variants().values())
     context = multiprocessing.get_context("spawn")
     processes = {tiles: context.Process(target=build, args=(tiles,)) for tiles in tilings}
     for process in processes.values():
@@ -258,28 +257,25 @@ def table(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(records: list[Record]) -> list[Record]:
-    """Each bar, the times of the default tiling and of it with Hopper's state kernel, and that of the best pair of chunk
-    and state tilings."""
+def verdicts(records: list[Record], copy_bytes: float) -> list[Record]:
+    """Each bar and the default's time; the conv's best tiling, and how long copying its inputs and outputs would take."""
     found = []
     for shape, bar in BARS_MS.items():
         ms = {(r["stage"], r["variant"]): r.get("ms", math.inf) for r in records if r["shape"] == shape}
-        best = {stage: min((t, v) for (s, v), t in ms.items() if s == stage) for stage in ("chunks", "states")}
-        for variant in ("default", "hopper"):
-            delta, kept = ms.get(("delta", variant), math.inf), ms.get(("delta", f"{variant} +ckpt"), math.inf)
-            found.append(
-                {
-                    "shape": shape,
-                    "variant": variant,
-                    "bar_ms": bar,
-                    "delta_ms": delta if delta < math.inf else None,
-                    "met": delta <= bar,
-                    "checkpoint_factor": kept / delta if kept < math.inf else None,
-                    "checkpoint_met": kept <= CHECKPOINT_BAR * delta < math.inf,
-                    "best_ms": best["chunks"][0] + best["states"][0],
-                    "best": f"chunks {best['chunks'][1]}, states {best['states'][1]}",
-                }
-            )
+        delta, kept = (ms.get(("delta", variant), math.inf) for variant in ("default", "default +ckpt"))
+        conv_ms, conv = min((t, variant) for (stage, variant), t in ms.items() if stage == "conv")
+        found.append(
+            {
+                "shape": shape,
+                "bar_ms": bar,
+                "delta_ms": delta if delta < math.inf else None,
+                "met": delta <= bar,
+                "checkpoint_factor": kept / delta if kept < math.inf else None,
+                "checkpoint_met": kept <= CHECKPOINT_BAR * delta < math.inf,
+                "conv": conv,
+                "conv_of_copy": 2 * sum(SHAPES[shape]) * CHANNELS * 2 / copy_bytes * 1e3 / conv_ms,
+            }
+        )
     return found
 
 
@@ -306,12 +302,13 @@ def main() -> None:
     for failed in (record for record in records if "error" in record):
         print(f"{failed['shape']} {failed['stage']} {failed['variant']}: {failed['error'][:300]}")
     print(table(records))
-    summary = verdicts(records) if set(BARS_MS) <= set(arguments.shapes) else []
+    copy_bytes = measure_copy()
+    summary = verdicts(records, copy_bytes) if set(BARS_MS) <= set(arguments.shapes) else []
     for line in summary:
         print(
-            f"{line['shape']:10} {line['variant']:8} delta {line['delta_ms'] or math.nan:.3f} of {line['bar_ms']:.2f} ms "
+            f"{line['shape']:10} delta {line['delta_ms'] or math.nan:.3f} of {line['bar_ms']:.2f} ms "
             f"{'met' if line['met'] else 'MISSED'}; checkpoints x{line['checkpoint_factor'] or math.nan:.3f} "
-            f"{'met' if line['checkpoint_met'] else 'MISSED'}; best {line['best_ms']:.3f} ({line['best']})"
+            f"{'met' if line['checkpoint_met'] else 'MISSED'}; conv {line['conv']}: {line['conv_of_copy']:.0%} of a copy"
         )
     kernels = resources()
     for kernel in kernels:
@@ -320,6 +317,7 @@ def main() -> None:
     result = {
         "environment": environment(),
         "seconds": time.perf_counter() - started,
+        "copy_bytes_per_s": copy_bytes,
         "bars": summary,
         "kernels": kernels,
     }

@@ -1,9 +1,9 @@
 """TritonBackend: every cache operation on CUDA.
 
-Paged prefill and GDN decode have two kernels each: one in Gluon for Hopper, counted as ``paged_prefill[gluon]`` and
-``gdn_decode[gluon]`` (16-bit states of many rows), and one for other devices and for what the first cannot do, counted as
-``[triton]``. Shapes, dtypes and the device choose, so a run's choice is known before it starts; nothing falls back: a kernel
-that fails to compile or to launch raises.
+Paged prefill, GDN decode and GDN prefill (its launch over states) have two kernels each: one in Gluon for Hopper, counted as
+``paged_prefill[gluon]``, ``gdn_decode[gluon]`` and ``gdn_prefill[gluon]``, and one for other devices, for what the first cannot
+do and for shapes where it is the slower one, counted as ``[triton]``. Shapes, dtypes and the device choose, so a run's choice
+is known before it starts; nothing falls back: a kernel that fails to compile or to launch raises.
 """
 
 from collections import Counter
@@ -18,6 +18,7 @@ from hybridcache.kernels.block_copy.triton import block_copy
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
 from hybridcache.kernels.gdn_decode.tuning import choose
+from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles
 from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
 from hybridcache.kernels.kv_store.triton import kv_store
 from hybridcache.kernels.paged_decode.triton import paged_decode
@@ -195,9 +196,10 @@ class TritonBackend:
         check_dtype("gdn_prefill", x_TC)
         gates = (a_TV, b_TV, a_log_V, dt_bias_V)
         rows = (state_table_BL, cu_seqlens, start_B)
+        tiles = prefill_tiles.choose(layout, x_TC, start_B.shape[0])
         with torch.cuda.device_of(buffer):
-            out_TVJ = gdn_prefill(buffer, layout, layer, x_TC, conv_weight_CW, *gates, *rows)
-        self._count("gdn_prefill")
+            out_TVJ = gdn_prefill(buffer, layout, layer, x_TC, conv_weight_CW, *gates, *rows, tiles=tiles)
+        self._count("gdn_prefill", "gluon" if tiles.hopper else "triton")
         return out_TVJ
 
     def block_copy(self, buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:

@@ -21,7 +21,7 @@ if torch.cuda.is_available():
         prefill_case,
         reference64,
     )
-    from hybridcache.kernels.gdn_prefill.tiles import default_tiles
+    from hybridcache.kernels.gdn_prefill.tiles import choose, default_tiles, is_hopper
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
     from hybridcache.kernels.testing import rel_error
 
@@ -142,7 +142,7 @@ def test_gdn_prefill_is_deterministic(generator):
     before = case.buffer.clone()
     first = gdn_prefill(case.buffer, *case.step(0))
     after = case.buffer.clone()
-    for _ in range(10):
+    for _ in range(20):
         case.buffer.copy_(before)
         assert torch.equal(gdn_prefill(case.buffer, *case.step(0)), first)
         assert torch.equal(case.buffer, after)
@@ -240,16 +240,16 @@ def test_rows_are_apart(generator):
     assert out[110:].isfinite().all()
 
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper device"
-)
+def triton_tiles(case, rows=1):
+    """The states in Triton, wide tiles for many rows; elsewhere the device chooses."""
+    return default_tiles(case.state.layout, case.x_TC.dtype, rows, 132)
 
 
-def hopper_tiles(case):
-    return replace(default_tiles(case.state.layout, case.x_TC.dtype, 1, 132), hopper=True)
+def test_hopper_devices_take_the_gluon_kernel(generator):
+    case = prefill_case(generator, lengths=[1], starts=[0], device="cuda")
+    assert choose(case.state.layout, case.x_TC, 1).hopper == is_hopper(case.x_TC.device)
 
 
-@on_hopper
 @pytest.mark.parametrize(("lengths", "starts"), [*BATCHES, pytest.param([5000, 1, 300], [7, 0, 64], id="long")])
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "dim"),
@@ -260,22 +260,23 @@ def hopper_tiles(case):
         ("bfloat16", "float32", 64),
     ],
 )
-def test_states_on_hopper(generator, lengths, starts, dtype, state_dtype, dim):
+@pytest.mark.parametrize("rows", [1, 16])
+def test_states_in_triton(generator, lengths, starts, dtype, state_dtype, dim, rows):
     options = {"dtype": dtype, "state_dtype": state_dtype, "conv_dtype": dtype, "key_dim": dim, "value_dim": dim}
     case = prefill_case(generator, lengths=lengths, starts=starts, tail=9, device="cuda", **options)
-    check(case, dtype=dtype, state_dtype=state_dtype, reference=reference64, tiles=hopper_tiles(case))
+    check(case, dtype=dtype, state_dtype=state_dtype, reference=reference64, tiles=triton_tiles(case, rows))
 
 
-@on_hopper
 @pytest.mark.parametrize("interval", [64, 512])
-def test_checkpoints_on_hopper(generator, interval):
+@pytest.mark.parametrize("rows", [1, 16])
+def test_checkpoints_in_triton(generator, interval, rows):
     lengths, starts = [66, 1300, 60, 20], [62, 0, 4, 0]
     case = prefill_case(generator, lengths=lengths, starts=starts, device="cuda", pool_bytes=120 * 2_162_688)
     table_BNL = checkpoint_table(case, 1, interval, spare=1)
     expected_buffer = case.buffer.clone()
     kept = checkpointed(case, 1, interval, table_BNL, expected_buffer, reference64)
     reference64(expected_buffer, *case.step(1))
-    options = {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": interval, "tiles": hopper_tiles(case)}
+    options = {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": interval, "tiles": triton_tiles(case, rows)}
     gdn_prefill(case.buffer, *case.step(1), **options)
     for entries in (None, [entry for _, _, entry in kept]):
         error, rings = block_errors(case, expected_buffer, 1, entries)
@@ -284,11 +285,23 @@ def test_checkpoints_on_hopper(generator, interval):
     assert torch.equal(case.buffer, expected_buffer)
 
 
-@on_hopper
-def test_states_on_hopper_are_deterministic(generator):
+@pytest.mark.parametrize(("steps", "warps"), [(8, 4), (16, 4), (4, 16)])
+def test_tiles_of_conv(generator, steps, warps):
+    case = prefill_case(generator, lengths=[3, 700, 64, 2], starts=[62, 100, 0, 5], device="cuda", tail=70)
+    tiles = replace(choose(case.state.layout, case.x_TC, 4), conv_steps=steps, conv_warps=warps)
+    check(case, reference=reference64, tiles=tiles)
+
+
+def test_gdn_prefill_of_weights_by_channel(generator):
+    case = prefill_case(generator, lengths=[70, 100], starts=[9, 0], device="cuda")
+    case.state.conv_weight_CW = case.state.conv_weight_CW.contiguous()
+    check(case)
+
+
+def test_states_in_triton_are_deterministic(generator):
     """Copies, products and stores overlap: a race would change the bits between runs."""
     case = prefill_case(generator, lengths=[3, 700, 64, 2], starts=[62, 100, 0, 5], device="cuda")
-    before, tiles = case.buffer.clone(), hopper_tiles(case)
+    before, tiles = case.buffer.clone(), triton_tiles(case)
     first = gdn_prefill(case.buffer, *case.step(0), tiles=tiles)
     after = case.buffer.clone()
     for _ in range(20):

@@ -1,6 +1,7 @@
 """GDN prefill in Triton against its float64 reference, on tiny shapes in Triton's interpreter."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,6 +97,16 @@ def test_gdn_prefill_of_other_shapes(generator, k_heads, v_heads, key_dim, value
     check(case, None, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize(("steps", "by_channel"), [(4, False), (16, False), (64, True)])
+def test_slots_of_a_thread_and_weights_by_channel(generator, steps, by_channel):
+    """Whole chunks, and those at a row's ends, whatever a thread walks down; weights in either order."""
+    options = {**FLOAT32, **SMALL, "width": 4}
+    case = prefill_case(generator, lengths=[200, 70, 2], starts=[0, 126, 1], **options)
+    if by_channel:
+        case.state.conv_weight_CW = case.state.conv_weight_CW.contiguous()
+    check(case, replace(LARGE_CHUNKS, conv_steps=steps), 1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 4e-3), ("bfloat16", 1e-2)])
 def test_gdn_prefill_in_16_bits(generator, dtype, tolerance, state_dtype):
@@ -106,7 +117,7 @@ def test_gdn_prefill_in_16_bits(generator, dtype, tolerance, state_dtype):
 
 
 def test_gdn_prefill_with_more_rows_than_a_tile(generator):
-    """Rows are looked for 128 at a time."""
+    """Rows are looked for 32 at a time."""
     lengths = torch.randint(-8, 3, (130,), generator=generator).clamp(min=0).tolist()
     lengths[-1] = 2
     starts = torch.randint(-1, 70, (130,), generator=generator).tolist()

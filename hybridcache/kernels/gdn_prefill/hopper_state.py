@@ -22,14 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from hybridcache.kernels.gdn_prefill.tiles import Tiles, padded
-from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES, SINCE, TO_END, WRITTEN_FROM_START
-from hybridcache.layout import StateLayout
+from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES
 
 TILE: gl.constexpr = gl.constexpr(64)
 """Slots of a chunk, and value dims of a program."""
-GATES: gl.constexpr = gl.constexpr(4)
-"""Rows of gates that are copied at once, from ``SINCE`` on: those that this launch needs are among them."""
+GATES: gl.constexpr = gl.constexpr(2)
+"""Rows of gates that are copied at once: ``FROM_START`` and, behind it, ``TO_END``."""
 SOLVE, SCORE, VALUES = (gl.constexpr(i) for i in range(3))
 """Square tiles of a stage by number."""
 TILES: gl.constexpr = gl.constexpr(3)
@@ -90,7 +88,9 @@ def copy_chunks(
         mbarrier.expect(bar, BYTES)
         tma.async_copy_global_to_shared(key_desc, [token, k_channel], bar, keys_queries.index(2 * stage))
         tma.async_copy_global_to_shared(value_desc, [token, v_channel], bar, tiles.index(stage * TILES + VALUES))
-        tma.async_copy_global_to_shared(gates_desc, [square * ROWS_OF_GATES + SINCE * TILE], bar, gates.index(stage))
+        tma.async_copy_global_to_shared(
+            gates_desc, [square * ROWS_OF_GATES + FROM_START * TILE], bar, gates.index(stage)
+        )
         tma.async_copy_global_to_shared(solve_desc, [square, 0], bar, tiles.index(stage * TILES + SOLVE))
         tma.async_copy_global_to_shared(key_desc, [token, q_channel], bar, keys_queries.index(2 * stage + 1))
         tma.async_copy_global_to_shared(score_desc, [square, 0], bar, tiles.index(stage * TILES + SCORE))
@@ -203,12 +203,11 @@ def carry(
         store_whole(out_done, out_tile, out_desc, gl.where(whole, token - TILE, BEYOND), column)
         out = warpgroup_mma(left, queries.permute((1, 0)), zero, use_acc=False, is_async=True)
         gate = gates.index(stage)
-        from_start = gate.slice(FROM_START * TILE, TILE).load(columns)
-        written_from_start = gate.slice(WRITTEN_FROM_START * TILE, TILE).load(columns)
-        to_end = gate.slice(TO_END * TILE, TILE).load(columns)
+        from_start = gate.slice(0, TILE).load(columns)
+        to_end = gate.slice(TILE, TILE).load(columns)
         value = tiles.index(stage * TILES + VALUES).permute((1, 0)).load(layout).to(gl.float32)
         seen = warpgroup_mma_wait(1, deps=[seen])
-        difference = gl.convert_layout((value - seen * written_from_start[None, :]).to(DTYPE), left_layout)
+        difference = gl.convert_layout((value - seen * from_start[None, :]).to(DTYPE), left_layout)
         new = warpgroup_mma(difference, solve.permute((1, 0)), zero, use_acc=False, is_async=True)
         # Operands in registers stay there until their product is done.
         out, left = warpgroup_mma_wait(1, deps=[out, left])
@@ -332,13 +331,6 @@ def hopper_state_kernel(
         [24],
     )
     # fmt: on
-
-
-def supports(layout: StateLayout, dtype: torch.dtype, tiles: Tiles) -> bool:
-    """Whether this kernel can do a layout, an activation type and tiles (on Hopper)."""
-    _, key_dim, value_dim = layout.recurrent_shape
-    fits = 64 <= padded(key_dim) <= 128 and value_dim == padded(value_dim) and value_dim % TILE.value == 0
-    return fits and dtype in (torch.float16, torch.bfloat16) and tiles.chunk == TILE.value
 
 
 def descriptors(

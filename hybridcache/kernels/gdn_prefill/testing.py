@@ -46,6 +46,8 @@ def prefill_case(
     row. ``tail`` tokens behind the last row belong to none. ``options`` are those of
     :func:`hybridcache.kernels.testing.state_case`."""
     state = state_case(generator, positions=starts, **options)
+    # The channels of one tap lie together, as the model stores them.
+    state.conv_weight_CW = state.conv_weight_CW.t().contiguous().t()
     device, dtype = state.buffer.device, state.x_BC.dtype
     tokens, v_heads = sum(lengths) + tail, state.a_BV.shape[1]
     a_TV, b_TV = normal(generator, (tokens, 2 * v_heads), device, dtype).split(v_heads, dim=1)

@@ -1,6 +1,11 @@
-"""Tile sizes of GDN prefill's kernels, and the compile-time parameters that follow from them and from a layout."""
+"""Tile sizes of GDN prefill's kernels by shape and device, and the compile-time parameters that follow from them.
 
+Measured at the shape of Qwen3-Next on an H100 (``benchmarks/results/variants-gdn_prefill-h100.json``).
+"""
+
+import logging
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,21 +17,31 @@ from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.layout import StateLayout
 
-ROW_TILE = 128
-"""Rows that a program of the conv kernel looks at at once in search of its own."""
+_LOG = logging.getLogger(__name__)
 
+ROW_TILE = 32
+"""Rows that a program of the conv kernel looks at at once in search of its own: a warp's threads, so that each warp finds it
+without the others."""
+GATE_HEADS = 4
+"""Value heads whose gates one program works out, for each of its warps."""
+
+PROCESSORS = 132
+"""Of an H100, taken where kernels are interpreted."""
 THREE_PROGRAMS = 168
 """Registers per thread with which a multiprocessor runs three programs of 128 threads (65,536 / 384, in eights)."""
-WIDE_ROUND = 1.6
-"""Measured on an H100: how long a chunk takes with 128 value dims a program, against 64."""
+WIDE_ROUND, WIDE_ROUND_BESIDE_HOPPER = 1.6, 1.8
+"""Measured on an H100: how long a chunk takes with 128 value dims a program, against 64 in Triton and in Gluon."""
+LEAST_WIDE_ROUNDS = 4
+"""With fewer rounds the longest row alone decides, and it is the sooner done the shorter a chunk takes. (8 rows of 1 to 4,000
+tokens on an H100: 137 us in Gluon, 155 with 64 value dims in Triton, 186 with 128.)"""
 
 
 @dataclass(frozen=True)
 class Tiles:
     """Tuning choices. ``chunk`` tokens of a chunk; ``key_tile`` key dims per step of a chunk's products; ``value_tile``
     value dims of one program of the state kernel; ``stages`` its pipeline's depth; warps of the three main kernels; a
-    limit of registers per thread of the chunk kernel; ``hopper`` takes :mod:`.hopper_state` for the states, whose tiles and
-    warps are its own."""
+    limit of registers per thread of the chunk kernel; ``conv_steps`` slots that a thread of the conv kernel walks down;
+    ``hopper`` takes :mod:`.hopper_state` for the states, whose tiles and warps are its own."""
 
     chunk: int
     key_tile: int
@@ -35,30 +50,77 @@ class Tiles:
     state_warps: int
     chunk_warps: int = 4
     chunk_registers: int | None = None
-    conv_warps: int = 4
+    conv_warps: int = 8
+    conv_steps: int = 8
     hopper: bool = False
 
 
-def default_tiles(layout: StateLayout, dtype: torch.dtype, rows: int, processors: int) -> Tiles:
-    """Tiles for an H100 (``processors`` multiprocessors), chosen by the shape of a call alone.
+def default_tiles(
+    layout: StateLayout, dtype: torch.dtype, rows: int, processors: int, *, hopper: bool = False
+) -> Tiles:
+    """Tiles for a device like an H100 (``processors`` multiprocessors), chosen by the shape of a call alone. ``hopper``: the
+    Gluon kernel may carry states.
 
-    A program of the state kernel fills a multiprocessor's shared memory, so its launch takes as many rounds as its
-    programs fill the device. A round of narrow value tiles is the shorter one; wide tiles, which read keys once, take
-    fewer. float32 products take three passes of the matrix unit and many registers: small chunks. Registers suffice for
-    all but float32 with a key dim beyond 128.
+    A program of a state kernel fills a multiprocessor's shared memory, so its launch takes as many rounds as its programs
+    fill the device. A round of narrow value tiles is the shorter one, in Gluon still more; wide tiles, which read keys once,
+    take fewer. float32 products take three passes of the matrix unit and many registers: small chunks. Registers suffice
+    for all but float32 with a key dim beyond 128.
     """
     v_heads, key_dim, value_dim = layout.recurrent_shape
     block_k, head_v = padded(key_dim), padded(value_dim)
     if dtype == torch.float32:
-        return Tiles(chunk=16, key_tile=min(block_k, 32), value_tile=16, stages=1, state_warps=4)
-    if block_k > 128:
-        return Tiles(chunk=32, key_tile=block_k, value_tile=min(head_v, 32), stages=2, state_warps=8)
-    narrow = Tiles(64, block_k, min(head_v, 64), stages=3, state_warps=4, chunk_registers=THREE_PROGRAMS)
-    if head_v % 128:
-        return narrow
-    heads = rows * v_heads
-    rounds, wide_rounds = (-(-heads * (head_v // tile) // processors) for tile in (64, 128))
-    return replace(narrow, value_tile=128, state_warps=8) if wide_rounds * WIDE_ROUND < rounds else narrow
+        tiles = Tiles(chunk=16, key_tile=min(block_k, 32), value_tile=16, stages=1, state_warps=4)
+    elif block_k > 128:
+        tiles = Tiles(chunk=32, key_tile=block_k, value_tile=min(head_v, 32), stages=2, state_warps=8)
+    else:
+        tiles = Tiles(64, block_k, min(head_v, 64), stages=3, state_warps=4, chunk_registers=THREE_PROGRAMS)
+    # Four channels a thread.
+    warps = tiles.chunk // tiles.conv_steps * max(block_k, head_v) // (4 * 32)
+    tiles = replace(tiles, conv_warps=min(max(warps, 1), 8))
+    if why_not_hopper(layout, dtype, tiles) is not None:
+        hopper = False
+    if tiles.chunk == 64 and head_v % 128 == 0:
+        heads = rows * v_heads
+        rounds, wide_rounds = (-(-heads * (head_v // tile) // processors) for tile in (64, 128))
+        wide_round = WIDE_ROUND_BESIDE_HOPPER if hopper else WIDE_ROUND
+        if wide_rounds >= LEAST_WIDE_ROUNDS and wide_rounds * wide_round < rounds:
+            return replace(tiles, value_tile=128, state_warps=8)
+    return replace(tiles, hopper=hopper)
+
+
+def why_not_hopper(layout: StateLayout, dtype: torch.dtype, tiles: Tiles) -> str | None:
+    """Why :mod:`.hopper_state` cannot do a layout, an activation type and tiles; None where it can."""
+    _, key_dim, value_dim = layout.recurrent_shape
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype={dtype_name(dtype)}: it takes float16 or bfloat16"
+    if not 64 <= padded(key_dim) <= 128:
+        return f"key_dim={key_dim}: it takes 33 to 128"
+    if value_dim % 64 or value_dim != padded(value_dim):
+        return f"value_dim={value_dim}: it takes powers of 2 from 64 on"
+    return None if tiles.chunk == 64 else f"chunk={tiles.chunk}: it takes 64"
+
+
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device's compute capability is 9.x."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def choose(layout: StateLayout, x_TC: torch.Tensor, rows: int) -> Tiles:
+    """:func:`default_tiles` for inputs on their device. Where a Hopper device's Gluon kernel cannot carry the states, the
+    reason is logged once."""
+    device, hopper = x_TC.device, is_hopper(x_TC.device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+    tiles = default_tiles(layout, x_TC.dtype, rows, processors, hopper=hopper)
+    reason = why_not_hopper(layout, x_TC.dtype, tiles) if hopper else None
+    if reason is not None:
+        _say_once(reason)
+    return tiles
+
+
+@lru_cache
+def _say_once(reason: str) -> None:
+    _LOG.warning("GDN prefill carries states in Triton, not in the Gluon kernel for Hopper: %s", reason)
 
 
 def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints: bool) -> dict[str, Any]:
@@ -75,6 +137,8 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
         "CHUNK": tiles.chunk,
         "LEVELS": tiles.chunk.bit_length() - 1,
         "ROWS": ROW_TILE,
+        "GATE_HEADS": min(GATE_HEADS * tiles.conv_warps, triton.next_power_of_2(v_heads)),
+        "CONV_STEPS": tiles.conv_steps,
         "BLOCK_K": padded(key_dim),
         "KEY_TILE": tiles.key_tile,
         "HEAD_V": padded(value_dim),

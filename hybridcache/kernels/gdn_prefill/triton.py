@@ -7,17 +7,19 @@ Four launches, whatever the lengths: conv (:mod:`.triton_conv`), rings, chunks (
 Chunks lie on absolute multiples of the chunk size; where a row starts in between, its first chunk is short. Inside a
 chunk whose state at the start is S, with ``g`` the decay since the start,
 
-    A = strict_lower(beta_i (k_i . k_j) g_i / g_j)      solve = (I + A)^-1
-    new = solve diag(beta) (v - diag(g) k S)            score = lower((q_i . k_j) g_i / g_j)
+    A = strict_lower((k_i . k_j) beta_j g_i / g_j)      solve = diag(beta) (I + A)^-1
+    new = solve (v - diag(g) k S)                       score = lower((q_i . k_j) g_i / g_j)
     out = diag(g) q S + score new                       S := g_end (S + (k / g)^T new)
 
 This is the UT transform of Gated DeltaNet (Yang, Kautz, Hatamizadeh, 2024, arXiv:2412.06464) with the state's term kept
-inside the bracket: ``solve`` and ``score`` are all that a chunk's own launch hands on, 2 * 64 elements a token and head.
+inside the bracket: ``solve`` and ``score`` are all that a chunk's own launch hands on, 2 * 64 elements a token and head. With
+beta in ``solve``, conv and gates are apart, and the launch over states reads two numbers a slot.
 
 Rounding, in bfloat16 (each rounding emulated alone in float64; relative errors of outputs, 512 tokens, largest of four):
-all together 3e-3 to 4e-3, also where keys hardly differ and nothing decays. Of it the operands and results that decide are
-``score``, ``beta v``, the bracket, ``new`` (1.3e-3 to 1.6e-3 each) and q and k (1e-3 to 2e-3); ``solve`` adds 0.3e-3 to
-2.3e-3, and the steps to it in float16 at most 0.5e-3. Cutting bits off instead, as Triton's interpreter does, gives 1.5e-2.
+all together 3.6e-3. Of it v, ``solve``, ``score``, the bracket and ``new`` add 1.6e-3 each, q and k 1e-3, and the steps to
+``solve`` in float16 0.1e-3. (Beta in v instead of ``solve``: 3.2e-3.) Where keys hardly differ and nothing decays, 1.8e-2:
+1.3e-2 by k, whose rounding no kernel can help, and 0.7e-2 each by ``solve``, ``score`` and ``new``. Cutting bits off instead,
+as Triton's interpreter does, errs several times more.
 
 Shapes: T tokens, B rows, L state layers, C conv channels (``q | k | v``), W conv kernel width, V value heads, N
 checkpoints of a row.
@@ -32,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hybridcache.dtypes import dtype_name, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting
-from hybridcache.kernels.gdn_prefill.tiles import Tiles, constants, default_tiles
+from hybridcache.kernels.gdn_prefill.tiles import Tiles, choose, constants, why_not_hopper
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
 from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES
@@ -123,11 +125,7 @@ class Prefill:
         self.state = elements(buffer, torch_dtype(layout.recurrent_dtype))
         self.ring = elements(buffer, torch_dtype(layout.conv_dtype))
         device = x_TC.device
-        if tiles is None:
-            on_cuda = device.type == "cuda"
-            processors = torch.cuda.get_device_properties(device).multi_processor_count if on_cuda else 1
-            tiles = default_tiles(layout, x_TC.dtype, self.rows, processors)
-        self.tiles = tiles
+        self.tiles = tiles = tiles or choose(layout, x_TC, self.rows)
         self.constant = constants(layout, x_TC.dtype, tiles, checkpoint_table_BNL is not None)
         v_heads, _, value_dim = layout.recurrent_shape
         self.v_heads, self.k_heads, chunk = v_heads, self.constant["K_HEADS"], tiles.chunk
@@ -167,7 +165,8 @@ class Prefill:
     def conv(self) -> None:
         """q, k, v and gates of every token, and the index of chunks."""
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "WIDTH", "CHUNK", "BLOCK_K", "HEAD_V", "SCALE", "EPS")
-        conv_kernel[(2 * self.k_heads + self.v_heads, self.max_chunks)](
+        gate_programs = triton.cdiv(self.v_heads, self.constant["GATE_HEADS"])
+        conv_kernel[(gate_programs + 2 * self.k_heads + self.v_heads, self.max_chunks)](
             self.y,
             self.gates,
             self.index,
@@ -186,12 +185,13 @@ class Prefill:
             self.rows,
             self.tokens,
             self.x_TC.stride(0),
-            *self.conv_weight_CW.stride(),
             self.a_TV.stride(0),
             self.b_TV.stride(0),
             self.state_table_BL.stride(0),
             *self._strides(self.layout.conv_dtype, self.layout.conv_offset),
-            **self._constants(*names, "ROWS"),
+            WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0),
+            WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
+            **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"),
             num_warps=self.tiles.conv_warps,
         )
 
@@ -273,10 +273,9 @@ class Prefill:
     def _hopper_states(self) -> None:
         from hybridcache.kernels.gdn_prefill import hopper_state
 
-        if not hopper_state.supports(self.layout, self.x_TC.dtype, self.tiles):
-            raise bad(
-                "tiles", self.tiles, "the Hopper kernel does 16-bit types and whole tiles of 64; choose hopper=False"
-            )
+        reason = why_not_hopper(self.layout, self.x_TC.dtype, self.tiles)
+        if reason is not None:
+            raise bad("tiles", self.tiles, f"the Gluon kernel cannot ({reason}); choose hopper=False")
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "BLOCK_K", "HEAD_V", "CHECKPOINTS", "STAGES")
         table, stride_b, stride_n = self._checkpoints()
         block_k = self.constant["BLOCK_K"]

@@ -48,7 +48,7 @@ def chunk_kernel(
     PRECISION: tl.constexpr,
 ):
     """A program does one value head of one chunk. Slots without a token have keys of 0, so that their rows and columns of
-    ``score`` are 0 and those of ``solve`` are the unit matrix's."""
+    ``score`` are 0, and a beta of 0, so that those of ``solve`` are."""
     head = tl.program_id(0)
     chunk = tl.program_id(1)
     if tl.load(index_ptr + 2 * chunk) < 0:
@@ -73,11 +73,12 @@ def chunk_kernel(
         score = tl.dot(q, tl.trans(k), score, input_precision=PRECISION)
         system = tl.dot(k, tl.trans(k), system, input_precision=PRECISION)
     since = tl.load(gates_ptr + SINCE * CHUNK + slot)
+    beta_ptr = gates_ptr + BETA * CHUNK + slot
     # Beta as a summand of the exponent costs a logarithm a row, and no product an entry.
-    written = since + tl.log2(tl.load(gates_ptr + BETA * CHUNK + slot))
+    unwritten = since - tl.log2(tl.load(beta_ptr))
     # Above the diagonal powers may be infinite; nothing there is used.
     score = tl.where(slot[:, None] >= slot[None, :], score * tl.exp2(since[:, None] - since[None, :]), 0.0)
     tl.store(score_ptr + rank * (CHUNK * CHUNK) + square, score.to(score_ptr.dtype.element_ty))
-    system = tl.where(slot[:, None] > slot[None, :], system * tl.exp2(written[:, None] - since[None, :]), 0.0)
-    solve = inverse_unit_lower((-system).to(SOLVE), LEVELS, PRECISION)
+    system = tl.where(slot[:, None] > slot[None, :], system * tl.exp2(since[:, None] - unwritten[None, :]), 0.0)
+    solve = inverse_unit_lower((-system).to(SOLVE), LEVELS, PRECISION) * tl.load(beta_ptr)[:, None]
     tl.store(solve_ptr + rank * (CHUNK * CHUNK) + square, solve.to(solve_ptr.dtype.element_ty))

@@ -3,7 +3,7 @@
 The conv reads the inputs before a row's first token from its ring, so the ring is written by a later launch
 (:func:`ring_kernel`): programs of one launch that read old columns and wrote new ones would race.
 
-The outputs q, k and beta v lie by chunks, ``[M, slots, heads of q | k | v, padded dim]``: a chunk's tile holds no other row's
+The outputs q, k and v lie by chunks, ``[M, slots, heads of q | k | v, padded dim]``: a chunk's tile holds no other row's
 tokens, whose values might be anything. A slot without a token holds 0.
 
 Shapes: T tokens, B rows, C conv channels (``q | k | v``), W conv kernel width, M chunks, N checkpoints of a row.
@@ -12,7 +12,7 @@ Shapes: T tokens, B rows, C conv channels (``q | k | v``), W conv kernel width, 
 import triton
 import triton.language as tl
 
-from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES, store_gates
+from hybridcache.kernels.gdn_prefill.triton_gates import LOG2_E, ROWS_OF_GATES, store_gates
 
 
 @triton.jit
@@ -39,57 +39,147 @@ def find_chunk(chunk, cu_ptr, start_ptr, rows, CHUNK: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def conv_tile(
+def silu(x):
+    """``x / (1 + exp(-x))``, as cheap as the special function unit allows: a quotient would also guard against ranges that
+    ``1 + exp(-x)`` never reaches."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
+    return x * root * root
+
+
+@triton.jit
+def finish(acc, scale, NORM: tl.constexpr, EPS: tl.constexpr):
+    """SiLU of rows and, with NORM, their l2-normalisation and ``scale``."""
+    y = silu(acc)
+    if NORM:
+        y *= (tl.rsqrt(tl.sum(y * y, 1) + EPS) * scale)[:, None]
+    return y
+
+
+@triton.jit
+def conv_whole(
+    y_ptr,
+    x_ptr,
+    weight_ptr,
+    scale,
+    x_stride,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
+    NORM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    Y_CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """A head of a chunk whose slots all hold tokens, with the step's tokens before it. Threads walk down STEPS slots each and
+    keep the inputs that the next slots share with this one."""
+    c = tl.arange(0, BLOCK)
+    first = tl.arange(0, CHUNK // STEPS) * STEPS
+    x_ptr += first[:, None] * x_stride + c[None, :]
+    y_ptr += first[:, None] * Y_CHANNELS + c[None, :]
+    inputs = ()
+    for at in tl.static_range(1 - WIDTH, STEPS):
+        if DIM < BLOCK:
+            x = tl.load(x_ptr + at * x_stride, mask=(c < DIM)[None, :], other=0.0)
+        else:
+            x = tl.load(x_ptr + at * x_stride)
+        inputs = inputs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    weights = ()
+    for tap in tl.static_range(WIDTH):
+        weight = tl.load(weight_ptr + c * WEIGHT_STRIDE_C + tap * WEIGHT_STRIDE_W, mask=c < DIM, other=0.0)
+        weights = weights + (weight.to(tl.float32)[None, :],)  # type: ignore[assignment]  # noqa: RUF005
+    for step in tl.static_range(STEPS):
+        acc = inputs[step].to(tl.float32) * weights[0]  # type: ignore[misc]
+        for tap in tl.static_range(1, WIDTH):
+            acc += inputs[step + tap].to(tl.float32) * weights[tap]
+        tl.store(y_ptr + step * Y_CHANNELS, finish(acc, scale, NORM, EPS).to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def conv_edge(
     y_ptr,
     x_ptr,
     weight_ptr,
     ring_ptr,
-    channel,
-    slot,
     seen,
-    position,
-    resumed,
+    length,
+    start,
     scale,
     x_stride,
-    weight_stride_c,
-    weight_stride_w,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
     NORM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
     Y_CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """One head of one chunk: conv, SiLU and, with NORM, l2-normalisation of rows; row ``i`` times ``scale[i]``. Columns
-    beyond DIM are 0.
-
-    ``x_ptr`` and ``y_ptr`` point to slot 0. ``seen`` is how many tokens of this step precede a slot's token, negative in
-    a slot without one, whose row becomes 0. Where ``resumed``, inputs before the step's first token are in the ring.
-    """
+    """A head of any chunk. ``seen`` is how many tokens of this step precede slot 0's (negative: slot 0 lies before them),
+    ``length`` how many the step has; inputs before them are in the ring, as far as positions go back. Rows of slots without
+    a token are 0."""
     c = tl.arange(0, BLOCK)
-    inside = c < DIM
-    x_offset = slot[:, None] * x_stride + (channel + c)[None, :]
-    weight_ptr += (channel + c) * weight_stride_c
-    acc = tl.zeros([slot.shape[0], BLOCK], tl.float32)
-    for back in tl.static_range(WIDTH):
-        weight = tl.load(weight_ptr + (WIDTH - 1 - back) * weight_stride_w, mask=inside, other=0.0).to(tl.float32)
-        mask = (seen >= back)[:, None] & inside[None, :]
-        x = tl.load(x_ptr - back * x_stride + x_offset, mask=mask, other=0.0)
-        acc += x.to(tl.float32) * weight[None, :]
-    if resumed:
-        for back in tl.static_range(1, WIDTH):
-            weight = tl.load(weight_ptr + (WIDTH - 1 - back) * weight_stride_w, mask=inside, other=0.0).to(tl.float32)
-            stored = (seen >= 0) & (seen < back) & (position >= back)
-            column = tl.where(stored, position - back, 0) % WIDTH
-            mask = stored[:, None] & inside[None, :]
-            past = tl.load(ring_ptr + column[:, None] * CHANNELS + (channel + c)[None, :], mask=mask, other=0.0)
-            acc += past.to(tl.float32) * weight[None, :]
-    y = acc / (1.0 + tl.exp(-acc))
-    if NORM:
-        scale *= tl.rsqrt(tl.sum(y * y, 1) + EPS)
-    y *= scale[:, None]
-    tl.store(y_ptr + slot[:, None] * Y_CHANNELS + c[None, :], y.to(y_ptr.dtype.element_ty))
+    inside = (c < DIM)[None, :]
+    first = tl.arange(0, CHUNK // STEPS) * STEPS
+    for step in range(STEPS):
+        slot = first + step
+        held = (seen + slot >= 0) & (seen + slot < length)
+        acc = tl.zeros([CHUNK // STEPS, BLOCK], tl.float32)
+        for tap in range(WIDTH):
+            weight = tl.load(weight_ptr + c * WEIGHT_STRIDE_C + tap * WEIGHT_STRIDE_W, mask=c < DIM, other=0.0)
+            at = slot + (tap + 1 - WIDTH)
+            token = seen + at
+            x = tl.load(
+                x_ptr + at[:, None] * x_stride + c[None, :], mask=(held & (token >= 0))[:, None] & inside, other=0.0
+            )
+            stored = held & (token < 0) & (start + token >= 0)
+            column = tl.where(stored, start + token, 0) % WIDTH
+            past = tl.load(ring_ptr + column[:, None] * CHANNELS + c[None, :], mask=stored[:, None] & inside, other=0.0)
+            acc += (x.to(tl.float32) + past.to(tl.float32)) * weight.to(tl.float32)[None, :]
+        y = finish(acc, scale, NORM, EPS)
+        tl.store(y_ptr + slot[:, None] * Y_CHANNELS + c[None, :], y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def conv_head(
+    y_ptr,
+    x_ptr,
+    weight_ptr,
+    ring_ptr,
+    seen,
+    length,
+    start,
+    scale,
+    x_stride,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
+    NORM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    Y_CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """One head of one chunk: conv, SiLU and, with NORM, l2-normalisation of rows, times ``scale``. Columns beyond DIM are 0.
+    Pointers are those of the head's first channel, of slot 0 where there are slots."""
+    if (seen >= WIDTH - 1) & (seen + CHUNK <= length):
+        conv_whole(
+            y_ptr, x_ptr, weight_ptr, scale, x_stride, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, NORM, DIM, BLOCK, Y_CHANNELS, WIDTH,
+            CHUNK, STEPS, EPS,
+        )  # fmt: skip
+    else:
+        conv_edge(
+            y_ptr, x_ptr, weight_ptr, ring_ptr, seen, length, start, scale, x_stride, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, NORM,
+            DIM, BLOCK, CHANNELS, Y_CHANNELS, WIDTH, CHUNK, STEPS, EPS,
+        )  # fmt: skip
 
 
 @triton.jit(
@@ -116,13 +206,13 @@ def conv_kernel(
     rows,
     tokens,
     x_stride: tl.int64,
-    weight_stride_c: tl.int64,
-    weight_stride_w: tl.int64,
     a_stride: tl.int64,
     b_stride: tl.int64,
     table_stride: tl.int64,
     ring_base: tl.int64,
     ring_stride: tl.int64,
+    WEIGHT_STRIDE_C: tl.constexpr,
+    WEIGHT_STRIDE_W: tl.constexpr,
     K_HEADS: tl.constexpr,
     V_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -132,19 +222,21 @@ def conv_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HEAD_V: tl.constexpr,
+    GATE_HEADS: tl.constexpr,
+    CONV_STEPS: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    """A program does one head (of q, k and v in turn) of one chunk; those of v also their gates. Head 0 notes the chunk's
-    row (-1 where there is nothing to do) and number, and the row's first chunk.
+    """The first programs of a chunk do the gates of GATE_HEADS value heads each, the others the conv of a head (of q, k
+    and v in turn). The very first notes the chunk's row (-1 where there is nothing to do) and number, and the row's
+    first chunk.
 
     The output of tokens that no live row owns is zeroed here; no later launch writes it."""
-    head = tl.program_id(0)
+    program = tl.program_id(0)
     chunk = tl.program_id(1)
     CHANNELS: tl.constexpr = 2 * K_HEADS * KEY_DIM + V_HEADS * VALUE_DIM
     Y_CHANNELS: tl.constexpr = 2 * K_HEADS * BLOCK_K + V_HEADS * HEAD_V
-    slot = tl.arange(0, CHUNK)
-    v_head = head - 2 * K_HEADS
+    GATES: tl.constexpr = (V_HEADS + GATE_HEADS - 1) // GATE_HEADS
 
     row, number, count = find_chunk(chunk, cu_ptr, start_ptr, rows, CHUNK, ROWS)
     # The programs beyond the last row's chunks are at least as many as chunks of tokens behind the last row.
@@ -158,53 +250,63 @@ def conv_kernel(
         start = tl.load(start_ptr + row).to(tl.int32)
         entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
     token0 = begin - start % CHUNK + number * CHUNK
-    seen = tl.where(token0 + slot < end, token0 + slot - begin, -1)
-    if head == 0:
-        tl.store(index_ptr + 2 * chunk, tl.where(entry < 0, -1, row))
-        tl.store(index_ptr + 2 * chunk + 1, number)
-        if (row < rows) & (number == 0):
-            tl.store(first_ptr + row, chunk)
+    if program < GATES:
+        if program == 0:
+            tl.store(index_ptr + 2 * chunk, tl.where(entry < 0, -1, row))
+            tl.store(index_ptr + 2 * chunk + 1, number)
+            if (row < rows) & (number == 0):
+                tl.store(first_ptr + row, chunk)
+        if entry >= 0:
+            slot = tl.arange(0, CHUNK)
+            store_gates(
+                gates_ptr + chunk.to(tl.int64) * (V_HEADS * ROWS_OF_GATES * CHUNK),
+                a_ptr + token0.to(tl.int64) * a_stride,
+                b_ptr + token0.to(tl.int64) * b_stride,
+                a_log_ptr,
+                dt_bias_ptr,
+                slot,
+                (token0 + slot >= begin) & (token0 + slot < end),
+                program * GATE_HEADS + tl.arange(0, GATE_HEADS),
+                a_stride,
+                b_stride,
+                V_HEADS,
+            )
+        return
+    head = program - GATES
+    v_head = head - 2 * K_HEADS
+    seen = token0 - begin
+    length = end - begin
     if entry < 0:
         if v_head >= 0:
+            slot = tl.arange(0, CHUNK)
+            held = (seen + slot >= 0) & (seen + slot < length)
             out_ptr += (token0.to(tl.int64) * V_HEADS + v_head) * VALUE_DIM
-            zero_tile(out_ptr, slot, seen, V_HEADS * VALUE_DIM, VALUE_DIM, HEAD_V)
+            zero_tile(out_ptr, slot, held, V_HEADS * VALUE_DIM, VALUE_DIM, HEAD_V)
         return
     y_ptr += chunk.to(tl.int64) * (CHUNK * Y_CHANNELS)
     x_ptr += token0.to(tl.int64) * x_stride
     ring_ptr += ring_base + entry * ring_stride
-    position = start + seen
-    resumed = (start > 0) & (token0 - begin < WIDTH - 1)
     if v_head < 0:
-        scale = tl.where((head < K_HEADS) & (slot >= 0), SCALE, 1.0)
-        conv_tile(
-            y_ptr + head * BLOCK_K, x_ptr, weight_ptr, ring_ptr, head * KEY_DIM, slot, seen, position, resumed, scale, x_stride,
-            weight_stride_c, weight_stride_w, True, KEY_DIM, BLOCK_K, CHANNELS, Y_CHANNELS, WIDTH, EPS,
+        channel = head * KEY_DIM
+        conv_head(
+            y_ptr + head * BLOCK_K, x_ptr + channel, weight_ptr + channel * WEIGHT_STRIDE_C, ring_ptr + channel, seen, length,
+            start, tl.where(head < K_HEADS, SCALE, 1.0), x_stride, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, True, KEY_DIM, BLOCK_K,
+            CHANNELS, Y_CHANNELS, WIDTH, CHUNK, CONV_STEPS, EPS,
         )  # fmt: skip
     else:
-        beta = store_gates(
-            gates_ptr + (chunk.to(tl.int64) * V_HEADS + v_head) * (ROWS_OF_GATES * CHUNK),
-            a_ptr + token0.to(tl.int64) * a_stride + v_head,
-            b_ptr + token0.to(tl.int64) * b_stride + v_head,
-            tl.load(a_log_ptr + v_head).to(tl.float32),
-            tl.load(dt_bias_ptr + v_head).to(tl.float32),
-            slot,
-            seen >= 0,
-            a_stride,
-            b_stride,
-        )
         channel = 2 * K_HEADS * KEY_DIM + v_head * VALUE_DIM
-        y_ptr += 2 * K_HEADS * BLOCK_K + v_head * HEAD_V
-        conv_tile(
-            y_ptr, x_ptr, weight_ptr, ring_ptr, channel, slot, seen, position, resumed, beta, x_stride,
-            weight_stride_c, weight_stride_w, False, VALUE_DIM, HEAD_V, CHANNELS, Y_CHANNELS, WIDTH, EPS,
+        conv_head(
+            y_ptr + 2 * K_HEADS * BLOCK_K + v_head * HEAD_V, x_ptr + channel, weight_ptr + channel * WEIGHT_STRIDE_C,
+            ring_ptr + channel, seen, length, start, 1.0, x_stride, WEIGHT_STRIDE_C, WEIGHT_STRIDE_W, False, VALUE_DIM, HEAD_V,
+            CHANNELS, Y_CHANNELS, WIDTH, CHUNK, CONV_STEPS, EPS,
         )  # fmt: skip
 
 
 @triton.jit
-def zero_tile(ptr, slot, seen, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros in the first DIM columns of the rows of slots that hold a token. ``ptr`` points to slot 0."""
+def zero_tile(ptr, slot, held, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in the first DIM columns of the rows of slots that hold a token (``held``). ``ptr`` points to slot 0."""
     c = tl.arange(0, BLOCK)
-    mask = (seen >= 0)[:, None] & (c < DIM)[None, :]
+    mask = held[:, None] & (c < DIM)[None, :]
     tl.store(
         ptr + slot[:, None] * STRIDE + c[None, :], tl.zeros([slot.shape[0], BLOCK], ptr.dtype.element_ty), mask=mask
     )

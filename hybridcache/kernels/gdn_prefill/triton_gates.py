@@ -12,12 +12,11 @@ SINCE: tl.constexpr = tl.constexpr(0)
 """Row of a chunk's gates: binary logarithm of the decay from the chunk's start to after the slot's token."""
 FROM_START: tl.constexpr = tl.constexpr(1)
 """The decay itself; its last slot's is the whole chunk's."""
-WRITTEN_FROM_START: tl.constexpr = tl.constexpr(2)
-"""The decay times beta: what part of the value that the state at the chunk's start holds for the token's key it loses."""
-TO_END: tl.constexpr = tl.constexpr(3)
+TO_END: tl.constexpr = tl.constexpr(2)
 """The decay from after the slot's token to the chunk's end."""
-BETA: tl.constexpr = tl.constexpr(4)
-ROWS_OF_GATES: tl.constexpr = tl.constexpr(5)
+BETA: tl.constexpr = tl.constexpr(3)
+"""How much of what the state gets wrong for the token is written."""
+ROWS_OF_GATES: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -37,20 +36,24 @@ def softplus(a):
 
 
 @triton.jit
-def store_gates(gates_ptr, a_ptr, b_ptr, a_log, dt_bias, slot, valid, a_stride, b_stride):
-    """Gates of one head of one chunk, ``[ROWS_OF_GATES, slots]`` float32. ``a_ptr`` and ``b_ptr`` point to slot 0; a slot
-    that is not ``valid`` decays and writes nothing. Returns beta."""
+def store_gates(
+    gates_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, slot, valid, head, a_stride, b_stride, V_HEADS: tl.constexpr
+):
+    """Gates of some heads of one chunk, ``[V_HEADS, ROWS_OF_GATES, slots]`` float32. ``a_ptr`` and ``b_ptr`` point to slot 0
+    of head 0; a slot that is not ``valid`` decays and writes nothing."""
     CHUNK: tl.constexpr = slot.shape[0]
-    a = tl.load(a_ptr + slot * a_stride, mask=valid, other=0.0).to(tl.float32) + dt_bias
-    b = tl.load(b_ptr + slot * b_stride, mask=valid, other=0.0).to(tl.float32)
-    decay = tl.where(valid, -tl.exp(a_log) * LOG2_E * softplus(a), 0.0)
+    inside = head < V_HEADS
+    mask = valid[:, None] & inside[None, :]
+    a_log = tl.load(a_log_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + slot[:, None] * a_stride + head[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + slot[:, None] * b_stride + head[None, :], mask=mask, other=0.0).to(tl.float32)
+    decay = tl.where(mask, -tl.exp(a_log)[None, :] * LOG2_E * softplus(a + dt_bias[None, :]), 0.0)
     since = tl.cumsum(decay, 0)
     total = tl.sum(decay, 0)
-    tl.store(gates_ptr + SINCE * CHUNK + slot, since)
-    beta = tl.where(valid, 1.0 / (1.0 + tl.exp(-b)), 0.0)
-    from_start = tl.exp2(since)
-    tl.store(gates_ptr + BETA * CHUNK + slot, beta)
-    tl.store(gates_ptr + FROM_START * CHUNK + slot, from_start)
-    tl.store(gates_ptr + WRITTEN_FROM_START * CHUNK + slot, beta * from_start)
-    tl.store(gates_ptr + TO_END * CHUNK + slot, tl.exp2(total - since))
-    return beta
+    beta = tl.where(mask, 1.0 / (1.0 + tl.exp(-b)), 0.0)
+    place = gates_ptr + head[None, :] * (ROWS_OF_GATES * CHUNK) + slot[:, None]
+    tl.store(place + SINCE * CHUNK, since, mask=inside[None, :])
+    tl.store(place + FROM_START * CHUNK, tl.exp2(since), mask=inside[None, :])
+    tl.store(place + BETA * CHUNK, beta, mask=inside[None, :])
+    tl.store(place + TO_END * CHUNK, tl.exp2(total[None, :] - since), mask=inside[None, :])

@@ -6,7 +6,7 @@ Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
 import triton
 import triton.language as tl
 
-from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES, TO_END, WRITTEN_FROM_START
+from hybridcache.kernels.gdn_prefill.triton_gates import FROM_START, ROWS_OF_GATES, TO_END
 
 PAST_THE_END = tl.constexpr(1 << 30)
 """A token that no step has."""
@@ -103,12 +103,11 @@ def state_kernel(
         solve = solve_desc.load([square, 0]).to(DOT)
         score = score_desc.load([square, 0]).to(DOT)
         from_start = gates_desc.load([square * ROWS_OF_GATES + FROM_START * CHUNK])
-        written_from_start = gates_desc.load([square * ROWS_OF_GATES + WRITTEN_FROM_START * CHUNK])
         to_end = gates_desc.load([square * ROWS_OF_GATES + TO_END * CHUNK])
 
         left = state.to(DOT)
         seen = tl.dot(left, tl.trans(k), input_precision=PRECISION)
-        diff = tl.trans(v).to(tl.float32) - seen * written_from_start[None, :]
+        diff = tl.trans(v).to(tl.float32) - seen * from_start[None, :]
         new = tl.dot(diff.to(DOT), tl.trans(solve), input_precision=PRECISION)
         out = tl.dot(left, tl.trans(q), input_precision=PRECISION) * from_start[None, :]
         out = tl.dot(new.to(DOT), tl.trans(score), out, input_precision=PRECISION)
