@@ -28,7 +28,7 @@ if torch.cuda.is_available():
         "v128-w4-r200": Tuning(128, 4, max_registers=200),
         "shared-v128-w4-c1": Staging(128, 4, chunks=1),
         "shared-v128-w4": Staging(128, 4),
-        "shared-v128-w4-evict": Staging(128, 4, evict_first=True),
+        "shared-v128-w4-c8-evict": Staging(128, 4, chunks=8, evict_first=True),
         "shared-v64-w4-c1": Staging(64, 4, chunks=1),
         "shared-v64-w2-c1": Staging(64, 2, chunks=1),
         "shared-v32-w1-dependent": Staging(32, 1, dependent_launch=True),

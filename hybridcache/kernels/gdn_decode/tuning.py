@@ -1,9 +1,9 @@
 """How GDN decode is cut for a number of rows, a state dtype and a device.
 
-Measured at the shape of Qwen3-Next on an H100, at 1, 8, 64 and 256 rows (``variants-gdn_decode-h100.json`` and
-``variants-gdn_decode-last-h100.json`` in ``benchmarks/results/``). Few rows do not fill the device, so small tiles make more
-programs of them; many rows want whole heads, whose bytes are contiguous, and as many of them on a multiprocessor as fit.
-In float32 registers hold as much state as shared memory; in bfloat16 half as much.
+Measured at the shape of Qwen3-Next on an H100, at 1, 8, 64 and 256 rows (``variants-gdn_decode*-h100.json`` in
+``benchmarks/results/``, three rounds). Few rows do not fill the device, so small tiles make more programs of them; many rows
+want whole heads, whose bytes are contiguous, and as many of them on a multiprocessor as fit. In float32 registers hold as
+much state as shared memory; in bfloat16 half as much.
 """
 
 import logging
@@ -66,7 +66,8 @@ def in_registers(rows: int, state_dtype: torch.dtype) -> Tuning:
 def default_tuning(rows: int, state_dtype: torch.dtype) -> Tuning | Staging:
     """The fastest cut on a Hopper GPU of those measured."""
     if rows >= STAGED_ROWS.get(state_dtype.itemsize, rows + 1):
-        return Staging(128, 4, chunks=4, dependent_launch=True, evict_first=state_dtype.itemsize == 2)
+        wide = state_dtype.itemsize == 4
+        return Staging(128, 4, chunks=8 if wide else 4, dependent_launch=True, evict_first=wide)
     return in_registers(rows, state_dtype)
 
 
