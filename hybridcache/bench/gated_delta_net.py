@@ -65,12 +65,12 @@ def decode(case: Case, setup: Setup) -> Work:
         device=setup.device,
         **_options(case),
     )
+    at.conv_weight_CW = at.conv_weight_CW.t().contiguous().t()  # by tap, as the model keeps it
     checked = min(CHECKED_ROWS, rows)
     entries = at.state_table_BL[:checked, 0].tolist()
     saved = Saved(at.buffer, [(at.layout.address(0, entry), stored) for entry in entries])
     part = slice(0, checked)
-    weight_CW = at.conv_weight_CW.t().contiguous().t()  # by tap, as the model keeps it
-    inputs = (at.x_BC[part], weight_CW, at.a_BV[part], at.b_BV[part], at.a_log_V, at.dt_bias_V)
+    inputs = (at.x_BC[part], at.conv_weight_CW, at.a_BV[part], at.b_BV[part], at.a_log_V, at.dt_bias_V)
     expected = naive_decode.gdn_decode(at.buffer, at.layout, 0, *inputs, at.state_table_BL[part], at.position_B[part])
     states = [stored_state(at.buffer, at.layout, 0, entry)[0].clone() for entry in entries]
     saved.restore()
