@@ -238,7 +238,12 @@ def main() -> None:
     for name in args.workloads:
         rows.append(run_workload(engine, watch, name, args.share))
         clock(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}))
+    stated = engine.memory
+    memory = {"total": stated.total_bytes, "workspace": stated.workspace_bytes, **vars(stated)}
+    memory |= {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
+    clock(f"memory {json.dumps(memory)}")
     record = {
+        "memory": memory,
         "device": device_name(),
         "torch": torch.__version__,
         "share": args.share,

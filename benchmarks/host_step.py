@@ -33,7 +33,11 @@ class NoModel:
         self.dtype = torch.bfloat16
         self.device = torch.device("cpu")
         self.waits = None
+        self.weight_bytes = 0
         self._logits = torch.zeros(8192, 1, dtype=torch.bfloat16)
+
+    def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
+        return 0
 
     def forward(self, batch, buffer, layout, backend) -> torch.Tensor:
         rows = batch.num_tokens if batch.logit_index_R is None else batch.logit_index_R.shape[0]

@@ -29,15 +29,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def room_on(device: torch.device) -> tuple[int, str]:
+    """Bytes that can still be taken (on a CPU: the machine's whole memory), and what that is in words. What PyTorch's
+    allocator holds and does not use counts as free."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused, f"free on {device}"
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"
+
+
 def require_room(field: str, value: object, num_bytes: int, device: torch.device) -> None:
     """Refuse what the device's free memory (on a CPU: the machine's whole memory) cannot hold.
 
     Raises:
         UserError: ``field=value`` takes ``num_bytes`` bytes and there are fewer; the message says how many.
     """
-    if device.type == "cuda":
-        room, what = torch.cuda.mem_get_info(device)[0], f"free on {device}"
-    else:
-        room, what = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine's memory"
+    room, what = room_on(device)
     if num_bytes > room:
         raise bad(field, value, f"takes {num_bytes} bytes and {what} is {room}; at most {int(0.9 * room)} would fit")

@@ -110,16 +110,16 @@ class LLM:
             self.strategy = build(
                 strategy, spec=self.spec, budget_bytes=cache_bytes, physical=True, **(strategy_options or {})
             )
-        self.engine = Engine(
-            self.model,
-            self.strategy,
-            scheduler_config,
-            make_backend(backend, self.model.device, attention_backend),
-            seed=seed,
-            eos_token_ids=_eos_token_ids(Path(model), self.model.config, self.tokenizer),
-            cuda_graphs=cuda_graphs,
-            overlap=overlap,
-        )
+            self.engine = Engine(
+                self.model,
+                self.strategy,
+                scheduler_config,
+                make_backend(backend, self.model.device, attention_backend),
+                seed=seed,
+                eos_token_ids=_eos_token_ids(Path(model), self.model.config, self.tokenizer),
+                cuda_graphs=cuda_graphs,
+                overlap=overlap,
+            )
         self._inboxes: dict[int, tuple[deque[tuple[int, int | None, bool]], int]] = {}
         """For every request of a stream where its tokens go, and its number there."""
 
@@ -310,8 +310,7 @@ def _shipped(name: str) -> Any:
 def _weight_bytes(config: Any, dtype: str) -> int:
     """Bytes of the weights, counted on a model without memory."""
     check_config(config)
-    model = Qwen3Next(config, compute_dtype(dtype), torch.device("meta"))
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return Qwen3Next(config, compute_dtype(dtype), torch.device("meta")).weight_bytes
 
 
 def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:

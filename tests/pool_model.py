@@ -40,9 +40,13 @@ class PoolModel:
         self.dtype = torch.float64
         self.device = torch.device("cpu")
         self.waits = None
+        self.weight_bytes = 0
         self.before_forward = before_forward
         self.batches: list[tuple[int, int]] = []
         """``(rows that decode, rows that prefill)`` of every step, padding included."""
+
+    def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
+        return 0
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: object) -> torch.Tensor:
         if (batch.kv_table_BN[:, 0] < 0).all():  # nothing but padding: a warm-up

@@ -24,8 +24,8 @@ def script():
 @pytest.mark.parametrize("mode", ["exclusive", "carve"])
 def test_tokens_are_equal_and_nothing_is_left_behind(script, mode):
     seed = random.randrange(1 << 31)
-    scale = replace(script.SCALES["cpu"], residents=2, prompts=(16, 90, 300))
-    record = script.soak(64, "cpu", mode, seed, scale)
+    scale = replace(script.SCALES["cpu"], residents=1, prompts=(16, 90, 300))
+    record = script.soak(96, "cpu", mode, seed, scale)
     assert record["ok"], record
     assert record["replayed"] > 0
     assert record["off_preemptions"] == 0

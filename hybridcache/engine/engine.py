@@ -58,6 +58,9 @@ class Engine:
         poison: fill the pool, and memory before its release, with NaN patterns (tests).
         max_retries: how often a request that failed alone is tried again.
         clock: seconds, monotonic.
+
+    Raises:
+        UserError: an option out of range, or cache and workspace do not fit the device.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class Engine:
             poison=poison,
         )
         self.runner.prepare()
+        self.memory = self.runner.memory
+        """What this takes of its device at most."""
         self.seed = seed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_retries = max_retries

@@ -56,9 +56,8 @@ class StepInputs:
         self.device = device
         self.state_width = state_width
         width = state_width + max_entries
-        room = max_tokens * TOKEN_BYTES + (max_rows + 1) * ROW_BYTES + 16 * ALIGNMENT
-        room += 4 * min(max_rows * width, INLINE_ENTRIES)
-        self.feed = torch.zeros(max_rows + -(-room // 8), dtype=torch.int64, device=device)
+        packed = packed_bytes(max_rows, max_tokens, width)
+        self.feed = torch.zeros(max_rows + packed // 8, dtype=torch.int64, device=device)
         """Ids sampled last (0 for one that is not a token), then the packed inputs, whose token ids come first."""
         self.table = torch.full((max_rows, width), -1, dtype=torch.int32, device=device)
         """State table, then KV table of every row."""
@@ -174,6 +173,42 @@ class StepInputs:
         event = torch.cuda.Event()
         event.record()
         return result, event
+
+
+def padding_batch(rows: int, tokens: int, table_RN: torch.Tensor) -> StepBatch:
+    """A step that prefills ``tokens`` tokens in ``rows`` rows, all of them padding: no byte of the cache is read or written.
+    ``table_RN`` gives device and width of a table."""
+    device, rows = table_RN.device, min(rows, tokens)
+    ends = np.linspace(0, tokens, rows + 1).astype(np.int32)
+    offsets = torch.from_numpy(ends).to(device)
+    length_P = offsets[1:] - offsets[:-1]
+    empty = torch.full((rows, table_RN.shape[1]), -1, dtype=torch.int32, device=device)
+    row_T = torch.from_numpy(np.repeat(np.arange(rows, dtype=np.int32), np.diff(ends))).to(device)
+    return StepBatch(
+        token_ids_T=torch.zeros(tokens, dtype=torch.int64, device=device),
+        position_T=torch.zeros(tokens, dtype=torch.int64, device=device),
+        row_T=row_T,
+        kv_table_BN=empty,
+        state_table_BL=empty,
+        context_len_B=length_P,
+        prefill_cu_seqlens=offsets,
+        prefill_start_P=torch.zeros(rows, dtype=torch.int32, device=device),
+        logit_index_R=offsets[1:].long() - 1,
+        num_decode=0,
+        max_prefill_len=int(np.diff(ends).max()),
+        max_context_len=int(np.diff(ends).max()),
+    )
+
+
+def packed_bytes(max_rows: int, max_tokens: int, width: int) -> int:
+    """Room for everything that one step packs; a row of the table is ``width`` entries."""
+    room = max_tokens * TOKEN_BYTES + (max_rows + 1) * ROW_BYTES + 16 * ALIGNMENT
+    return _aligned(room + 4 * min(max_rows * width, INLINE_ENTRIES))
+
+
+def input_bytes(max_rows: int, max_tokens: int, width: int) -> int:
+    """What a :class:`StepInputs` takes of the device."""
+    return packed_bytes(max_rows, max_tokens, width) + max_rows * (4 * width + 3 * 8)
 
 
 def _aligned(num_bytes: int) -> int:

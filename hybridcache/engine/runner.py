@@ -6,6 +6,7 @@ a CUDA graph where there are graphs.
 Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -15,9 +16,10 @@ import torch
 
 from hybridcache.batch import StepBatch
 from hybridcache.engine.graphs import Capture, DecodeGraphs, graph_sizes
-from hybridcache.engine.inputs import StepInputs
+from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
+from hybridcache.engine.memory import Memory
 from hybridcache.engine.rows import RowTable
-from hybridcache.engine.sampling import SamplingRow, draw
+from hybridcache.engine.sampling import SamplingRow, draw, sampling_bytes
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from hybridcache.pool import CachePool
@@ -39,6 +41,14 @@ class Model(Protocol):
     @property
     def waits(self) -> str | None:
         """Why a forward pass waits for the device, so that no CUDA graph can hold it; None where it does not."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
+        """Upper bound of what a forward pass of that many tokens in that many rows holds at once, where all rows sample and
+        ``prefilling`` of them prefill."""
         ...
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
@@ -86,6 +96,9 @@ class ModelRunner:
         max_tokens: most tokens of a step.
         capture: records decode steps as graphs; None runs them as all others.
         poison: fill the pool with NaN patterns first (tests).
+
+    Raises:
+        UserError: cache and workspace do not fit the device.
     """
 
     def __init__(
@@ -103,11 +116,14 @@ class ModelRunner:
         self.strategy = strategy
         self.backend = backend
         self.layout = strategy.layout
-        self.pool = CachePool(self.layout, model.device, poison=poison)
         # A resident holds a state at least, so the budget bounds the rows too.
         self.max_rows = max(1, min(max_rows, strategy.budget_bytes // strategy.spec.state_bytes))
         self.max_tokens = max_tokens
         self._max_entries = -(-strategy.request_limit() // self.layout.attention.tokens_per_entry)
+        self.memory = self._plan_memory(graphs=capture is not None)
+        """What this takes of the device at most."""
+        self.memory.require(strategy.budget_bytes, model.device)
+        self.pool = CachePool(self.layout, model.device, poison=poison)
         self.rows = RowTable(strategy, self.max_rows, self._max_entries)
         self.inputs = self._make_inputs()
         self._choose = _greedy_of(backend, model.dtype)
@@ -116,6 +132,19 @@ class ModelRunner:
             self.graphs = self._make_graphs(capture)
         self._places: dict[int, int] = {}
         """Where in the step launched last each request's sampled id is."""
+
+    def _plan_memory(self, graphs: bool) -> Memory:
+        rows, tokens, vocabulary = self.max_rows, max(self.max_tokens, self.max_rows), self.model.config.vocab_size
+        width = len(self.strategy.spec.state_layers) + self._max_entries
+        itemsize = self.model.dtype.itemsize
+        return Memory(
+            weight_bytes=self.model.weight_bytes,
+            cache_bytes=self.layout.pool_bytes,
+            input_bytes=(2 if graphs else 1) * input_bytes(rows, self.max_tokens, width),
+            logits_bytes=rows * vocabulary * itemsize if graphs else 0,
+            graph_bytes=self.model.scratch_bytes(rows, rows, 0) if graphs else 0,
+            step_bytes=max(self.model.scratch_bytes(tokens, rows, rows), sampling_bytes(rows, vocabulary, itemsize)),
+        )
 
     def _make_inputs(self) -> StepInputs:
         width = len(self.strategy.spec.state_layers)
@@ -149,10 +178,17 @@ class ModelRunner:
         return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
 
     def prepare(self) -> None:
-        """Capture all decode graphs now, rather than each at its first use. Does nothing without graphs."""
+        """Capture all decode graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
+        compiled, libraries initialised and the memory of steps is taken before the first request. Does nothing without
+        graphs."""
         if self.graphs is not None:
-            with self._on_device():
+            with torch.inference_mode(), self._on_device():
                 self.graphs.capture()
+                before = Counter(self.backend.launches)
+                for rows in {1, self.max_rows}:
+                    self._forward(padding_batch(rows, self.max_tokens, self.inputs.table))
+                self.backend.launches.clear()
+                self.backend.launches.update(before)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Kernels and graphs go to the current device: make it the pool's."""

@@ -20,6 +20,8 @@ from hybridcache.kernels.greedy.naive import greedy
 
 _ROWS_AT_ONCE = 32
 """Rows whose probabilities are in memory together: 32 x 151,936 float64 are 39 MB."""
+_COPIES = 12
+"""Float64 copies of their logits at most: scaled, sorted with order and scratch, probabilities, and their sums."""
 
 _SEED_LIMIT = 2**63
 
@@ -124,6 +126,11 @@ def _multiply(a: np.uint64, b_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     middle = a1 * b0 + (a0 * b0 >> half)
     other = a0 * b1 + (middle & low)
     return a1 * b1 + (middle >> half) + (other >> half), a * b_R
+
+
+def sampling_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
+    """Most that :func:`draw` holds at once for that many rows, their logits included."""
+    return rows * vocabulary * itemsize + min(rows, _ROWS_AT_ONCE) * vocabulary * 8 * _COPIES
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:

@@ -23,6 +23,7 @@ from models.qwen3_next.linear_attention import LinearAttention
 from models.qwen3_next.moe import SparseMoe
 from models.qwen3_next.parameters import Slot, Slots, parameter
 from models.qwen3_next.step import Step
+from models.qwen3_next.workspace import scratch_bytes
 
 
 def has_experts(config: Qwen3NextConfig, index: int) -> bool:
@@ -111,6 +112,15 @@ class Qwen3Next(nn.Module):
         if self.dtype == torch.bfloat16 or not any(has_experts(self.config, i) for i in range(len(self.layers))):
             return None
         return f"experts in dtype={dtype_name(self.dtype)} are counted on the host; choose bfloat16"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all parameters."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
+        """Upper bound of what a forward pass holds at once; see :func:`.workspace.scratch_bytes`."""
+        return scratch_bytes(self.config, self.dtype, tokens, rows, prefilling)
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
