@@ -330,3 +330,23 @@ def test_more_running_requests_than_rows_are_impossible():
     seqs = [engine.add_request(*request) for request in requests]
     engine.run()
     assert all(seq.finish_reason == "length" for seq in seqs)
+
+
+def test_the_largest_steps_run_on_padding_before_the_first_request():
+    """One row, and as many as there can be, of all the tokens of a step; neither counts as launched."""
+    engine = with_graphs(make_engine())
+    runner, seen = engine.runner, []
+    forward = runner._forward
+    runner._forward = lambda batch: seen.append(batch) or forward(batch)
+    before = runner.pool.buffer.clone()
+    engine.backend.launches["kept[torch]"] = 3
+    runner.prepare()
+    largest = [batch for batch in seen if not batch.num_decode]
+    assert sorted(batch.num_rows for batch in largest) == [1, runner.max_rows]
+    for batch in largest:
+        assert batch.num_tokens == runner.max_tokens == int(batch.prefill_cu_seqlens[-1])
+        assert int(batch.context_len_B.sum()) == batch.num_tokens
+        assert batch.row_T.bincount().tolist() == batch.context_len_B.tolist()
+        assert int(batch.context_len_B.max()) == batch.max_prefill_len
+    assert engine.backend.launches == {"kept[torch]": 3}
+    assert torch.equal(runner.pool.buffer, before)

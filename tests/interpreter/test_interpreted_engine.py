@@ -5,6 +5,7 @@ import random
 import torch
 
 from hybridcache.engine.engine import Engine
+from hybridcache.engine.inputs import padding_batch
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.kernels.torch_backend import TorchBackend
@@ -36,6 +37,10 @@ def test_decode_on_static_rows():
         engine = Engine(model, strategy, SchedulerConfig(max_running=5), backend, overlap=True, poison=True)
         if backend.name == "triton":
             engine.runner.graphs = engine.runner._make_graphs(Recorded)
+            before = engine.runner.pool.buffer.clone()
+            with torch.inference_mode():
+                engine.runner._forward(padding_batch(2, 5, engine.runner.inputs.table))
+            assert torch.equal(engine.runner.pool.buffer, before), "padding changed the cache"
         forward, logits = engine.runner._forward, []
         engine.runner._forward = lambda batch, forward=forward, logits=logits: (
             logits.append(forward(batch)) or logits[-1]
