@@ -114,17 +114,21 @@ def block_copy(generator: torch.Generator) -> list[torch.Tensor]:
 
 
 def experts(name: str, generator: torch.Generator) -> list[torch.Tensor]:
-    """Routing, then the experts of few tokens, or what stands between the grouped products of many (those are PyTorch's)."""
-    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing
+    """Routing, then the experts of few tokens, those in tiles, or what stands between the grouped products (those are
+    PyTorch's)."""
+    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tilings
 
     draw = partial(normal, generator, device=torch.device("cuda"), dtype="bfloat16")
     tokens, count, k, hidden, inner = 5, 19, 3, 256, 64
     x_TD = draw((tokens, hidden))
     weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
-    if name == "few":
-        gate_up, down = draw((count, 2 * inner, hidden)), draw((count, hidden, inner))
-        shared_gate_up, shared_down = draw((2 * inner, hidden)), draw((hidden, inner))
-        return [few_tokens.mixture(x_TD, weight_Ts, expert_Tk, gate_up, down, shared_gate_up, shared_down)]
+    if name != "many":
+        matrices = (draw((count, 2 * inner, hidden)), draw((count, hidden, inner)))
+        matrices += (draw((2 * inner, hidden)), draw((hidden, inner)))
+        if name == "few":
+            return [few_tokens.mixture(x_TD, weight_Ts, expert_Tk, *matrices)]
+        cuts = (tilings.FEW, tilings.SOME, tilings.MANY)
+        return [tiled.mixture(x_TD, weight_Ts, expert_Tk, *matrices, tiling=cut) for cut in cuts]
     order_A = expert_Tk.flatten().sort(stable=True).indices
     x_AD, place_A = grouped.gather(x_TD, order_A, k)
     narrow = grouped.silu_mul(draw((tokens * k, 2 * inner)), weight_Ts, order_A)
@@ -182,6 +186,7 @@ KERNELS: dict[str, Callable[[torch.Generator], list[torch.Tensor]]] = {
     "page_tiled decode": page_tiled_decode,
     "page_tiled prefill": partial(prefill, "page_tiled"),
     "routing, experts of few tokens": partial(experts, "few"),
+    "routing, experts in tiles": partial(experts, "tiles"),
     "between grouped products": partial(experts, "many"),
     "norms": norms,
     "greedy": greedy,
