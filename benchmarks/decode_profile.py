@@ -8,11 +8,13 @@ engine runs them, replayed graphs by default; contexts are short, so that what i
 
 The launch of a step that prefills is timed on an idle device and behind a kernel that sleeps for 100 ms: a launch that
 takes longer there waits for the device, and the profile of that launch names the function that does. ``allocations`` are
-the caching allocator's calls of ``cudaMalloc`` during it.
+the caching allocator's calls of ``cudaMalloc`` during it. One kind of step has another number of tokens every time: what
+libraries look up for a shape that they have not met shows there.
 """
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import sys
@@ -197,6 +199,14 @@ def main() -> None:
         record["steps"][name] = found
         record["launches"][name] = host_launch(engine, partial(submit, engine, rows, PREFILL // rows, 1), args.top)
         print(f"[{time.perf_counter() - started:5.1f} s] {name}", flush=True)
+
+    lengths = itertools.count(PREFILL - 17, -17)
+
+    def new_length() -> None:
+        """A number of tokens that no step has had."""
+        submit(engine, 1, next(lengths), 1)
+
+    record["launches"]["prefill of a new length"] = host_launch(engine, new_length, args.top)
 
     def mixed() -> None:
         submit(engine, MIXED_ROWS, CONTEXT, 12)
