@@ -17,6 +17,7 @@ from hybridcache.kernels.paged_decode.tiles import (
     Tuning,
     choose_splits,
     choose_tuning,
+    head_programs,
     head_tile,
 )
 from hybridcache.kernels.testing import attention_case
@@ -65,6 +66,13 @@ def test_large_tiles_need_full_multiprocessors(programs, multiprocessors):
 def test_heads_of_a_program(heads, dtype, tile):
     assert head_tile(qwen3_next_layout(), heads, getattr(torch, dtype)) == tile
     assert head_tile(qwen3_next_layout(), heads, torch.float32) == 16
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "programs"), [(16, "bfloat16", 2), (200, "bfloat16", 4), (72, "float32", 6)]
+)
+def test_programs_of_a_row(heads, dtype, programs):
+    assert head_programs(qwen3_next_layout(), heads, getattr(torch, dtype)) == programs
 
 
 MOVES = st.lists(

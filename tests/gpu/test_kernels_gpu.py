@@ -196,41 +196,21 @@ def test_paged_decode_tunings(generator, tuning, splits):
     check_paged_decode(Tuned, generator, case)
 
 
-@pytest.mark.parametrize("way", [{"together": 2}, {"heads_first": True}, {"last_combines": True}], ids=str)
-@pytest.mark.parametrize("splits", [1, 2, 7, 66])
-def test_paged_decode_in_other_ways(generator, way, splits):
-    lengths = [1, 0, 31, 32, 33, 32 * splits, 64 * splits + 1, 5000]
-    case = paged_case(generator, lengths, "block_major", 8, 11)
-    counters = torch.zeros(len(lengths) * 2, dtype=torch.int32, device="cuda")
-
-    class Tuned:
-        @staticmethod
-        def paged_decode(*inputs):
-            tuning = Tuning(64, 4, 3, 1, chained=True, **way)
-            return paged_decode(*inputs, num_splits=splits, tuning=tuning, counters=counters)
-
-    check_paged_decode(Tuned, generator, case)
-    assert (counters == 0).all()
-
-
-@pytest.mark.parametrize("way", [{}, {"chained": True}, {"chained": True, "last_combines": True}], ids=str)
-def test_a_reduction_waits_for_every_split(backend, generator, way):
-    """It is set up while the splits still run, and a chained launch while the one before does: whatever they read too early
-    would be the step before's, or poison. Every step's queries are the output of the step before, and a few keys decide
-    each output, so that no two steps are alike."""
+def test_a_reduction_waits_for_every_split(generator):
+    """It is set up while the splits still run: whatever it read too early would be the step before's, or poison. Every
+    step's queries are the output of the step before, and a few keys decide each output, so that no two steps are alike."""
     case = paged_case(generator, [4000, 20_000], "block_major", 8, 11)
-    counters = torch.zeros(4, dtype=torch.int32, device="cuda")
     first_BHD = normal(generator, (2, HEADS, DIM), case.buffer.device, "bfloat16")
 
     def steps(tuning, after=lambda: None):
         outs = [first_BHD]
         for _ in range(40):
             inputs = (case.layout, 7, outs[-1], case.kv_table_BN, case.context_len_B, 1.0)
-            outs.append(paged_decode(case.buffer, *inputs, tuning=tuning, counters=counters))
+            outs.append(paged_decode(case.buffer, *inputs, tuning=tuning))
             after()
         return outs[1:]
 
-    tuning = Tuning(64, 4, 3, 1, **way)
+    tuning = Tuning(64, 4, 3, 1)
     alone, eager = steps(replace(tuning, dependent_launch=False), torch.cuda.synchronize), steps(tuning)
     for found, expected in zip(eager, alone):
         assert torch.equal(found, expected)

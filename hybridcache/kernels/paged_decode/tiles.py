@@ -36,14 +36,6 @@ class Tuning:
     """Programs that a multiprocessor runs at once; splits fill no more."""
     dependent_launch: bool = True
     """Whether the reduction is launched so, where the device can (compute capability 9.0)."""
-    chained: bool = False
-    """Whether every launch is a dependent one, set up while the launch before still runs."""
-    together: int = 1
-    """KV heads of one program; ``keys`` counts the rows of all of them."""
-    heads_first: bool = False
-    """Whether programs of the same row and split follow one another."""
-    last_combines: bool = False
-    """Whether a row's last program combines its splits instead of a second launch."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +55,17 @@ def processors(device: torch.device) -> Processors:
     return Processors(found.multi_processor_count, found.major >= 9)
 
 
-def head_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, together: int = 1) -> int:
-    """Query heads of one program: those of the KV heads it takes together, as far as their results fit in registers."""
-    group = num_heads // layout.num_kv_heads * together
+def head_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> int:
+    """Query heads of one program: those of a KV head, as far as their results fit in registers."""
+    group = num_heads // layout.num_kv_heads
     most = 16 if dtype == torch.float32 else 64
     return min(max(triton.next_power_of_2(group), 16), most)
 
 
-def head_programs(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, together: int = 1) -> int:
-    """Programs of one row and split.
-
-    Raises:
-        ValueError: ``together`` does not divide the KV heads.
-    """
-    if layout.num_kv_heads % together:
-        raise ValueError(f"together={together}: choose a divisor of the {layout.num_kv_heads} KV heads")
-    heads = num_heads // layout.num_kv_heads * together
-    return layout.num_kv_heads // together * triton.cdiv(heads, head_tile(layout, num_heads, dtype, together))
+def head_programs(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> int:
+    """Programs of one row and split."""
+    group = num_heads // layout.num_kv_heads
+    return layout.num_kv_heads * triton.cdiv(group, head_tile(layout, num_heads, dtype))
 
 
 def wide(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tuning:

@@ -1,10 +1,11 @@
 """Paged decode in Triton: split-KV attention of one query per row.
 
-A program takes one row, the query heads of one KV head (or of several; up to 64 of them, padded to the 16 rows that the
-matrix unit wants) and one split of the row's tokens. It masks nothing but the split's last tile. With several splits a
-second launch combines them by their log-sum-exp, always in one order; on Hopper it is set up while the first still runs
-(programmatic dependent launch). The number of splits comes from shapes and the device alone; lengths stay on the device, so
-both launches can be captured in a CUDA graph.
+A program takes one row, the query heads of one KV head (up to 64 of them, padded to the 16 rows that the matrix unit
+wants) and one split of the row's tokens. It masks nothing but the split's last tile. With several splits a second launch
+combines them by their log-sum-exp, always in one order; on Hopper it is set up while the first still runs (programmatic
+dependent launch). The number of splits comes from shapes and the device alone; lengths stay on the device, so both launches
+can be captured in a CUDA graph. Programs of one row's KV heads are neighbours in launch order: heads that lie side by side
+in the pool are read at about the same time.
 
 Shapes: B rows, H query heads, D value dim, S splits.
 """
@@ -19,7 +20,6 @@ from hybridcache.dtypes import itemsize, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.memory import elements
-from hybridcache.kernels.paged_decode.attend import attend_split, combine_splits, tile_entries
 from hybridcache.kernels.paged_decode.tiles import (
     Tuning,
     choose_splits,
@@ -28,6 +28,7 @@ from hybridcache.kernels.paged_decode.tiles import (
     head_tile,
     processors,
 )
+from hybridcache.kernels.paged_prefill.triton import attend, table_entries
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
@@ -43,8 +44,6 @@ def paged_decode_kernel(
     length_ptr,
     out_ptr,
     lse_ptr,
-    combined_ptr,
-    counter_ptr,
     scale_log2,
     splits,
     q_stride_b: tl.int64,
@@ -68,46 +67,34 @@ def paged_decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    HEADS_FIRST: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    LAST_COMBINES: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
-    """``out_ptr`` is the output ``[B, H, V_DIM]``, or with ``SPLIT`` the splits' own results ``[B, H, splits, V_DIM]``
-    (float32) beside their log2-sum-exp2 ``lse_ptr`` ``[B, H, splits]``, which is -inf for a split without tokens.
+    """Grid: (rows x KV heads x tiles of a group's heads, splits).
 
-    With ``LAST_COMBINES`` the program that is done last with a row's heads combines their splits into ``combined_ptr``
-    ``[B, H, V_DIM]``: ``counter_ptr`` (int32, one a row and program of heads) counts them from 0 and is 0 again afterwards.
-    Both are None without it. With ``CHAINED`` nothing is read or written
-    before everything that was launched earlier is complete."""
-    if (SPLIT or CHAINED) and DEPENDENT_LAUNCH:
+    ``out_ptr`` is the output ``[B, H, V_DIM]``, or with ``SPLIT`` the splits' own results ``[B, H, splits, V_DIM]``
+    (float32) beside their log2-sum-exp2 ``lse_ptr`` ``[B, H, splits]``, which is -inf for a split without tokens."""
+    if SPLIT and DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
-    if CHAINED and DEPENDENT_LAUNCH:
-        tl.extra.cuda.gdc_wait()
-    row = tl.program_id(1 if HEADS_FIRST else 0).to(tl.int64)
-    program = tl.program_id(0 if HEADS_FIRST else 1)
-    HEADS: tl.constexpr = TOGETHER * GROUP
-    HEAD_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    kv_head = program // HEAD_TILES * TOGETHER
+    HEAD_TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    row = (tl.program_id(0) // (KV_HEADS * HEAD_TILES)).to(tl.int64)
+    program = tl.program_id(0) % (KV_HEADS * HEAD_TILES)
+    kv_head = program // HEAD_TILES
     in_group = program % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_inside = in_group < HEADS
+    head_inside = in_group < GROUP
     head = kv_head * GROUP + in_group
-    q_head = tl.minimum(in_group // GROUP, TOGETHER - 1)
-    split = tl.program_id(2)
-    TOKENS: tl.constexpr = BLOCK_N // TOGETHER
+    split = tl.program_id(1)
 
     table_row = table_ptr + row * table_stride
     length = tl.load(length_ptr + row)
     length = tl.where(tl.load(table_row) < 0, 0, length).to(tl.int32)
-    split_tokens = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
+    split_tokens = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     start = tl.minimum(split * split_tokens, length)
     end = tl.minimum(start + split_tokens, length)
-    unmasked = start + (end - start) // TOKENS * TOKENS
+    unmasked = start + (end - start) // BLOCK_N * BLOCK_N
 
     k_dim = tl.arange(0, BLOCK_K)
     v_dim = tl.arange(0, BLOCK_V)
@@ -116,20 +103,21 @@ def paged_decode_kernel(
     q = tl.load(q_ptr + q_offset, mask=q_mask, other=0.0).to(DOT)
     k_ptr = pool_ptr + (base + kv_head * k_head_stride)
     v_ptr = pool_ptr + (base + kv_stride + kv_head * v_head_stride)
+    limit = tl.zeros([BLOCK_H], dtype=tl.int32) + end
     highest = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_V], dtype=tl.float32)
-    entry = tile_entries(table_row, start, tl.maximum(end - 1, 0), TM, BLOCK_N, TOGETHER)
+    entry = table_entries(table_row, start, tl.maximum(end - 1, 0), TM, BLOCK_N)
     # fmt: off
-    acc, highest, total, entry = attend_split(
-        acc, highest, total, entry, q, q_head, scale_log2, k_ptr, v_ptr, table_row, start, unmasked, end,
-        manager_stride, kernel_stride, k_token_stride, v_token_stride, k_head_stride, v_head_stride,
-        TM, KB, K_DIM, V_DIM, BLOCK_N, BLOCK_K, BLOCK_V, TOGETHER, SAME_ROWS, DOT, STAGES, False,
+    acc, highest, total, entry = attend(
+        acc, highest, total, entry, q, scale_log2, k_ptr, v_ptr, table_row, start, unmasked, end, limit,
+        manager_stride, kernel_stride, k_token_stride, v_token_stride,
+        TM, KB, K_DIM, V_DIM, BLOCK_N, BLOCK_K, BLOCK_V, SAME_ROWS, DOT, STAGES, False,
     )
-    acc, highest, total, entry = attend_split(
-        acc, highest, total, entry, q, q_head, scale_log2, k_ptr, v_ptr, table_row, unmasked, end, end,
-        manager_stride, kernel_stride, k_token_stride, v_token_stride, k_head_stride, v_head_stride,
-        TM, KB, K_DIM, V_DIM, BLOCK_N, BLOCK_K, BLOCK_V, TOGETHER, SAME_ROWS, DOT, 1, True,
+    acc, highest, total, entry = attend(
+        acc, highest, total, entry, q, scale_log2, k_ptr, v_ptr, table_row, unmasked, end, end, limit,
+        manager_stride, kernel_stride, k_token_stride, v_token_stride,
+        TM, KB, K_DIM, V_DIM, BLOCK_N, BLOCK_K, BLOCK_V, SAME_ROWS, DOT, 1, True,
     )
     # fmt: on
 
@@ -138,18 +126,11 @@ def paged_decode_kernel(
     out = acc / total[:, None]
     out_row = row * (KV_HEADS * GROUP) + head
     out_mask = head_inside[:, None] & (v_dim < V_DIM)[None, :]
-    written = out_row * splits + split if SPLIT else out_row
     if SPLIT:
-        tl.store(lse_ptr + written, highest * scale_log2 + tl.log2(total), mask=head_inside)
-    part_mask = out_mask & (start < end) if SPLIT else out_mask
-    tl.store(out_ptr + written[:, None] * V_DIM + v_dim[None, :], out, mask=part_mask)
-    if LAST_COMBINES:
-        counter = counter_ptr + row * (KV_HEADS // TOGETHER * HEAD_TILES) + program
-        tl.debug_barrier()  # all threads' results are stored before one thread counts
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
-            tl.store(counter, 0)
-            combined = combine_splits(out_ptr, lse_ptr, out_row, head_inside, splits, V_DIM, BLOCK_H, BLOCK_V)
-            tl.store(combined_ptr + out_row[:, None] * V_DIM + v_dim[None, :], combined, mask=out_mask)
+        out_row = out_row * splits + split
+        tl.store(lse_ptr + out_row, highest * scale_log2 + tl.log2(total), mask=head_inside)
+        out_mask = out_mask & (start < end)
+    tl.store(out_ptr + out_row[:, None] * V_DIM + v_dim[None, :], out, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -162,11 +143,8 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """Sum of the splits' results of one head, weighted by their shares of the softmax; 0 where no split has tokens."""
-    if CHAINED and DEPENDENT_LAUNCH:
-        tl.extra.cuda.gdc_launch_dependents()
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -191,7 +169,6 @@ def constants(
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`paged_decode_kernel` for a layout, query heads, their dtype and a tuning.
     ``dependent``: whether the device has dependent launches."""
-    last_combines = split and tuning.last_combines
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
         "TM": layout.tokens_per_entry,
@@ -200,39 +177,27 @@ def constants(
         "GROUP": num_heads // layout.num_kv_heads,
         "K_DIM": layout.k_dim,
         "V_DIM": layout.v_dim,
-        "BLOCK_H": head_tile(layout, num_heads, dtype, tuning.together),
+        "BLOCK_H": head_tile(layout, num_heads, dtype),
         "BLOCK_N": tuning.keys,
         "BLOCK_K": max(triton.next_power_of_2(layout.k_dim), 16),
         "BLOCK_V": max(triton.next_power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
         "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
-        "TOGETHER": tuning.together,
-        "HEADS_FIRST": tuning.heads_first,
         "SPLIT": split,
-        "LAST_COMBINES": last_combines,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
         "DOT": tl.float32 if interpreting() else dot,
         "STAGES": tuning.num_stages,
         "DEPENDENT_LAUNCH": tuning.dependent_launch and dependent,
-        "CHAINED": tuning.chained,
-        **({} if last_combines else {"combined_ptr": None, "counter_ptr": None}),
     }
 
 
-def launch_options(tuning: Tuning, *, dependent: bool = True) -> dict[str, Any]:
-    """Launch options of :func:`paged_decode_kernel`."""
-    chained = tuning.chained and tuning.dependent_launch and dependent
-    return {"num_warps": tuning.num_warps} | ({"launch_pdl": True} if chained else {})
-
-
-def combine_constants(v_dim: int, splits: int, dependent: bool, chained: bool = False) -> dict[str, Any]:
+def combine_constants(v_dim: int, splits: int, dependent: bool) -> dict[str, Any]:
     """Compile-time parameters of :func:`combine_kernel`."""
     return {
         "V_DIM": v_dim,
         "BLOCK_S": triton.next_power_of_2(splits),
         "BLOCK_V": min(triton.next_power_of_2(v_dim), COMBINE_DIMS),
         "DEPENDENT_LAUNCH": dependent,
-        "CHAINED": chained,
     }
 
 
@@ -252,21 +217,17 @@ def paged_decode(
     *,
     num_splits: int | None = None,
     tuning: Tuning | None = None,
-    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :meth:`hybridcache.kernels.backend.Backend.paged_decode`. Padding rows of the output are 0.
 
     Args:
         num_splits: :func:`choose_splits` decides where None.
         tuning: :func:`choose_tuning` decides where None.
-        counters: for a tuning whose last program combines: int32 zeros, at least one a row and KV head, and zeros again
-            afterwards. Launches that may run at the same time need counters of their own.
 
     Raises:
         UserError: float64 queries, a latent KV (``v_dim=0``), a manager block of 2^31 elements or more, or a scale that is
             not positive.
-        ValueError: queries that are not contiguous along their last dimension, KV heads that a tuning takes together and
-            that are no divisor of their number, or too few counters.
+        ValueError: queries that are not contiguous along their last dimension.
     """
     _check(layout, q_BHD, scale)
     rows, num_heads, _ = q_BHD.shape
@@ -275,58 +236,41 @@ def paged_decode(
         return out_BHD.zero_()
 
     device = processors(q_BHD.device)
-    tuning = tuning or _choose(layout, q_BHD, device.count)
-    programs = rows * head_programs(layout, num_heads, q_BHD.dtype, tuning.together)
-    splits = num_splits or choose_splits(programs, kv_table_BN.shape[1] * layout.tokens_per_entry, device.count, tuning)
+    programs = rows * head_programs(layout, num_heads, q_BHD.dtype)
+    tuning = tuning or choose_tuning(layout, num_heads, q_BHD.dtype, programs, device.count)
+    max_tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
+    splits = num_splits or choose_splits(programs, max_tokens, device.count, tuning)
     part, lse = out_BHD, out_BHD
     if splits > 1:
         part = torch.empty((rows, num_heads, splits, layout.v_dim), dtype=torch.float32, device=q_BHD.device)
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
     constant = constants(layout, num_heads, q_BHD.dtype, tuning, split=splits > 1, dependent=device.dependent_launch)
-    if constant["LAST_COMBINES"]:
-        if counters is None or counters.dtype != torch.int32 or counters.numel() < programs:
-            raise ValueError(f"counters={None if counters is None else counters.shape}: pass {programs} int32 zeros")
-        constant |= {"combined_ptr": out_BHD, "counter_ptr": counters}
-    grid = (rows, programs // rows, splits)
-    paged_decode_kernel[(grid[1], grid[0], grid[2]) if tuning.heads_first else grid](
+    paged_decode_kernel[(programs, splits)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_BHD,
         kv_table_BN,
         context_len_B,
         part,
         lse,
-        scale_log2=scale * LOG2_E,
-        splits=splits,
-        q_stride_b=q_BHD.stride(0),
-        q_stride_h=q_BHD.stride(1),
-        table_stride=kv_table_BN.stride(0),
+        scale * LOG2_E,
+        splits,
+        q_BHD.stride(0),
+        q_BHD.stride(1),
+        kv_table_BN.stride(0),
         **row_strides(layout, layer),
         **constant,
-        **launch_options(tuning, dependent=device.dependent_launch),
+        num_warps=tuning.num_warps,
     )
-    if splits > 1 and not constant["LAST_COMBINES"]:
-        combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"], chained=tuning.chained)
+    if splits > 1:
+        combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"])
     return out_BHD
 
 
-def _choose(layout: AttentionLayout, q_BHD: torch.Tensor, multiprocessors: int) -> Tuning:
-    rows, num_heads, _ = q_BHD.shape
-    programs = rows * head_programs(layout, num_heads, q_BHD.dtype)
-    return choose_tuning(layout, num_heads, q_BHD.dtype, programs, multiprocessors)
-
-
-def combine(
-    part_BHSD: torch.Tensor,
-    lse_BHS: torch.Tensor,
-    out_BHD: torch.Tensor,
-    *,
-    dependent: bool = False,
-    chained: bool = False,
-) -> None:
+def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor, *, dependent: bool = False) -> None:
     """One launch of :func:`combine_kernel` on the results of S splits. ``dependent``: as a dependent launch, behind a kernel
-    that allows it; ``chained``: and the next launch may be set up while this one runs."""
+    that allows it."""
     rows, num_heads, splits, v_dim = part_BHSD.shape
-    constant = combine_constants(v_dim, splits, dependent, chained)
+    constant = combine_constants(v_dim, splits, dependent)
     grid = (rows * num_heads, triton.cdiv(v_dim, constant["BLOCK_V"]))
     combine_kernel[grid](part_BHSD, lse_BHS, out_BHD, splits, **constant, **combine_options(dependent))
 
