@@ -123,8 +123,12 @@ def experts(name: str, generator: torch.Generator) -> list[torch.Tensor]:
     x_TD = draw((tokens, hidden))
     weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
     if name != "many":
-        matrices = (draw((count, 2 * inner, hidden)), draw((count, hidden, inner)))
-        matrices += (draw((2 * inner, hidden)), draw((hidden, inner)))
+        matrices = (
+            draw((count, 2 * inner, hidden)),
+            draw((count, hidden, inner)),
+            draw((2 * inner, hidden)),
+            draw((hidden, inner)),
+        )
         if name == "few":
             return [few_tokens.mixture(x_TD, weight_Ts, expert_Tk, *matrices)]
         cuts = (tilings.FEW, tilings.SOME, tilings.MANY)
