@@ -81,12 +81,15 @@ def gate_up_tile(
     gate = tl.zeros([COLUMNS, ROWS] if SWAP else [ROWS, COLUMNS], dtype=tl.float32)
     up = tl.zeros([COLUMNS, ROWS] if SWAP else [ROWS, COLUMNS], dtype=tl.float32)
     for first in tl.range(0, HIDDEN, DIMS, num_stages=STAGES):
+        # The matrices first: their copies need not wait for the list.
+        gate_matrix = matrix_desc.load([gate_row + column, first])
+        up_matrix = matrix_desc.load([gate_row + INNER + column, first])
         if HIDDEN % DIMS:
             x = tl.load(x_row + first, mask=inside[:, None] & (d < HIDDEN - first)[None, :], other=0.0)
         else:
             x = tl.load(x_row + first, mask=inside[:, None], other=0.0)
-        gate = multiply(x, matrix_desc.load([gate_row + column, first]), gate, SWAP, DOT)
-        up = multiply(x, matrix_desc.load([gate_row + INNER + column, first]), up, SWAP, DOT)
+        gate = multiply(x, gate_matrix, gate, SWAP, DOT)
+        up = multiply(x, up_matrix, up, SWAP, DOT)
     out = gate / (1.0 + tl.exp(-gate)) * up
     if SWAP:
         out = out.T
@@ -111,11 +114,12 @@ def down_tile(
     row = narrow_ptr + assignment.to(tl.int64)[:, None] * INNER + i[None, :]
     acc = tl.zeros([COLUMNS, ROWS] if SWAP else [ROWS, COLUMNS], dtype=tl.float32)
     for first in tl.range(0, INNER, DIMS, num_stages=STAGES):
+        matrix = matrix_desc.load([first_row + column, first])
         if INNER % DIMS:
             narrow = tl.load(row + first, mask=inside[:, None] & (i < INNER - first)[None, :], other=0.0)
         else:
             narrow = tl.load(row + first, mask=inside[:, None], other=0.0)
-        acc = multiply(narrow, matrix_desc.load([first_row + column, first]), acc, SWAP, DOT)
+        acc = multiply(narrow, matrix, acc, SWAP, DOT)
     if SWAP:
         acc = acc.T
     d = column + tl.arange(0, COLUMNS)
