@@ -169,11 +169,13 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=24)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--experts", choices=("grouped", "tiled"), default="grouped", help="of many tokens")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: needs a CUDA device")
     started = time.perf_counter()
     model, _ = load_for_inference("qwen3_next_8l", dtype="bfloat16", device="cuda", seed=0)
+    model.experts = args.experts
     spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
     most = max([*args.rows, 8])
     strategy = build("shared_pool", spec=spec, budget_bytes=2 * most * spec.request_bytes(PREFILL // 8), physical=True)
@@ -181,7 +183,13 @@ def main() -> None:
     graphs = "false" if args.no_graphs else "auto"
     engine = Engine(model, strategy, config, make_backend("auto", "cuda"), cuda_graphs=graphs)
     print(f"[{time.perf_counter() - started:5.1f} s] engine", flush=True)
-    record: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "graphs": graphs, "steps": {}}
+    record: dict[str, Any] = {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "graphs": graphs,
+        "experts": args.experts,
+        "steps": {},
+    }
     for rows in args.rows:
         submit(engine, rows, CONTEXT, STEPS + 12)
         while engine.scheduler.waiting or any(seq.num_settled < 3 for seq in engine.scheduler.running):

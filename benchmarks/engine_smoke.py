@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-tokens", action="store_true")
+    parser.add_argument("--experts", choices=("grouped", "tiled"), default="grouped", help="of many tokens")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: needs a CUDA device")
@@ -225,6 +226,7 @@ def main() -> None:
         print(f"[{time.perf_counter() - started:6.1f} s] {what}", flush=True)
 
     model, _ = load_for_inference("qwen3_next_8l", dtype="bfloat16", device="cuda", seed=0)
+    model.experts = args.experts
     torch.cuda.synchronize()
     clock("weights")
     engine = make_engine(model, 2 << 30, args.state_dtype)
@@ -250,6 +252,7 @@ def main() -> None:
         "device": device_name(),
         "torch": torch.__version__,
         "share": args.share,
+        "experts": args.experts,
         "rows": rows,
         "launches": dict(engine.backend.launches),
         "waits": found,

@@ -86,6 +86,8 @@ class Qwen3Next(nn.Module):
     def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
+        self.experts = "grouped"
+        """How experts of many tokens are multiplied; see :class:`~models.qwen3_next.ops.TritonOps`."""
         self.embedding = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(config, dtype, device)
         self.layers = nn.ModuleList(
@@ -125,7 +127,7 @@ class Qwen3Next(nn.Module):
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
         """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
         ``batch.logit_index_R`` names, in the model's dtype."""
-        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T), self.dtype)
+        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T), self.dtype, self.experts)
         x_TD, delta_TD = F.embedding(batch.token_ids_T, self.embedding), None
         for layer in self.layers:
             x_TD, delta_TD = layer(x_TD, delta_TD, step)

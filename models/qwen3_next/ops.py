@@ -3,7 +3,7 @@
 Which of the two runs follows the backend of the cache operations; nothing falls back from one to the other.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -55,14 +55,19 @@ class TorchOps:
 
 
 class TritonOps:
-    """Triton on CUDA. Experts of few tokens are read row by row, those of many multiplied by PyTorch's grouped products,
-    which take bfloat16; other dtypes do as :class:`TorchOps` does."""
+    """Triton on CUDA. Experts of few tokens are read row by row, those of many multiplied as ``experts`` says, which takes
+    bfloat16; other dtypes do as :class:`TorchOps` does.
 
-    def __init__(self) -> None:
-        from hybridcache.kernels.moe import few_tokens, grouped, routing
+    Args:
+        experts: ``grouped`` for PyTorch's grouped products, ``tiled`` for those in Triton.
+    """
+
+    def __init__(self, experts: str = "grouped") -> None:
+        from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled
         from hybridcache.kernels.norms import triton as norms
 
-        self._few_tokens, self._grouped = few_tokens, grouped
+        self._few_tokens = few_tokens
+        self._many_tokens = {"grouped": grouped, "tiled": tiled}[experts]
         self.add_norm, self.gated_norm, self.sigmoid_mul = norms.add_norm, norms.gated_norm, norms.sigmoid_mul
         self.silu_mul, self.route = grouped.silu_mul, routing.route
 
@@ -81,11 +86,12 @@ class TritonOps:
             return naive_moe.mixture(x_TD, weight_Ts, expert_Tk, *matrices)
         same_width = shared_down_DJ.shape[1] == down_EDI.shape[2]
         few = same_width and x_TD.shape[0] <= self._few_tokens.MAX_TOKENS
-        return (self._few_tokens if few else self._grouped).mixture(x_TD, weight_Ts, expert_Tk, *matrices)
+        way: Any = self._few_tokens if few else self._many_tokens
+        return way.mixture(x_TD, weight_Ts, expert_Tk, *matrices)
 
 
-def ops_for(backend: Backend, dtype: torch.dtype) -> Ops:
+def ops_for(backend: Backend, dtype: torch.dtype, experts: str = "grouped") -> Ops:
     """Triton's where the backend's own kernels are Triton's, PyTorch's elsewhere and in float64."""
     if backend.name.split("+")[0] == "triton" and dtype != torch.float64:
-        return TritonOps()
+        return TritonOps(experts)
     return TorchOps()

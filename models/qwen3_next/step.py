@@ -34,8 +34,9 @@ class Step:
         backend: Backend,
         rotary: tuple[torch.Tensor, torch.Tensor],
         dtype: torch.dtype,
+        experts: str,
     ) -> "Step":
-        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], ops_for(backend, dtype))
+        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], ops_for(backend, dtype, experts))
 
     @property
     def has_prefill(self) -> bool:

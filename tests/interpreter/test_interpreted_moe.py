@@ -163,8 +163,11 @@ def test_gates(generator, tokens, heads, dim, dtype):
     assert rel_error(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("tokens", [3, few_tokens.MAX_TOKENS + 3])
-def test_the_models_experts(generator, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "experts"),
+    [(3, "grouped"), (few_tokens.MAX_TOKENS + 3, "grouped"), (few_tokens.MAX_TOKENS + 3, "tiled")],
+)
+def test_the_models_experts(generator, tokens, experts):
     """Few and many tokens through the model's module, against the same weights in float64."""
     config = shipped_config("tiny")
     fused, exact = (SparseMoe(config, dtype, torch.device("cpu")) for dtype in (torch.bfloat16, torch.float64))
@@ -172,7 +175,7 @@ def test_the_models_experts(generator, tokens):
     exact.load_state_dict(fused.state_dict())
     x = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16()
     logits = torch.nn.functional.linear(x, fused.router)
-    ops = TritonOps()
+    ops = TritonOps(experts)
     weight, expert = ops.route(logits, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
     matrices = (exact.experts.gate_up, exact.experts.down, exact.shared.gate_up, exact.shared.down)
     expected = naive.mixture(x.double(), weight.double(), expert, *matrices)
