@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-tokens", action="store_true")
-    parser.add_argument("--experts", choices=("grouped", "tiled"), default="grouped", help="of many tokens")
+    parser.add_argument("--experts", choices=("grouped", "tiled"), default="tiled", help="of many tokens")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: needs a CUDA device")

@@ -24,6 +24,22 @@ from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, rou
 from hybridcache.kernels.testing import rel_error
 
 EXPERTS, TOP_K, HIDDEN, INNER = 512, 10, 2048, 512
+CANDIDATES = {
+    "few": tilings.FEW,
+    "few narrow": tilings.Tiling(16, True, tilings.Product(64, 128, 4, 4), tilings.Product(64, 128, 4, 4)),
+    "few wide": tilings.Tiling(16, True, tilings.Product(128, 128, 3, 8), tilings.Product(128, 128, 4, 8)),
+    "few unswapped": tilings.Tiling(16, False, tilings.Product(64, 128, 3, 4), tilings.Product(128, 128, 3, 4)),
+    "few 32": tilings.Tiling(32, True, tilings.Product(64, 128, 3, 4), tilings.Product(128, 128, 3, 4)),
+    "some": tilings.SOME,
+    "some swapped": tilings.Tiling(64, True, tilings.Product(64, 64, 4, 4), tilings.Product(128, 64, 4, 4)),
+    "some wide": tilings.Tiling(64, False, tilings.Product(128, 64, 4, 8), tilings.Product(128, 64, 4, 4)),
+    "many": tilings.MANY,
+    "many wide": tilings.Tiling(128, False, tilings.Product(128, 64, 4, 8), tilings.Product(256, 64, 3, 8)),
+    "many deep": tilings.Tiling(128, False, tilings.Product(128, 64, 3, 8), tilings.Product(128, 64, 4, 8)),
+    "many narrow": tilings.Tiling(128, False, tilings.Product(64, 64, 4, 8), tilings.Product(64, 64, 4, 4)),
+    "many 256": tilings.Tiling(256, False, tilings.Product(64, 64, 4, 8), tilings.Product(128, 64, 4, 8)),
+}
+"""Cuts to be timed; all compile for Hopper without spills."""
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 8192)
 MOST_FEW = 32
 TOKENS_OF_TILES = {"few": (1, 1024), "some": (64, 4096), "many": (1024, 1 << 20)}
@@ -32,7 +48,7 @@ CHECKED = (6, 300, 2500)
 CALLS = 10
 TUNINGS = [
     few_tokens.Tuning(),
-    few_tokens.Tuning(gate_rows=4, gate_dims=512, gate_warps=4, down_rows=4, down_warps=2),
+    few_tokens.Tuning(gate_rows=8, gate_dims=512, gate_warps=4, down_rows=8, down_warps=4),
     few_tokens.Tuning(gate_rows=4, gate_dims=1024, gate_warps=4, down_rows=4, down_warps=4),
     few_tokens.Tuning(gate_rows=8, gate_dims=256, gate_warps=2, down_rows=8, down_warps=2),
     few_tokens.Tuning(gate_rows=16, gate_dims=256, gate_warps=4, down_rows=16, down_warps=4),
@@ -87,7 +103,7 @@ def ways(tokens: int) -> dict[str, Callable]:
             name = f"row by row {tuning.gate_rows}x{tuning.gate_dims}w{tuning.gate_warps} "
             name += f"{tuning.down_rows}w{tuning.down_warps}"
             found[name] = lambda *args, tuning=tuning: few_tokens.mixture(*args, tuning=tuning)
-    for name, tiling in tilings.CANDIDATES.items():
+    for name, tiling in CANDIDATES.items():
         fewest, most = TOKENS_OF_TILES[name.split()[0]]
         if fewest <= tokens <= most:
             found[f"tiles {name}"] = lambda *args, tiling=tiling: tiled.mixture(*args, tiling=tiling)

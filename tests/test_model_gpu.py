@@ -56,7 +56,7 @@ def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     assert rel_error(out, expected) < 1e-2
 
 
-@pytest.mark.parametrize("name", tilings.CANDIDATES)
+@pytest.mark.parametrize("name", tilings.TILINGS)
 def test_every_tiling_of_experts(rng, name):
     """At real widths, with experts of one token and of hundreds; the same to the bit every time."""
     tokens, experts, k, hidden, inner = rng.randint(200, 500), 24, 10, 2048, 512
@@ -67,11 +67,11 @@ def test_every_tiling_of_experts(rng, name):
         router_rows(experts), device="cuda"
     )
     weight, chosen = naive.route(logits, experts, k, True)
-    out = tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.CANDIDATES[name])
+    out = tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name])
     expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
     assert rel_error(out, expected) < 1e-2
     for _ in range(3):
-        assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.CANDIDATES[name]))
+        assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name]))
 
 
 @pytest.mark.parametrize("renormalise", [True, False])

@@ -71,11 +71,11 @@ def test_between_grouped_products(tmp_path):
         assert_fits(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("name", tilings.CANDIDATES)
+@pytest.mark.parametrize("name", tilings.TILINGS)
 def test_tiles(name, tmp_path):
     """Every tiling that is timed: products on the matrix unit, matrices by descriptor, gathered rows copied in the
     background, all of it in a pipeline."""
-    tiling = tilings.CANDIDATES[name]
+    tiling = tilings.TILINGS[name]
     both = tiled.constants(EXPERTS, HIDDEN, INNER, TOP_K, torch.bfloat16, tiling)
     kernels = (tiled.moe_gate_up_tiles_kernel, tiled.moe_down_tiles_kernel)
     pointers = dict.fromkeys(("x_ptr", "narrow_ptr", "out_ptr"), "*bf16") | {"weight_ptr": "*fp32"}

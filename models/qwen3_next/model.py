@@ -86,7 +86,7 @@ class Qwen3Next(nn.Module):
     def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        self.experts = "grouped"
+        self.experts = "tiled"
         """How experts of many tokens are multiplied; see :class:`~models.qwen3_next.ops.TritonOps`."""
         self.embedding = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(config, dtype, device)

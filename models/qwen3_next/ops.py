@@ -62,7 +62,7 @@ class TritonOps:
         experts: ``grouped`` for PyTorch's grouped products, ``tiled`` for those in Triton.
     """
 
-    def __init__(self, experts: str = "grouped") -> None:
+    def __init__(self, experts: str = "tiled") -> None:
         from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled
         from hybridcache.kernels.norms import triton as norms
 
@@ -90,7 +90,7 @@ class TritonOps:
         return way.mixture(x_TD, weight_Ts, expert_Tk, *matrices)
 
 
-def ops_for(backend: Backend, dtype: torch.dtype, experts: str = "grouped") -> Ops:
+def ops_for(backend: Backend, dtype: torch.dtype, experts: str = "tiled") -> Ops:
     """Triton's where the backend's own kernels are Triton's, PyTorch's elsewhere and in float64."""
     if backend.name.split("+")[0] == "triton" and dtype != torch.float64:
         return TritonOps(experts)

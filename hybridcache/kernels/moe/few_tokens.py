@@ -16,22 +16,22 @@ import triton.language as tl
 
 from hybridcache.kernels.sizes import power_of_2
 
-MAX_TOKENS = 16
-"""Tokens up to which this is used: from there on the grouped products, which read an expert once, are faster."""
+MAX_TOKENS = 8
+"""Tokens up to which this is used: from there on products in tiles, which read an expert once, are faster."""
 
 
 @dataclass(frozen=True)
 class Tuning:
     """How the two launches are cut."""
 
-    gate_rows: int = 8
+    gate_rows: int = 4
     """Rows of gate, and of up, of one program."""
     gate_dims: int = 512
     """Hidden dims at a time."""
     gate_warps: int = 4
-    down_rows: int = 8
+    down_rows: int = 4
     """Output dims of one program."""
-    down_warps: int = 4
+    down_warps: int = 2
 
 
 @triton.jit

@@ -38,6 +38,9 @@ def choose_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, max
         return Tile(queries=128, keys=32, num_warps=8, num_stages=3)
     if max_query_len * (num_heads // layout.num_kv_heads) <= 64:
         return Tile(queries=64, keys=32, num_warps=4, num_stages=3) if wide else Tile(64, 64, num_warps=4, num_stages=2)
+    if wide and layout.kernel_block_tokens >= 64:
+        # With the 64 keys of smaller blocks, Triton 3.6 spills 8 to 32 bytes here.
+        return Tile(queries=128, keys=32, num_warps=8, num_stages=3)
     return Tile(queries=128, keys=64, num_warps=8, num_stages=2 if wide else 3)
 
 
