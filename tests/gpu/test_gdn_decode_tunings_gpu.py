@@ -14,7 +14,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.gdn_decode import naive
     from hybridcache.kernels.gdn_decode.staging import Staging
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
+    from hybridcache.kernels.gdn_decode.tuning import STAGED_ROWS, Tuning, choose
     from hybridcache.kernels.testing import rel_error, state_case, state_error
 
     CUTS = {
@@ -97,7 +97,8 @@ def test_the_choice_for_a_batch(rows, state_dtype):
     case = state_case(generator, positions=positions, state_dtype=state_dtype, device="cuda")
     case.conv_weight_CW = case.conv_weight_CW.t().contiguous().t()
     hopper = torch.cuda.get_device_capability() >= (9, 0)
-    assert isinstance(choose(case.layout, case.x_BC), Staging) == (hopper and state_dtype == "bfloat16" and rows >= 32)
+    staged = rows >= STAGED_ROWS[4 if state_dtype == "float32" else 2]
+    assert isinstance(choose(case.layout, case.x_BC), Staging) == (hopper and staged)
     expected_buffer = case.buffer.clone()
     expected = naive.gdn_decode(expected_buffer, *case.step(1))
     assert rel_error(gdn_decode(case.buffer, *case.step(1)), expected) <= 1e-2
