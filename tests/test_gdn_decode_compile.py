@@ -84,7 +84,9 @@ def staged_for(state_dtype: str, staging: Staging, weight_by_column: bool = Fals
 
 @pytest.mark.parametrize("weight_by_column", [False, True], ids=["CW", "WC"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("block_v", "num_warps", "chunks"), [(128, 4, 1), (128, 4, 4), (128, 4, 8), (64, 4, 1), (64, 2, 1)])
+@pytest.mark.parametrize(
+    ("block_v", "num_warps", "chunks"), [(128, 4, 1), (128, 4, 4), (128, 4, 8), (64, 4, 1), (64, 2, 1)]
+)
 def test_stagings_fit_and_copy_before_they_wait(block_v, num_warps, chunks, state_dtype, weight_by_column, tmp_path):
     staging = Staging(block_v, num_warps, chunks, dependent_launch=True)
     compiled = staged_for(state_dtype, staging, weight_by_column)

@@ -206,10 +206,15 @@ def test_a_shortfall_says_by_how_much_and_why(run):
     chat = (results["phase"] == "inference") & (results["workload"] == "chat")
     results.loc[chat, "output_tokens_per_s"] = 100.0
     assert shortfall(dataclasses.replace(run, results=results), "inference", "chat") is None
-    results.loc[chat & (results["strategy"] == "padded_page"), ["output_tokens_per_s", "residents_peak"]] = [112.5, 9999]
+    results.loc[chat & (results["strategy"] == "padded_page"), ["output_tokens_per_s", "residents_peak"]] = [
+        112.5,
+        9999,
+    ]
     results.loc[chat & (results["strategy"] == "byte_exact"), "output_tokens_per_s"] = 200.0
     text = shortfall(dataclasses.replace(run, results=results), "inference", "chat")
-    assert text.startswith("padded_page serves 12.5% more tokens a second than shared_pool: residents, peak 9,999 against")
+    assert text.startswith(
+        "padded_page serves 12.5% more tokens a second than shared_pool: residents, peak 9,999 against"
+    )
 
 
 def test_token_agreement_is_read_from_the_hashes(run):
