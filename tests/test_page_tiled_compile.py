@@ -30,10 +30,11 @@ def test_a_page_of_256_tokens_overflows():
 
 
 @pytest.mark.parametrize("operation", ["paged_decode", "paged_prefill"])
-def test_an_independent_tile_needs_the_same_for_every_page(operation):
-    small, large = (resources("independent", operation, size) for size in (16, 1056))
+def test_an_independent_tile_does_not_grow_with_the_page(operation):
+    small, middle, large = (resources("independent", operation, size) for size in (16, 64, 1056))
     assert small.fits
-    assert small.shared_bytes == large.shared_bytes
+    assert small.shared_bytes >= middle.shared_bytes == large.shared_bytes
+    assert not any(found.spill_bytes for found in (small, middle, large))
 
 
 def test_tiles_are_pages_rounded_up():
