@@ -181,7 +181,9 @@ def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") ->
         theirs, ours = means.loc[best, metric.column], means.loc[name, metric.column]
         if metric.better * (theirs - ours) > 0 and metric.text(theirs) != metric.text(ours):
             reasons.append(f"{metric.heading} {metric.text(theirs)} against {metric.text(ours)}")
-    because = "; ".join(reasons) or "none of the memory's figures is in its favour, so look at the spread of repetitions"
+    because = (
+        "; ".join(reasons) or "none of the memory's figures is in its favour, so look at the spread of repetitions"
+    )
     return f"{best} serves {ahead:.1%} more tokens a second than {name}: {because}."
 
 
