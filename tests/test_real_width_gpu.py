@@ -118,6 +118,8 @@ def test_logits_are_those_of_transformers(pair, record_property):
     free = [F.cosine_similarity(a, b, dim=1) for a, b in zip(our_logits(ours, prompts, None), expected)]
     close = torch.cat(free) >= 0.999
     record_property("free_routing_positions_above_0.999", float(close.float().mean()))
+    if lowest < 0.998:
+        pytest.fail(f"lowest cosine {lowest}: worse than ever measured")  # not an AssertionError, so not expected
     assert lowest >= 0.999
 
 
