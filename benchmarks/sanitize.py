@@ -9,9 +9,9 @@ kernel, ``planted``, writes beyond its tensor; racecheck has no such proof here.
 running.
 
 Racecheck reports hazards in what Triton generates for ``gl.warp_specialize``: the dispatching warps' command bytes and captured
-arguments in shared memory, between the kernel's ``def`` line and the call. A control kernel whose partitions share no memory
-shows whether it does so here; if it does, findings of other kernels on those lines alone are counted as ``dispatch``, and
-recorded, but are no failure. Any location beside them is.
+arguments in shared memory, between the kernel's ``def`` line and the call. Findings on those lines alone are counted as
+``dispatch``. They are no failure where the very PTX that ran proves them false (``hybridcache.bench.dispatch``): a barrier of
+all threads stands between every such write and read. Any location beside them is a failure, as is a proof that does not hold.
 
 Exit status 1: a finding, a kernel that did not finish, a report without a summary, or a planted fault that was not
 found.
@@ -27,16 +27,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
+import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hybridcache.bench.once import CONTROL, PLANTED, here, launch  # noqa: E402
+from hybridcache.bench.dispatch import unordered  # noqa: E402
+from hybridcache.bench.once import PLANTED, here, launch  # noqa: E402
 from hybridcache.bench.precompile import in_parallel  # noqa: E402
 from hybridcache.environment import environment  # noqa: E402
 
@@ -85,25 +88,44 @@ class Found:
     warnings: int = 0
     dispatch: int = 0
     """Of ``errors``, those with no location outside Triton's dispatch of warps."""
+    dispatched: list[str] = field(default_factory=list)
+    """Kernels that those name."""
     seconds: float | None = None
     failure: str | None = None
     messages: list[str] = field(default_factory=list)
 
 
+PLACE = re.compile(r"(\w+)\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
+
+
 def is_dispatch(line: str) -> bool:
     """Whether every location that a line of a report names is the ``def`` of a kernel or its ``gl.warp_specialize`` call."""
-    places = re.findall(r"(\w+)\+0x[0-9a-f]+ in (\S+\.py):(\d+)", line)
-    return bool(places) and all(re.match(r"def |\s*gl\.warp_specialize\(", _source(*place)) for place in places)
+    places = PLACE.findall(line)
+    return bool(places) and all(re.match(r"def |\s*gl\.warp_specialize\(", _line(*place)) for place in places)
+
+
+def _line(kernel: str, file: str, number: str) -> str:
+    lines = source_of(kernel, file).splitlines()
+    return lines[int(number) - 1] if int(number) <= len(lines) else ""
 
 
 @cache
-def _source(kernel: str, file: str, number: str) -> str:
-    """That line of the project's file of that name which defines the kernel; empty where there is none."""
+def source_of(kernel: str, file: str = "*.py") -> str:
+    """Text of the project's file of that name which defines the kernel; empty where there is none."""
     for path in (ROOT / "hybridcache").rglob(Path(file).name):
         text = path.read_text()
         if f"def {kernel}(" in text:
-            return text.splitlines()[int(number) - 1]
+            return text
     return ""
+
+
+def disproof(kernel: str, folder: Path) -> list[str]:
+    """Why hazards in that kernel's dispatch are not proven false, in lines, from every module that a cache of Triton's in the
+    folder holds of it; nothing where they are."""
+    modules = sorted(folder.rglob(f"{kernel}.ptx"))
+    if not modules:
+        return [f"{kernel}: no PTX in {folder}"]
+    return [line for path in modules for line in unordered(path.read_text(), kernel, source_of(kernel))]
 
 
 def parse(text: str) -> dict[str, Found]:
@@ -144,6 +166,8 @@ def parse(text: str) -> dict[str, Found]:
         at.errors += not body.startswith("Warning")
         only_dispatch = body.startswith("Error") and is_dispatch(body)
         at.dispatch += only_dispatch
+        if only_dispatch:
+            at.dispatched = sorted({*at.dispatched, *(kernel for kernel, _, _ in PLACE.findall(body))})
         if len(at.messages) < MESSAGES:
             at.messages.append(body[:MESSAGE_CHARS])
             message = at.messages[-1]
@@ -209,16 +233,17 @@ def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tup
     return found, text
 
 
-def verdict(tool: str, found: dict[str, Found]) -> list[str]:
-    """What is wrong, in lines; nothing where all is well."""
+def verdict(tool: str, found: dict[str, Found], proven: Container[str] = ()) -> list[str]:
+    """What is wrong, in lines; nothing where all is well. Hazards in the dispatch of the kernels that are ``proven`` to have
+    none are no fault."""
     wrong = []
-    excused = CONTROL in found and found[CONTROL].dispatch > 0
     for name, at in found.items():
         if name == PLANTED:
             if not at.errors:
                 wrong.append(f"{tool}: the planted fault was not found, so a clean report proves nothing")
             continue
-        if at.errors - (at.dispatch if excused else 0) or at.warnings:
+        excused = at.dispatch if all(kernel in proven for kernel in at.dispatched) else 0
+        if at.errors - excused or at.warnings:
             wrong.append(f"{tool}: {name}: {at.errors} errors, {at.warnings} warnings: {'; '.join(at.messages)}")
         if at.failure:
             wrong.append(f"{tool}: {name}: {at.failure}")
@@ -244,10 +269,13 @@ def main() -> int:
     version = next((line.strip() for line in told.splitlines() if "ersion" in line), told.strip())
     wrong = [f"without a sanitizer: {line}" for line in in_parallel(launch, here())]
     compiled = time.perf_counter() - started
-    records, reports = [], {}
+    records, reports, proofs = [], {}, {}
     for tool in args.tools:
         found, reports[tool] = sanitize(sanitizer, tool, here(), args.limit_s)
-        wrong += verdict(tool, found)
+        kernels = {kernel for at in found.values() for kernel in at.dispatched}
+        against = {kernel: disproof(kernel, Path(triton.knobs.cache.dir)) for kernel in sorted(kernels)}
+        proofs |= against
+        wrong += verdict(tool, found, [kernel for kernel, lines in against.items() if not lines])
         for name, at in found.items():
             records.append({"tool": tool, "kernel": name, **vars(at), "version": version})
             print(
@@ -261,6 +289,7 @@ def main() -> int:
         "seconds": time.perf_counter() - started,
         "compile_seconds": compiled,
         "wrong": wrong,
+        "dispatch_not_proven_ordered": proofs,
         "records": records,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

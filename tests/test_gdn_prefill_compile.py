@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hybridcache.bench.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.gdn_prefill import hopper_state  # noqa: E402
 from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles  # noqa: E402
 from hybridcache.kernels.gdn_prefill.tiles import PROCESSORS, Tiles, constants, default_tiles, why_not_hopper  # noqa: E402
@@ -202,6 +204,7 @@ def test_states_on_hopper(dtype, state_dtype, dim, checkpoints, tmp_path):
     assert_fits(compiled, tmp_path)
     assert_on_matrix_unit(compiled, tmp_path)
     assert "warpgroup.wait is injected" not in ptxas_report(compiled, tmp_path), "products wait for one another"
+    assert unordered(compiled.asm["ptx"], "hopper_state_kernel", Path(hopper_state.__file__).read_text()) == []
 
 
 def test_which_tiles_are_chosen(monkeypatch, caplog):

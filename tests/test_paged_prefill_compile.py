@@ -1,5 +1,7 @@
 """Paged prefill compiles for Hopper for every layout, type and head width offered: no spills, and on the tensor cores."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from test_kernels_compile import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hybridcache.bench.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.paged_prefill import hopper  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
 from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tile  # noqa: E402
@@ -120,6 +123,7 @@ def test_paged_prefill_in_gluon(dtype, kb, blocks, dim, heads, kv_heads, tmp_pat
     assert "wgmma.mma_async" in ptx
     assert "cp.async.mbarrier.arrive.noinc" in ptx
     assert "serialized" not in ptxas_report(compiled, tmp_path)
+    assert unordered(ptx, "hopper_prefill_kernel", Path(hopper.__file__).read_text()) == []
     for registers in (ring.consumer_registers, ring.producer_registers):
         assert f"setmaxnreg.dec.sync.aligned.u32 \t{registers}" in ptx
 

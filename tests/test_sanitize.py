@@ -161,6 +161,32 @@ def test_an_absent_sanitizer_is_said(script, tmp_path, monkeypatch):
         script.find_sanitizer()
 
 
+DISPATCH = """========= COMPUTE-SANITIZER
+SANITIZE begin gdn_prefill
+========= Error: Race reported between Read access at hopper_state_kernel+0xe0 in hopper_state.py:{line}
+=========     and Write access at hopper_state_kernel+0x1080 in hopper_state.py:{other} [182 hazards]
+SANITIZE end 2.0
+========= RACECHECK SUMMARY: 1 hazards displayed (1 errors, 0 warnings)
+"""
+
+
+def test_hazards_in_the_dispatch_of_warps_need_a_proof(script, tmp_path):
+    lines = script.source_of("hopper_state_kernel").splitlines()
+    line = 1 + next(i for i, text in enumerate(lines) if text.startswith("def hopper_state_kernel("))
+    call = 1 + next(i for i, text in enumerate(lines) if text.strip().startswith("gl.warp_specialize("))
+    found = script.parse(DISPATCH.format(line=line, other=call))
+    assert (found["gdn_prefill"].dispatch, found["gdn_prefill"].dispatched) == (1, ["hopper_state_kernel"])
+    (wrong,) = script.verdict("racecheck", found)
+    assert "1 errors" in wrong
+    assert script.verdict("racecheck", found, ["hopper_state_kernel"]) == []
+    (nothing,) = script.disproof("hopper_state_kernel", tmp_path)
+    assert "no PTX" in nothing
+
+    beside = script.parse(DISPATCH.format(line=line, other=line + 60))
+    assert beside["gdn_prefill"].dispatch == 0
+    assert script.verdict("racecheck", beside, ["hopper_state_kernel"]), "a place beside the dispatch is excused"
+
+
 def test_every_cache_operation_is_launched():
     from hybridcache.bench.once import KERNELS
     from hybridcache.kernels.triton_backend import IMPLEMENTATION

@@ -12,7 +12,6 @@ import triton.language as tl
 from hybridcache.kernels.testing import AttentionCase, attention_case, normal, state_case
 
 PLANTED = "planted"
-CONTROL = "control: dispatch of warps"
 HEADS, KV_HEADS, DIM, PAIRS = 16, 2, 256, 32
 
 
@@ -162,12 +161,6 @@ def greedy(generator: torch.Generator) -> list[torch.Tensor]:
     return [logits_RV.gather(1, ids_R[:, None])]
 
 
-def control(generator: torch.Generator) -> list[torch.Tensor]:
-    from hybridcache.bench.dispatch import launch
-
-    return [launch()]
-
-
 @triton.jit
 def write_beyond_kernel(ptr, size, BLOCK: tl.constexpr):
     offset = size + tl.arange(0, BLOCK)
@@ -201,14 +194,13 @@ KERNELS: dict[str, Callable[[torch.Generator], list[torch.Tensor]]] = {
     "between grouped products": partial(experts, "many"),
     "norms": norms,
     "greedy": greedy,
-    CONTROL: control,
 }
 
 
 def here() -> list[str]:
     """Kernels that this device can run."""
     hopper = torch.cuda.get_device_capability()[0] == 9
-    return [name for name in KERNELS if hopper or ("gluon" not in name and name != CONTROL)]
+    return [name for name in KERNELS if hopper or "gluon" not in name]
 
 
 def launch(name: str) -> None:
