@@ -1,6 +1,6 @@
 """The engine on a GPU, in short: five workloads, what the host costs, how long the device waits, and whether tokens agree.
 
-    python benchmarks/engine_smoke.py [--share 0.34] [--workloads bs1 chat] [--out smoke.json] [--no-tokens]
+    python benchmarks/engine_smoke.py [--share 0.34] [--workloads bs1 chat] [--mode carve] [--out smoke.json] [--no-tokens]
 
 Qwen3-Next cut to 8 layers, all other widths real, random bf16 weights; shared_pool with fp32 states in 2 GiB; greedy; 8,192
 tokens a step. ``--share`` runs that part of each workload's requests (1 for all).
@@ -30,7 +30,7 @@ import torch
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.environment import device_name
+from hybridcache.environment import environment
 from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference
 from hybridcache.spec import CacheSpec
@@ -111,9 +111,11 @@ class Watch:
         return found
 
 
-def make_engine(model, cache_bytes: int, state_dtype: str = "float32", max_running: int = 256, **options) -> Engine:
+def make_engine(
+    model, cache_bytes: int, state_dtype: str = "float32", mode: str = "exclusive", max_running: int = 256, **options
+) -> Engine:
     spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype=state_dtype)
-    strategy = build("shared_pool", spec=spec, budget_bytes=cache_bytes, physical=True)
+    strategy = build("shared_pool", spec=spec, budget_bytes=cache_bytes, physical=True, mode=mode)
     config = SchedulerConfig(max_running=max_running, max_tokens_per_step=8192)
     return Engine(model, strategy, config, make_backend("auto", "cuda"), **options)
 
@@ -214,6 +216,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.34)
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--state-dtype", default="float32")
+    parser.add_argument("--mode", choices=("exclusive", "carve"), default="exclusive", help="of shared_pool")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-tokens", action="store_true")
     parser.add_argument("--experts", choices=("grouped", "tiled"), default="tiled", help="of many tokens")
@@ -229,7 +232,7 @@ def main() -> None:
     model.experts = args.experts
     torch.cuda.synchronize()
     clock("weights")
-    engine = make_engine(model, 2 << 30, args.state_dtype)
+    engine = make_engine(model, 2 << 30, args.state_dtype, args.mode)
     graphs = engine.runner.graphs
     clock(f"graphs of {graphs.sizes if graphs else 'no'} rows")
     # Untimed: prefill kernels are compiled here.
@@ -249,9 +252,10 @@ def main() -> None:
     clock(f"memory {json.dumps(memory)}")
     record = {
         "memory": memory,
-        "device": device_name(),
-        "torch": torch.__version__,
+        "environment": environment(),
         "share": args.share,
+        "state_dtype": args.state_dtype,
+        "mode": args.mode,
         "experts": args.experts,
         "rows": rows,
         "launches": dict(engine.backend.launches),
