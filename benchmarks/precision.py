@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def main() -> None:
         for name, slot in ours.slots(weights):
             slot.write(weights[name])
         for name, (backend, replaced) in variants(args.device).items():
-            found[name] = with_ops(replaced, lambda: our_logits(ours, backend, prompts, chosen, rng))  # noqa: B023
+            found[name] = with_ops(replaced, partial(our_logits, ours, backend, prompts, chosen, rng))
         for name, logits in found.items():
             cosines.setdefault(f"{name} to float32", []).append(figures(logits, list(expected)))
         cosines.setdefault("engine to Transformers", []).append(figures(found["engine"], found["Transformers"]))

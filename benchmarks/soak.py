@@ -25,7 +25,7 @@ import torch
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.environment import device_name
+from hybridcache.environment import environment
 from hybridcache.kernels.backend import make_backend
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
@@ -226,7 +226,7 @@ def main() -> None:
         sys.exit("error: device='cuda': PyTorch finds no CUDA device here; choose cpu")
     seed = random.randrange(1 << 31) if args.seed is None else args.seed
     print(f"seed {seed}", flush=True)
-    record = {"device": device_name(), "torch": torch.__version__, **soak(args.requests, args.device, args.mode, seed)}
+    record = {"environment": environment(), **soak(args.requests, args.device, args.mode, seed)}
     print(json.dumps(record, indent=1))
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
