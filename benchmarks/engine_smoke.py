@@ -284,9 +284,10 @@ def main() -> None:
         f"{'workload':9}{'requests':>9}{'tok/s':>9}{'bar':>8}{'host ms':>9}{'decode ms':>11}{'idle':>7}{'mixed ms':>10}"
     )
     for row in rows:
+        host = row.get("decode_host_ms", 0)
         mixed = f"{row.get('mixed_device_ms', 0):.1f}/{row.get('mixed_launch_ms', 0):.1f}"
         print(
-            f"{row['workload']:9}{row['requests']:9}{row['output_tokens_per_s']:9.0f}{row['bar']:8}{row.get('decode_host_ms', 0):9.2f}"
+            f"{row['workload']:9}{row['requests']:9}{row['output_tokens_per_s']:9.0f}{row['bar']:8}{host:9.2f}"
             f"{row.get('decode_device_ms', 0):11.2f}{100 * (row['idle'] or 0):6.1f}%{mixed:>10}"
         )
     if not record.get("tokens", {"ok": True})["ok"]:

@@ -28,8 +28,12 @@ class _Launched(NamedTuple):
 
     flight: Flight
     items: list[ScheduledTokens]
-    sampled: list[Request]
-    """Those of the items' requests that sample a token, in their order."""
+    seqs: list[Sequence]
+    """Of the items."""
+    sampled: list[Sequence]
+    """Those that sample a token, in their order."""
+    requests: list[Request]
+    """Of ``sampled``."""
 
 
 class Engine:
@@ -114,6 +118,8 @@ class Engine:
         self._vocabulary = model.config.vocab_size
         self._requests: dict[int, Request] = {}
         self._launched: _Launched | None = None
+        self._last: _Launched | None = None
+        """The step launched last, whether or not it is still on its way."""
         self._next_id = 0
         self._clock = clock
         self._origin: float | None = None
@@ -290,11 +296,18 @@ class Engine:
     ) -> _Launched | None:
         """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more. The
         memory is observed for the time since ``since``, where that is given."""
-        items = [item for item in items if item.seq.status is Status.RUNNING]
-        if not items:
+        running = Status.RUNNING
+        seqs = [item[0] for item in items if item[0].status is running]
+        if not seqs:
             return None
+        if len(seqs) < len(items):
+            items = [item for item in items if item.seq.status is running]
+        last = self._last
         try:
-            flight = self.runner.launch([self._row(item) for item in items])
+            if last is not None and last.seqs == seqs and self.runner.can_repeat:
+                flight = self.runner.repeat()
+            else:
+                flight = self.runner.launch([self._row(item) for item in items])
             if not self.overlap:
                 self._wait(flight)
         except Exception as error:  # whatever a kernel raises, the other requests must go on
@@ -305,14 +318,19 @@ class Engine:
             if self.recorder is not None and since is not None:
                 self._record(self.recorder, since)
         sampled = self.scheduler.advance(Step(items))
-        return _Launched(flight, items, [self._requests[seq.seq_id] for seq in sampled])
+        if last is not None and last.sampled == sampled:
+            requests = last.requests
+        else:
+            requests = [self._requests[seq.seq_id] for seq in sampled]
+        self._last = _Launched(flight, items, seqs, sampled, requests)
+        return self._last
 
     def _row(self, item: ScheduledTokens) -> RowInput:
         seq, start, count = item
         request = self._requests[seq.seq_id]
         known = seq.prompt_len + seq.num_output
         end = start + count
-        tokens = request.tokens[start:end] if end <= seq.prompt_len + seq.num_settled else None
+        tokens = request.tokens(start, end) if end <= seq.prompt_len + seq.num_settled else None
         return RowInput(seq.seq_id, start, count, tokens, request.sampling() if end == known else None)
 
     def _settle(
@@ -329,24 +347,22 @@ class Engine:
         except Exception as error:
             failed.append((launched.items, error))
             return False
-        now = self.now()
+        now, finished = self.now(), Status.FINISHED
         stopped: set[int] = set()
         new_tokens = output.new_tokens
-        for request, token in zip(launched.sampled, tokens):
-            seq = request.seq
-            if seq.status is Status.FINISHED:
+        for seq, request, token in zip(launched.sampled, launched.requests, tokens):
+            if seq.status is finished:
                 continue  # it ended while this step was on its way
             if token == NOT_FINITE:
                 request.error = f"logits after position {seq.prompt_len + seq.num_settled - 1} are not finite"
                 self.scheduler.abort(seq, now, "error")
                 output.finished.append(seq)
                 continue
-            request.tokens[seq.prompt_len + seq.num_settled] = token
             seq.output_ids.append(token)
             new_tokens[seq.seq_id] = token
             if token in request.stop_ids:
                 stopped.add(seq.seq_id)
-        output.finished += self.scheduler.settle([request.seq for request in launched.sampled], now, stopped)
+        output.finished += self.scheduler.settle(launched.sampled, now, stopped)
         return True
 
     def _wait(self, flight: Flight) -> list[int]:

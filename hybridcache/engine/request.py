@@ -18,8 +18,8 @@ class Request:
     params: SamplingParams
     key: tuple[int, int]
     stop_ids: frozenset[int]
-    tokens: np.ndarray
-    """int64; prompt, then sampled tokens; the first ``prompt_len + num_settled`` are valid."""
+    _tokens: np.ndarray
+    """int64; prompt, then those sampled tokens that were asked for."""
     error: str | None = None
     failures_together: int = 0
     failures_alone: int = 0
@@ -35,6 +35,14 @@ class Request:
         tokens[: len(prompt)] = prompt
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
         return cls(seq, params, request_key(params, seed, seq.seq_id), stop_ids, tokens)
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """int64; tokens ``start .. end - 1`` of the prompt and the sampled ids that have arrived."""
+        seq = self.seq
+        first, last = max(start, seq.prompt_len), min(end, seq.prompt_len + len(seq.output_ids))
+        if last > first:
+            self._tokens[first:last] = seq.output_ids[first - seq.prompt_len : last - seq.prompt_len]
+        return self._tokens[start:end]
 
     def sampling(self) -> SamplingRow:
         """How its next output token is sampled."""

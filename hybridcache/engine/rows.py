@@ -25,8 +25,8 @@ class RowTable:
     A row of ``entries`` is the request's state table, then its KV table, then -1. A padding row is all -1.
 
     Args:
-        strategy: built with ``physical=True``. The tables of a resident request only gain entries, unless
-            ``drain_moves`` returned moves.
+        strategy: built with ``physical=True``. The tables of a resident request only gain entries, by growing, unless
+            ``drain_moves`` returned moves. Nobody else drains what gained some.
         max_rows: R.
         max_entries: N, of the longest request.
     """
@@ -43,7 +43,6 @@ class RowTable:
         """KV entries of each row when it was last sent."""
         self._owner = [NOBODY] * max_rows
         self._row: dict[int, int] = {}
-        self._appended = -1
         self._moved = False
 
     def forget(self, seq_id: int) -> None:
@@ -91,6 +90,10 @@ class RowTable:
             owner[row] = seq_id
         return rows, self._refresh(owner, total)
 
+    def again(self) -> list[int]:
+        """The last step's requests in the same rows; those whose entries changed."""
+        return self._refresh(self._owner[: self.num_rows], self.num_rows)
+
     def sent_width(self, changed: Sequence[int]) -> int:
         """KV entries that must be sent of every changed row: its own, or those that it held before. They count as sent."""
         width = max(max(self._sent[row], self.num_entries[row]) for row in changed)
@@ -99,11 +102,11 @@ class RowTable:
         return max(width, 1)
 
     def _refresh(self, owner: list[int], num_rows: int) -> list[int]:
-        appended = self.strategy.table_entries_appended
-        before = self._owner[: len(owner)]
-        same, grown = owner == before, appended != self._appended
-        if same and not grown and not self._moved:
-            return []
+        before, gained = self._owner[: len(owner)], self.strategy.drain_gained()
+        same = owner == before
+        if same and not self._moved:
+            gaining = ((self._row.get(seq_id), seq_id) for seq_id in gained)
+            return [row for row, seq_id in gaining if row is not None and self._extend(row, seq_id)]
         changed = []
         for row, (now, then) in enumerate(zip(owner, before)):
             if now == NOBODY:
@@ -115,12 +118,12 @@ class RowTable:
                 self.entries[row, : self.state_width] = self.strategy.state_table(now)
                 self._extend(row, now)
                 changed.append(row)
-            elif grown and self._extend(row, now):
+            elif gained and self._extend(row, now):
                 changed.append(row)
         if not same:
             self._owner[: len(owner)] = owner
             self._row = {seq_id: row for row, seq_id in enumerate(owner[:num_rows])}
-        self.num_rows, self._appended, self._moved = num_rows, appended, False
+        self.num_rows, self._moved = num_rows, False
         return changed
 
     def _clear(self, row: int) -> None:

@@ -16,10 +16,10 @@ import torch
 
 from hybridcache.batch import StepBatch
 from hybridcache.engine.graphs import Capture, DecodeGraphs, graph_sizes
-from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
+from hybridcache.engine.inputs import DecodeStaging, StepInputs, input_bytes, padding_batch
 from hybridcache.engine.memory import Memory
 from hybridcache.engine.rows import RowTable
-from hybridcache.engine.sampling import SamplingRow, draw, sampling_bytes
+from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from hybridcache.pool import CachePool
@@ -85,6 +85,17 @@ class Flight:
         return [ids[place] for place in self._places]
 
 
+class _Steady(NamedTuple):
+    """The step launched last, if it may be launched again one token further: a graph in which every row decodes greedily."""
+
+    size: int
+    """Of the graph."""
+    slots: list[int]
+    """Places of the rows, in the order given."""
+    position: np.ndarray
+    """By place."""
+
+
 class ModelRunner:
     """Owns the pool; runs rows through the model.
 
@@ -132,6 +143,8 @@ class ModelRunner:
             self.graphs = self._make_graphs(capture)
         self._places: dict[int, int] = {}
         """Where in the step launched last each request's sampled id is."""
+        self._steady: _Steady | None = None
+        self._index = np.arange(2 * self.max_rows)
 
     def _plan_memory(self, graphs: bool) -> Memory:
         rows, tokens, vocabulary = self.max_rows, max(self.max_tokens, self.max_rows), self.model.config.vocab_size
@@ -207,6 +220,7 @@ class ModelRunner:
 
         The rows must be ordered decode first. At most one flight before this one may not have been waited for.
         """
+        self._steady = None
         num_decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
         ids = [row.seq_id for row in rows]
         places, changed = self.rows.arrange(ids[:num_decode], ids[num_decode:])
@@ -220,6 +234,31 @@ class ModelRunner:
             self._places = dict(zip(ids, slots))
             result, event = self.inputs.fetch(logits_RV.shape[0])
             return Flight(result, samples, event)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether the step launched last was one that :meth:`repeat` can launch again."""
+        return self._steady is not None
+
+    def repeat(self) -> Flight:
+        """What :meth:`launch` does where every row of the last step goes on with the token that it samples there: nothing but
+        positions, and tables that gained entries, is new."""
+        assert self._steady is not None
+        assert self.graphs is not None
+        size, slots, position = self._steady
+        changed, n = self.rows.again(), len(slots)
+        with torch.inference_mode(), self._on_device():
+            staging = self.inputs.begin_decode()
+            position += 1
+            staging.position[:n] = position
+            staging.context[:n] = position + 1
+            staging.index[:n] = self._index[:n]
+            self._pad(staging, n, size)
+            self._put_rows(changed)
+            self.inputs.send()
+            self.graphs.replay(size)
+            result, event = self.inputs.fetch(n)
+            return Flight(result, slots, event)
 
     def _sample(self, logits_RV: torch.Tensor, rows: Sequence[RowInput], slots: list[int]) -> None:
         """Replace the greedy ids of rows that are to be drawn."""
@@ -247,13 +286,18 @@ class ModelRunner:
         for row, place in zip(rows, places):
             if row.token_ids is not None:
                 staging.token[place] = row.token_ids[0]
-        # Padding rows are all the same token, so that together they hit no more experts than one of them.
-        staging.token[n:size] = 0
-        staging.index[n:size] = np.arange(host + n, host + size)
+        self._pad(staging, n, size)
         self._put_rows(changed)
         self.inputs.send()
         graphs.replay(size)
+        if all(row.sampling is GREEDY for row in rows):
+            self._steady = _Steady(size, places, staging.position[:n].copy())
         return self._logits[:n], places
+
+    def _pad(self, staging: DecodeStaging, n: int, size: int) -> None:
+        """Padding rows are all the same token, so that together they hit no more experts than one of them."""
+        staging.token[n:size] = 0
+        staging.index[n:size] = self._index[self.max_rows + n : self.max_rows + size]
 
     def _run(
         self, rows: Sequence[RowInput], places: list[int], changed: list[int], num_decode: int
@@ -326,11 +370,13 @@ class ModelRunner:
 
     def forget(self, seq_id: int) -> None:
         """The request's memory is about to be returned."""
+        self._steady = None
         self.rows.forget(seq_id)
 
     def reset(self) -> None:
         """After a launch that failed or was interrupted, at whatever point: nothing that the device was told counts."""
         self.rows.reset()
+        self._steady = None
         if self.pool.buffer.device.type == "cuda":
             torch.cuda.synchronize(self.pool.buffer.device)
 

@@ -156,12 +156,11 @@ class Scheduler:
         chosen: dict[int, ScheduledTokens] = {}
         budget = self._grow_running(step, chosen)
         if not step.preempted:
-            self._admit_waiting(chosen, budget)
-        decode: list[ScheduledTokens] = []
-        prefill: list[ScheduledTokens] = []
-        for item in chosen.values():
-            (decode if item.num_tokens == 1 and item.start > 0 else prefill).append(item)
-        step.items = decode + prefill
+            budget = self._admit_waiting(chosen, budget)
+        step.items = list(chosen.values())
+        if self.config.max_tokens_per_step - budget > len(step.items):
+            # Not one token each. (Where it is, a prompt of one token was admitted just now and is behind those that decode.)
+            step.items = [i for i in step.items if i.is_decode] + [i for i in step.items if not i.is_decode]
         if not step.items and self.has_work:
             raise RuntimeError(
                 f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
@@ -177,18 +176,27 @@ class Scheduler:
     def _grow_running(self, step: Step, chosen: dict[int, ScheduledTokens]) -> int:
         # The hot loop of decoding: a few hundred requests in every step.
         budget, grow, running = self.config.max_tokens_per_step, self.strategy.grow, Status.RUNNING
+        room, make = self.strategy.room, tuple.__new__
+        within: dict[int, int] = {}
+        """Tokens in all of those that decode in the memory that they have."""
         for seq in tuple(self.running):
             if seq.status is not running:
                 continue
-            start = seq.num_computed
+            start, seq_id = seq.num_computed, seq.seq_id
             tokens = seq.prompt_len + seq.num_output - start
+            if tokens == 1 and budget and start < room[seq_id]:
+                within[seq_id] = start + 1
+                chosen[seq_id] = make(ScheduledTokens, (seq, start, 1))
+                budget -= 1
+                continue
             if tokens > budget:
                 tokens = self._cut(seq, budget)
                 if tokens == 0:
                     continue
-            while not grow(seq.seq_id, start + tokens):
+            while not grow(seq_id, start + tokens):
                 victim = self._victim(seq)
                 lost = chosen.pop(victim.seq_id, None)
+                within.pop(victim.seq_id, None)
                 budget += lost.num_tokens if lost else 0
                 self._preempt(victim)
                 step.preempted.append(victim)
@@ -197,21 +205,24 @@ class Scheduler:
             else:
                 chosen[seq.seq_id] = ScheduledTokens(seq, start, tokens)
                 budget -= tokens
+        self.strategy.fill(within)
         return budget
 
-    def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int) -> None:
+    def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int) -> int:
+        """Returns what is left of the token budget, as :meth:`_grow_running` does."""
         while self.waiting and len(self.running) < self.config.max_running:
             seq = self.waiting[0]
             tokens = seq.num_known - seq.num_computed
             if tokens > budget:
                 tokens = self._cut(seq, budget)
             if tokens == 0 or not self._admit(seq, tokens):
-                return
+                break
             self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
             chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
             budget -= tokens
+        return budget
 
     def _admit(self, seq: Sequence, tokens: int) -> bool:
         whole = seq.num_known if self.config.admission == "whole_prompt" else None

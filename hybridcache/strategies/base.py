@@ -13,7 +13,7 @@ rest. ``docs/metrics.md`` defines every metric.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, NamedTuple
@@ -132,8 +132,12 @@ class Strategy(ABC):
         """Bytes relocated by compaction since construction."""
         self.table_entries_appended = 0
         """int32 entries appended to KV tables since construction."""
+        self.room: dict[int, int] = {}
+        """To how many tokens each resident can grow in the memory that it holds; may be less than that (0 where a strategy does
+        not say), never more. To be read only."""
         self._tokens: dict[int, int] = {}
         self._total_tokens = 0
+        self._gained: dict[int, None] = {}
 
     # -- public contract -------------------------------------------------------------------------------------------
 
@@ -154,6 +158,7 @@ class Strategy(ABC):
             return False
         self._tokens[seq_id] = num_tokens
         self._total_tokens += num_tokens
+        self.room[seq_id] = self._room(seq_id)
         return True
 
     def grow(self, seq_id: int, num_tokens: int) -> bool:
@@ -165,17 +170,28 @@ class Strategy(ABC):
             if num_tokens < held:
                 raise bad("num_tokens", num_tokens, f"request {seq_id} holds {held} tokens; a request never shrinks")
             return True
-        if not self._grow(seq_id, num_tokens):
-            return False
+        if num_tokens > self.room[seq_id]:
+            appended = self.table_entries_appended
+            if not self._grow(seq_id, num_tokens):
+                return False
+            self.room[seq_id] = self._room(seq_id)
+            if self.table_entries_appended != appended:
+                self._gained[seq_id] = None
         self._tokens[seq_id] = num_tokens
         self._total_tokens += num_tokens - held
         return True
+
+    def fill(self, totals: Mapping[int, int]) -> None:
+        """What :meth:`grow` does, for many residents at once that stay within their ``room`` (tokens in all, by id)."""
+        self._total_tokens += sum(totals.values()) - sum(map(self._tokens.__getitem__, totals))
+        self._tokens.update(totals)
 
     def release(self, seq_id: int) -> None:
         """Return everything that the request holds."""
         held = self.num_tokens(seq_id)
         self._release(seq_id)
-        del self._tokens[seq_id]
+        del self._tokens[seq_id], self.room[seq_id]
+        self._gained.pop(seq_id, None)
         self._total_tokens -= held
 
     def num_tokens(self, seq_id: int) -> int:
@@ -220,6 +236,7 @@ class Strategy(ABC):
         assert usage.free >= 0, usage
         assert usage.useful + usage.padding + usage.reserved + usage.free == usage.budget, usage
         assert self._total_tokens == sum(self._tokens.values())
+        assert self.room == {seq_id: self._room(seq_id) for seq_id in self._tokens}
         end = 0
         by_kind = {Kind.STATE: 0, Kind.KV: 0}
         for span in sorted(self.spans(), key=lambda s: s.offset):
@@ -281,6 +298,11 @@ class Strategy(ABC):
         ``physical=True``."""
         return self._state_table(seq_id)
 
+    def drain_gained(self) -> Sequence[int]:
+        """Residents whose KV tables have gained entries by growing since the last drain."""
+        gained, self._gained = self._gained, {}
+        return tuple(gained)
+
     def drain_moves(self) -> list[Move]:
         """Relocations decided since the last drain, to be executed in order before any kernel reads the tables."""
         return []
@@ -292,6 +314,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def _grow(self, seq_id: int, num_tokens: int) -> bool: ...
+
+    def _room(self, seq_id: int) -> int:
+        """To how many tokens the resident request can grow with nothing to be done but counting; 0 for not saying."""
+        return 0
 
     @abstractmethod
     def _release(self, seq_id: int) -> None: ...

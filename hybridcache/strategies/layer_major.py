@@ -103,6 +103,9 @@ class LayerMajor(Strategy):
         self._append(request, more)
         return True
 
+    def _room(self, seq_id: int) -> int:
+        return len(self._requests[seq_id].kv) // self.attention_groups * self.block_tokens
+
     def _append(self, request: _Request, blocks: int) -> None:
         request.kv.extend(self._free.take(blocks))
         self._kv_blocks += blocks

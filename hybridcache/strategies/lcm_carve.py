@@ -95,6 +95,9 @@ class LcmCarve(Strategy):
         self._append(request, more)
         return True
 
+    def _room(self, seq_id: int) -> int:
+        return len(self._requests[seq_id].pages) * self.page_size
+
     def _append(self, request: _Request, pages: int) -> None:
         self._kv_pages += pages
         self.table_entries_appended += pages

@@ -133,6 +133,9 @@ class SharedPool(Strategy):
         self._count(more)
         return True
 
+    def _room(self, seq_id: int) -> int:
+        return len(self._requests[seq_id].kv) * self._entry_tokens
+
     def _count(self, entries: int) -> None:
         self._kv_entries += entries
         self.table_entries_appended += entries

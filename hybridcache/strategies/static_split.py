@@ -119,6 +119,9 @@ class StaticSplit(Strategy):
         self._append(request, more)
         return True
 
+    def _room(self, seq_id: int) -> int:
+        return len(self._requests[seq_id].pages) * self.page_size
+
     def _append(self, request: _Request, pages: int) -> None:
         request.pages.extend(self._free_pages.take(pages))
         self.table_entries_appended += pages

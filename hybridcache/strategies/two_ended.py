@@ -95,6 +95,9 @@ class TwoEnded(Strategy):
         self._append(request, more)
         return True
 
+    def _room(self, seq_id: int) -> int:
+        return len(self._requests[seq_id].pages) * self.page_size
+
     def _append(self, request: _Request, pages: int) -> None:
         """The caller has checked that the bytes are there, though perhaps not in one place."""
         if self._pages.growth(pages) * self.page_bytes > self._gap():
