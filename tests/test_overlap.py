@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pool_model import PoolModel
-from test_engine import CHUNKED, PHYSICAL, make_engine, make_strategy, run_one_by_one, stream, tight
+from test_engine import CHUNKED, PHYSICAL, make_engine, make_strategy, run_all, run_one_by_one, stream, tight
 
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.graphs import DecodeGraphs, graph_sizes, wants_graphs
@@ -90,6 +90,30 @@ def test_random_streams_give_the_tokens_of_requests_run_alone(label, engine_of):
             assert seq.output_ids == expected[i], f"seed {seed}, request {i}"
             assert seq.finish_reason == ("stop" if requests[i][1].stop_token_ids else "length")
     assert engine.scheduler.num_preemptions > 0 or aborted, f"seed {seed}: the budget was not tight"
+
+
+@pytest.mark.parametrize("label", PHYSICAL)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_steps_that_are_launched_again_give_the_same_tokens(label, overlap):
+    """Greedy requests in a tight pool: most steps decode the same rows one token further; others admit, preempt, end."""
+    requests = [
+        (prompt, replace(params, temperature=0.0, top_k=0)) for prompt, params in stream(random.randrange(2**32))
+    ]
+    engine = with_graphs(make_engine(label, tight(label, requests), CHUNKED, overlap=overlap, poison=True))
+    launched = Counter()
+    for name in ("launch", "repeat"):
+        setattr(engine.runner, name, counted(getattr(engine.runner, name), launched, name))
+    assert run_all(engine, requests) == run_one_by_one(requests)
+    assert launched["repeat"] > launched["launch"] / 2, launched
+    assert engine.scheduler.num_preemptions
+
+
+def counted(function, counter, name):
+    def count(*args):
+        counter[name] += 1
+        return function(*args)
+
+    return count
 
 
 def test_without_stop_tokens_the_steps_are_those_without_overlap(engine_of):

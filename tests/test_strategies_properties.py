@@ -160,6 +160,10 @@ class PoolMachine(RuleBasedStateMachine):
     def grow(self, one: Driven, seq_id: int, total: int) -> None:
         free = one.pool.usage().free
         charge = type(self).charge
+        if total <= one.pool.room[seq_id] and self.operations % 2:
+            one.pool.fill({seq_id: total})
+            one.tokens[seq_id] = total
+            return
         needed = sum(charge(one.pool, total)) - sum(charge(one.pool, one.tokens[seq_id]))
         if one.pool.grow(seq_id, total):
             assert needed <= free, "grew beyond the free bytes"
@@ -206,6 +210,9 @@ class PoolMachine(RuleBasedStateMachine):
             charges = [type(self).charge(pool, n) for n in one.tokens.values()]
             assert usage.state_bytes == sum(state for state, _ in charges)
             assert usage.kv_bytes == sum(kv for _, kv in charges)
+            for seq_id, n in one.tokens.items():
+                room = max(pool.room[seq_id], n)
+                assert type(self).charge(pool, room) == type(self).charge(pool, n), "what it has room for is not held"
             one.spans = list(pool.spans())
             if pool.has_addresses:
                 self.no_byte_has_two_owners(one)
