@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from real_width import (  # noqa: E402
     cosines,
     cut_config,
-    in_float32,
+    in_precision,
     our_logits,
     our_model,
     reference_logits,
@@ -122,11 +122,13 @@ def main() -> None:
     found: dict[str, list[torch.Tensor]] = {}
     for _ in range(args.models):
         torch.manual_seed(rng.randrange(1 << 30))
-        theirs = transformers_model(config, args.device, args.embedding_std)
-        exact = in_float32(theirs)
+        theirs = transformers_model(config, args.device)
+        if args.embedding_std is not None:
+            theirs.model.embed_tokens.weight.data.normal_(0.0, args.embedding_std)
+        in_precision(theirs, torch.float32)
         prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in args.lengths]
-        expected, chosen = zip(*(reference_logits(exact, prompt) for prompt in prompts))
-        del exact
+        expected, chosen = zip(*(reference_logits(theirs, prompt) for prompt in prompts))
+        in_precision(theirs, torch.bfloat16)
         logits = {"Transformers": [reference_logits(theirs, prompt, c)[0] for prompt, c in zip(prompts, chosen)]}
         ours = our_model(theirs)
         for name, (backend, replaced) in variants(args.device).items():

@@ -27,8 +27,8 @@ def cut_config(experts: int | None = None, vocabulary: int | None = None) -> Qwe
     return config
 
 
-def transformers_model(config: Qwen3NextConfig, device: str, embedding_std: float | None = None) -> Any:
-    """Transformers' model with random bfloat16 weights, and embeddings of another scale where that is given."""
+def transformers_model(config: Qwen3NextConfig, device: str) -> Any:
+    """Transformers' model with random bfloat16 weights, as it initialises them. Its experts run one by one: in float32 too."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -36,18 +36,16 @@ def transformers_model(config: Qwen3NextConfig, device: str, embedding_std: floa
             model = Qwen3NextForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
-    if embedding_std is not None:
-        model.model.embed_tokens.weight.data.normal_(0.0, embedding_std)
+    model.set_experts_implementation("eager")
     return model
 
 
-def in_float32(model: Any) -> Any:
-    """Transformers' model again, in float32 on the same weights."""
-    with torch.device(model.device):
-        exact = Qwen3NextForCausalLM(model.config).eval()
-    exact.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
-    exact.set_experts_implementation("eager")
-    return exact
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """The same model with its weights in another precision, in place (buffers, such as rotary frequencies, keep theirs).
+    bfloat16 weights are the same after float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def our_model(reference: Any) -> Any:
