@@ -2,21 +2,26 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from synthetic_run import write_run
 
-from hybridcache.bench.step_profile import IDLE, OTHER, StepProfile, classify, profile_steps, summarize
+import hybridcache
+from hybridcache.bench.step_profile import IDLE, OTHER, OURS, StepProfile, classify, profile_steps, summarize
 from hybridcache.report.data import NoData
 from hybridcache.report.load import load_run
 from hybridcache.report.step_figure import PART_COLORS, step_profile
+
+KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("_paged_decode_kernel", "attention"),
+        ("paged_decode_kernel", "attention"),
         ("gdn_decode_kernel", "gated delta net"),
         ("void cutlass::device_kernel<GemmUniversal<GroupProblemShape<...>>>", "experts"),
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_TNT", "dense products"),
@@ -27,6 +32,30 @@ from hybridcache.report.step_figure import PART_COLORS, step_profile
 )
 def test_kernels_have_a_class(name: str, expected: str) -> None:
     assert classify(name) == expected
+
+
+BY_FOLDER = {
+    "paged_decode": {"attention"},
+    "paged_prefill": {"attention"},
+    "page_tiled": {"attention"},
+    "gdn_decode": {"gated delta net"},
+    "gdn_prefill": {"gated delta net"},
+    "kv_store": {"KV store"},
+    "qk_norm_rope_store": {"KV store"},
+    "moe": {"experts", "routing"},
+    "greedy": {"sampling"},
+    "block_copy": {"memory copies"},
+    "norms": {OTHER},
+}
+
+
+def test_every_kernel_of_the_project_has_the_class_of_its_operation() -> None:
+    root = Path(hybridcache.__file__).parent / "kernels"
+    found = {name: path.parent.name for path in root.rglob("*.py") for name in KERNEL.findall(path.read_text())}
+    assert len(found) > 20
+    assert set(OURS) <= set(found), "a class for a kernel that does not exist"
+    for name, folder in found.items():
+        assert classify(name) in BY_FOLDER[folder], name
 
 
 def test_parts_and_gaps_add_up_to_the_step() -> None:
