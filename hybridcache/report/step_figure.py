@@ -66,7 +66,7 @@ def step_profile(run: Run, phase: str) -> Drawn:
                         ha="center",
                         va="center",
                         fontsize=8,
-                        color="#1A1A1A",
+                        color=style.text_on(PART_COLORS.get(name, "#882255")),
                     )
                 left += value
             axes.set_xlim(0, total)

@@ -55,6 +55,13 @@ RC = {
 }
 
 
+def text_on(color: str) -> str:
+    """A colour of text that is read on that one (relative luminance as in WCAG 2)."""
+    channels = (x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in mpl.colors.to_rgb(color))
+    luminance = sum(weight * x for weight, x in zip((0.2126, 0.7152, 0.0722), channels))
+    return "#1A1A1A" if luminance > 0.179 else "#FFFFFF"
+
+
 def strategy_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every strategy. Known names always get the same; others take spare colours in order."""
     others = [name for name in names if name not in _STRATEGY_COLORS]
