@@ -34,6 +34,8 @@ from models.configs import shipped_config
 from models.qwen3_next import build_model
 from models.qwen3_next.model import Qwen3Next
 
+STRETCH = 40
+"""Requests."""
 LISTED = 5
 """Requests that parted, of which a record tells more."""
 
@@ -80,7 +82,8 @@ class Recorded:
 
 
 def make_stream(scale: Scale, requests: int, vocabulary: int, seed: int) -> list[Plan]:
-    """Half the prompts are short, a tenth long; every other request is sampled, one in eight aborted."""
+    """Half the prompts are short, a tenth long; one in eight is aborted. Stretches of greedy requests alone, whose decode steps
+    can be launched again, alternate with stretches in which every other request is sampled."""
     rng = random.Random(seed)
     numbers = np.random.default_rng(seed)
     plans, arrives = [], 0
@@ -90,7 +93,7 @@ def make_stream(scale: Scale, requests: int, vocabulary: int, seed: int) -> list
         length, outputs = rng.randint(least, scale.prompts[kind]), rng.randint(1, scale.max_tokens)
         params = SamplingParams(
             max_tokens=outputs,
-            temperature=rng.choice((0.0, 0.9)),
+            temperature=rng.choice((0.0, 0.9)) if i // STRETCH % 2 else 0.0,
             top_p=rng.choice((1.0, 0.95)),
             seed=i,
             stop_token_ids=(rng.randrange(vocabulary),),
