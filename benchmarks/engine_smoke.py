@@ -63,30 +63,43 @@ class Watch:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.steps: list[dict[str, Any]] = []
-        launch, send = engine.runner.launch, engine.runner.inputs.send
+        send = engine.runner.inputs.send
 
         def watched_send() -> None:
             self.steps[-1]["start"].record()
             send()
 
-        def watched_launch(rows):
-            decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
-            step = {
-                "decode": decode,
-                "tokens": sum(row.num_tokens for row in rows),
-                "rows": len(rows),
-                "start": torch.cuda.Event(enable_timing=True),
-                "end": torch.cuda.Event(enable_timing=True),
-            }
-            self.steps.append(step)
-            allocations = device_allocations() if decode != len(rows) else 0
-            before = time.perf_counter()
-            flight = launch(rows)
-            step["launch_ms"] = (time.perf_counter() - before) * 1e3
-            step["allocations"] = device_allocations() - allocations if decode != len(rows) else 0
-            step["end"].record()
-            return flight
+        def watched(launch, rows_of):
+            def launched(*args):
+                decode, rows, tokens = rows_of(*args)
+                step = {
+                    "decode": decode,
+                    "tokens": tokens,
+                    "rows": rows,
+                    "start": torch.cuda.Event(enable_timing=True),
+                    "end": torch.cuda.Event(enable_timing=True),
+                }
+                self.steps.append(step)
+                allocations = device_allocations() if decode != rows else 0
+                before = time.perf_counter()
+                flight = launch(*args)
+                step["launch_ms"] = (time.perf_counter() - before) * 1e3
+                step["allocations"] = device_allocations() - allocations if decode != rows else 0
+                step["end"].record()
+                return flight
 
+            return launched
+
+        def of_rows(rows):
+            decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
+            return decode, len(rows), sum(row.num_tokens for row in rows)
+
+        def of_last():
+            return (self.steps[-1]["rows"],) * 3
+
+        runner = engine.runner
+        runner.launch, runner.repeat = watched(runner.launch, of_rows), watched(runner.repeat, of_last)
+        runner.inputs.send = watched_send
         step_once = engine.step
 
         def watched_step():
@@ -97,7 +110,7 @@ class Watch:
                 step["host_ms"] = (times.total_s - total - times.wait_s + wait) * 1e3
             return output
 
-        engine.runner.launch, engine.runner.inputs.send, engine.step = watched_launch, watched_send, watched_step
+        engine.step = watched_step
 
     def summary(self) -> dict[str, Any]:
         torch.cuda.synchronize()
