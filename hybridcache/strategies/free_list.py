@@ -20,9 +20,10 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
-def merged_runs(numbers: Iterable[int]) -> np.ndarray:
+def merged_runs(numbers: Iterable[int] | np.ndarray) -> np.ndarray:
     """Maximal runs of a set of numbers given in any order, as int64 ``[runs, 2]`` of ``(first, count)``."""
-    ordered = np.sort(np.fromiter(numbers, dtype=np.int64))
+    given = numbers.astype(np.int64) if isinstance(numbers, np.ndarray) else np.fromiter(numbers, dtype=np.int64)
+    ordered = np.sort(given)
     if ordered.size == 0:
         return np.empty((0, 2), dtype=np.int64)
     starts = np.concatenate([[0], np.flatnonzero(np.diff(ordered) != 1) + 1])

@@ -16,18 +16,22 @@ Modes:
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import gcd
 from typing import ClassVar
+
+import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.geometry import Geometry, geometry, plan
 from hybridcache.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList, runs
+from hybridcache.strategies.free_list import FreeList, merged_runs, runs
 from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")
+EMPTY = np.empty(0, dtype=np.int32)
 
 
 @dataclass
@@ -170,6 +174,14 @@ class SharedPool(Strategy):
                 yield Span(block * self._block_bytes, self._block_bytes, Kind.STATE, seq_id)
             for first, count in runs(request.kv):
                 yield Span(first * entry_bytes, count * entry_bytes, Kind.KV, seq_id)
+
+    def extents(self) -> dict[Kind, np.ndarray]:
+        requests = self._requests.values()
+        states = merged_runs(chain.from_iterable(request.states for request in requests))
+        # Tens of thousands of kernel blocks in carve mode: as arrays.
+        kv = merged_runs(np.concatenate([np.frombuffer(request.kv, dtype=np.int32) for request in requests] or [EMPTY]))
+        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
+        return {Kind.STATE: states * self._block_bytes, Kind.KV: kv * entry_bytes}
 
     def _check(self) -> None:
         used = {block for request in self._requests.values() for block in request.states}
