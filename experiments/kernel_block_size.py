@@ -6,6 +6,7 @@ kernel blocks; compiled for sm_90), *tables* (host time and bytes of expanding a
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,8 @@ from experiments.harness import CONSOLE, write_results
 from hybridcache.bench import block_size, block_size_figures
 from hybridcache.bench.isolate import isolated
 from hybridcache.bench.measure import Bench, Row, describe, failed
-from hybridcache.bench.resources import SHARED_MEMORY_LIMIT
+from hybridcache.bench.precompile import each_in_parallel, in_parallel
+from hybridcache.bench.resources import SHARED_MEMORY_LIMIT, Resources
 from hybridcache.bench.table_cost import WAYS, measure_table
 from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
@@ -106,29 +108,46 @@ def _check(settings: dict[str, Any]) -> None:
 
 def _resources(settings: dict[str, Any]) -> Rows:
     """Both kinds of kernel at every block size: compiled, or bounded from below where that would take minutes."""
-    for operation, size, kind in itertools.product(settings["operations"], settings["blocks"], block_size.KINDS):
+    points = list(itertools.product(settings["operations"], settings["blocks"], block_size.KINDS))
+    compiled = [
+        (op, size, kind) for op, size, kind in points if kind == "independent" or size <= settings["compile_up_to"]
+    ]
+    # Where the machine has cores to spare, side by side; on CUDA the kernels that are timed later then lie in Triton's cache.
+    spare = (os.cpu_count() or 1) // 2
+    found = each_in_parallel(_compile, compiled, spare) if spare > 1 else map(_compile_here, compiled)
+    for operation, size, kind in points:
         row: Row = {
             "strategy": kind,
             "workload": f"{operation} kb={size}",
             "operation": operation,
             "kernel_block": size,
-            "compiled": kind == "independent" or size <= settings["compile_up_to"],
+            "compiled": (operation, size, kind) in compiled,
         }
         if not row["compiled"]:
             row["shared_bytes"] = block_size.tile_bytes(size)
+        elif isinstance(result := next(found), Exception):
+            row["error"] = describe(result)
         else:
-            try:
-                found = block_size.resources(kind, operation, size)
-                row |= {
-                    "shared_bytes": found.shared_bytes,
-                    "registers": found.registers,
-                    "spill_bytes": found.spill_bytes,
-                }
-            except Exception as error:  # one kernel must not hide the others; its row says what happened
-                row["error"] = describe(error)
+            row |= {
+                "shared_bytes": result.shared_bytes,
+                "registers": result.registers,
+                "spill_bytes": result.spill_bytes,
+            }
         if "shared_bytes" in row:
             row["overflow"] = row["shared_bytes"] > SHARED_MEMORY_LIMIT
         yield row
+
+
+def _compile(point: tuple[str, int, str]) -> Resources:
+    operation, size, kind = point
+    return block_size.resources(kind, operation, size)
+
+
+def _compile_here(point: tuple[str, int, str]) -> Resources | Exception:
+    try:
+        return _compile(point)
+    except Exception as error:  # one kernel must not hide the others; its row says what happened
+        return error
 
 
 def _table_count(tables: Any) -> int:
@@ -161,7 +180,9 @@ def _timed(settings: dict[str, Any]) -> Iterator[block_size.Timed]:
 
 
 def _times(timed: list[block_size.Timed], setup: Setup, limit_s: float) -> Rows:
-    """In a process of its own: a kernel that crashes costs only its own row."""
+    """In a process of its own: a kernel that crashes costs only its own row. What is timed is compiled before, side by side."""
+    for line in in_parallel(block_size.launch_once, timed):
+        CONSOLE.print(f"does not compile: {line}", markup=False)
     bench = Bench(setup, None)
     rows = isolated(
         partial(block_size.timed_rows, bench), timed, lambda at, text: failed(at.case, text), limit_s=limit_s

@@ -128,3 +128,17 @@ def test_wrong_block_sizes_are_refused(changes, words, tmp_path):
     cfg = OmegaConf.merge(found, {"fast": False, "seed": 0, "kernel_block_size": {"device": "cpu", **changes}})
     with pytest.raises(UserError, match=words):
         kernel_block_size.run(cfg, tmp_path)
+
+
+def test_kernels_compiled_side_by_side_need_what_they_need_alone(monkeypatch):
+    pytest.importorskip("triton")
+    from experiments import kernel_block_size
+
+    settings = {"operations": ["paged_decode"], "blocks": [16, 1056], "compile_up_to": 16}
+    found = []
+    for cores in (2, 4):
+        monkeypatch.setattr(kernel_block_size.os, "cpu_count", lambda cores=cores: cores)
+        found.append(list(kernel_block_size._resources(settings)))
+    assert found[0] == found[1]
+    assert [row["compiled"] for row in found[0]] == [True, True, False, True]
+    assert all(row["shared_bytes"] > 0 and "error" not in row for row in found[0])

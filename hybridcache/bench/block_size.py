@@ -3,7 +3,8 @@
 ``page_tiled`` is the kernel whose tile of keys is the page, ``independent`` the library's own, whose tile is not.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from hybridcache.bench import attention
 from hybridcache.bench.case import QWEN3_NEXT_80B, Case
 from hybridcache.bench.measure import Bench, Row
 from hybridcache.bench.resources import Resources, measure_resources, pointer
+from hybridcache.bench.work import Setup, Work
 from hybridcache.kernels.testing import attention_case
 from hybridcache.layout import AttentionLayout
 
@@ -115,12 +117,25 @@ class Timed:
 
 def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
     """Rows of both kinds (and of Gluon and FlashAttention-3 where they are)."""
+    for row in bench.rows(timed.case, _builder(timed)):
+        yield {**row, "impl": "independent" if row["impl"] == "triton" else row["impl"]}
+
+
+def launch_once(timed: Timed) -> None:
+    """Compile what is timed by launching every implementation once, in a process of its own. One that fails here fails again
+    where it is measured, and is reported there."""
+    work = _builder(timed)(timed.case, Setup(torch.device("cuda"), seed=0, l2_bytes=0))
+    for build in work.build.values():
+        with suppress(Exception):
+            build().run(0)
+            torch.cuda.synchronize()
+
+
+def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:
     decode, prefill = _page_tiled()
     build = attention.decode if timed.operation == "paged_decode" else attention.prefill
     operation = decode if timed.operation == "paged_decode" else prefill
-    more = {"page_tiled": operation} if timed.page_tiled else {}
-    for row in bench.rows(timed.case, partial(build, more=more)):
-        yield {**row, "impl": "independent" if row["impl"] == "triton" else row["impl"]}
+    return partial(build, more={"page_tiled": operation} if timed.page_tiled else {})
 
 
 def _page_tiled() -> tuple[attention.Operation, attention.Operation]:

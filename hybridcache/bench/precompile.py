@@ -6,7 +6,7 @@ inputs of the same kinds spares all others the wait.
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +20,27 @@ if TYPE_CHECKING:
     from hybridcache.kernels.paged_decode.tiles import Tuning
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def each_in_parallel(
+    function: Callable[[Item], Found], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Found | Exception]:
+    """``function(item)`` for every item, in new processes: what it returns or raises, in the items' order.
+
+    Args:
+        function: a module's function, or a ``partial`` of one.
+        workers: processes; most of the machine's cores where None.
+    """
+    workers = min(workers or max((os.cpu_count() or 1) - 2, 1), len(items))
+    if not items:
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(function, item) for item in items]:
+            try:
+                yield future.result()
+            except Exception as error:  # of one item, which must not hide the others
+                yield error
 
 
 def in_parallel(launch: Callable[[Item], None], items: Sequence[Item], workers: int | None = None) -> list[str]:
@@ -27,19 +48,14 @@ def in_parallel(launch: Callable[[Item], None], items: Sequence[Item], workers: 
     fails again where it is measured, and is reported there.
 
     Args:
-        launch: a module's function; compiles, best by launching on small inputs.
-        workers: processes; most of the machine's cores where None.
+        launch: compiles, best by launching on small inputs.
+        workers: as of :func:`each_in_parallel`.
     """
-    workers = min(workers or max((os.cpu_count() or 1) - 2, 1), len(items))
-    if not items:
-        return []
-    errors = []
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for item, future in [(item, pool.submit(launch, item)) for item in items]:
-            error = future.exception()
-            if error is not None:
-                errors.append(f"{item}: {type(error).__name__}: {' '.join(str(error).split())}"[:400])
-    return errors
+    return [
+        f"{item}: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        for item, error in zip(items, each_in_parallel(launch, items, workers))
+        if isinstance(error, Exception)
+    ]
 
 
 def _decode_case(case: Case, device: str, lengths: Sequence[int], layers: int) -> AttentionCase:
