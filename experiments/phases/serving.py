@@ -153,6 +153,7 @@ class ServingPhase(ModelPhase):
                 "weight_bytes": self._allocated_before,
                 "peak_device_bytes": peak,
                 "workspace_bytes": peak - self._allocated_before - engine.runner.pool.buffer.nbytes,
+                "stated_workspace_bytes": engine.memory.workspace_bytes,
             }
         return {**row, **memory, **self.provenance(launches, engine.backend.name)}
 
