@@ -64,11 +64,14 @@ class Recorder:
     Args:
         labels: written into every event and the result row (``phase``, ``strategy``, ``workload``, ``repetition``, ...).
         sink: takes the events at :meth:`finish`; None for none.
+        origin_s: events count time from this moment of whatever clock drives the run (of an engine that has run before, its
+            :meth:`now`).
     """
 
-    def __init__(self, labels: dict[str, Any], sink: EventSink | None = None) -> None:
+    def __init__(self, labels: dict[str, Any], sink: EventSink | None = None, origin_s: float = 0.0) -> None:
         self.labels = labels
         self.sink = sink
+        self.origin_s = origin_s
         self.steps = 0
         self.residents_peak = 0
         self._weights = 0.0
@@ -90,7 +93,7 @@ class Recorder:
         self.steps += 1
 
     def _moment(self, time_s: float) -> dict[str, Any]:
-        return {"step": self.steps, "time_s": time_s}
+        return {"step": self.steps, "time_s": time_s - self.origin_s}
 
     def _mean(self, name: str) -> float:
         return self._sums[name] / self._weights if self._weights else math.nan
@@ -103,7 +106,7 @@ class Recorder:
                 for entry in series.entries:
                     self.sink.write({"event": name, **self.labels, **entry})
             for seq in done:
-                self.sink.write({"event": "request", **self.labels, **_request_fields(seq)})
+                self.sink.write({"event": "request", **self.labels, **_request_fields(seq, self.origin_s)})
         output_tokens = sum(seq.num_output for seq in done)
         return {
             **self.labels,
@@ -159,11 +162,11 @@ def _usage_fields(usage: Usage) -> dict[str, int]:
     }
 
 
-def _request_fields(seq: Sequence) -> dict[str, Any]:
+def _request_fields(seq: Sequence, origin_s: float) -> dict[str, Any]:
     latency = None if seq.finish_s is None else seq.finish_s - seq.arrival_s
     return {
         "seq_id": seq.seq_id,
-        "arrival_s": seq.arrival_s,
+        "arrival_s": seq.arrival_s - origin_s,
         "prompt_tokens": seq.prompt_len,
         "output_tokens": seq.num_output,
         "ttft_s": seq.ttft_s,

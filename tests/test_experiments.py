@@ -66,6 +66,11 @@ def test_serve_throughput_serves_every_workload_under_every_strategy(tmp_path):
     assert (results["output_tokens_per_s"] > 0).all()
     assert "step_profile_inference" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "decode-trace.json").exists()
+    events = pd.read_json(tmp_path / "events.jsonl", lines=True)
+    longest = results.groupby(["strategy", "workload"])["duration_s"].max()
+    for key, rows in events[events["event"] == "sample"].groupby(["strategy", "workload"]):
+        assert rows["time_s"].between(0, longest[key]).all(), "time counts from the workload's beginning"
+    assert events.loc[events["event"] == "request", "arrival_s"].between(0, longest.max()).all()
 
 
 def test_serve_throughput_needs_physical_memory(fails, tmp_path):

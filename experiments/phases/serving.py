@@ -137,7 +137,7 @@ class ServingPhase(ModelPhase):
             "workload": workload.name,
             "repetition": repetition,
         }
-        recorder = engine.recorder = Recorder(labels, events)
+        recorder = engine.recorder = Recorder(labels, events, origin_s=engine.now())
         launched = engine.backend.launches.copy()
         moved, appended = engine.strategy.bytes_moved, engine.strategy.table_entries_appended
         sequences, duration_s = self._serve(choice.label, engine, workload)
