@@ -24,12 +24,12 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from soak import Recorded
 
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
@@ -201,13 +201,6 @@ def waits(engine: Engine) -> list[str]:
     return [f"{Path(each.filename).name}:{each.lineno}: {each.message}" for each in caught]
 
 
-class Relaunch:
-    """A graph that launches again what it would have recorded."""
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.replay = run
-
-
 def compare_tokens(model) -> dict[str, Any]:
     """A small greedy stream in four ways. Overlap changes no batch and no kernel, nor does the recording of graphs: tokens must
     be equal. Without graphs attention is split by the step's longest context, not by the longest that a row could have."""
@@ -223,7 +216,7 @@ def compare_tokens(model) -> dict[str, Any]:
     ):
         engine = make_engine(model, cache, max_running=16, cuda_graphs=graphs, overlap=overlap)
         if name == "relaunched":
-            engine.runner.graphs = engine.runner._make_graphs(Relaunch)
+            engine.runner.graphs = engine.runner._make_graphs(Recorded)
         seqs = [engine.add_request(prompt, SamplingParams(max_tokens=32, ignore_eos=True)) for prompt in prompts]
         engine.run()
         found[name] = [seq.output_ids for seq in seqs]

@@ -28,15 +28,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from real_width import (  # noqa: E402
-    cosines,
-    cut_config,
-    in_precision,
-    our_logits,
-    our_model,
-    reference_logits,
-    transformers_model,
-)
+import real_width  # noqa: E402
 
 from hybridcache.environment import environment  # noqa: E402
 from hybridcache.kernels.backend import make_backend  # noqa: E402
@@ -118,24 +110,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    config = cut_config(args.experts, args.vocabulary)
+    config = real_width.cut_config(args.experts, args.vocabulary)
     found: dict[str, list[torch.Tensor]] = {}
     for _ in range(args.models):
         torch.manual_seed(rng.randrange(1 << 30))
-        theirs = transformers_model(config, args.device)
+        theirs = real_width.transformers_model(config, args.device)
         if args.embedding_std is not None:
             theirs.model.embed_tokens.weight.data.normal_(0.0, args.embedding_std)
-        in_precision(theirs, torch.float32)
+        real_width.in_precision(theirs, torch.float32)
         prompts = [[rng.randrange(config.vocab_size) for _ in range(n)] for n in args.lengths]
-        expected, chosen = zip(*(reference_logits(theirs, prompt) for prompt in prompts))
-        in_precision(theirs, torch.bfloat16)
-        logits = {"Transformers": [reference_logits(theirs, prompt, c)[0] for prompt, c in zip(prompts, chosen)]}
-        ours = our_model(theirs)
+        expected, chosen = zip(*(real_width.reference_logits(theirs, prompt) for prompt in prompts))
+        real_width.in_precision(theirs, torch.bfloat16)
+        logits = {
+            "Transformers": [real_width.reference_logits(theirs, prompt, c)[0] for prompt, c in zip(prompts, chosen)]
+        }
+        ours = real_width.our_model(theirs)
         for name, (backend, replaced) in variants(args.device).items():
-            logits[name] = with_ops(replaced, partial(our_logits, ours, backend, prompts, chosen, rng))
+            logits[name] = with_ops(replaced, partial(real_width.our_logits, ours, backend, prompts, chosen, rng))
         for name, each in logits.items():
-            found.setdefault(f"{name}, to float32", []).append(cosines(each, expected))
-        found.setdefault("engine, to Transformers", []).append(cosines(logits["engine"], logits["Transformers"]))
+            found.setdefault(f"{name}, to float32", []).append(real_width.cosines(each, expected))
+        found.setdefault("engine, to Transformers", []).append(
+            real_width.cosines(logits["engine"], logits["Transformers"])
+        )
         del theirs, ours
         gc.collect()
         if args.device == "cuda":

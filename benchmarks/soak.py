@@ -75,7 +75,7 @@ class Plan:
 
 
 class Recorded:
-    """What a graph does, without a device: the function runs at every replay, and not at its capture."""
+    """What a graph does, launched anew: the function runs at every replay, and not at its capture."""
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.replay = run

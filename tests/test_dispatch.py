@@ -100,6 +100,12 @@ def test_a_barrier_of_some_threads_proves_nothing():
         unordered(PTX.replace("barrier.sync 	1;", "barrier.sync 	1, 256;", 1), "kernel", SOURCE)
 
 
+@pytest.mark.parametrize("other", ["@%p3 barrier.sync 	1;", "bar.sync 	1;", "barrier.arrive 	1, 384;"])
+def test_a_barrier_that_is_not_followed_proves_nothing(other):
+    with pytest.raises(ValueError, match="another way"):
+        unordered(PTX.replace("barrier.sync 	1;", other, 1), "kernel", SOURCE)
+
+
 def test_no_dispatch_is_no_proof():
     (reason,) = unordered(PTX, "kernel", "\n".join("work()" for _ in range(6)))
     assert "nothing is proven" in reason

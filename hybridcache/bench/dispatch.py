@@ -43,7 +43,8 @@ def dispatch_phases(ptx: str, kernel: str, source: str) -> dict[str, set[int]]:
         Instruction text, ``load`` or ``store`` before it, to phases. Empty where the kernel has no such access.
 
     Raises:
-        ValueError: the PTX lacks the kernel, or waits at barrier 1 in a way that does not gather all threads.
+        ValueError: the PTX lacks the kernel, or waits at barrier 1 in a way that does not gather all threads or that this does
+            not follow.
     """
     blocks = _blocks(_body(ptx, kernel), source.splitlines())
     at_entry: dict[str, set[int]] = defaultdict(set)
@@ -112,6 +113,8 @@ def _blocks(lines: list[str], source: list[str]) -> dict[str, _Block]:
             if "," in text:
                 raise ValueError(f"{text!r}: barrier 1 gathers a part of the threads, so its phases order nothing")
             block.events.append(("barrier", text))
+        elif re.search(r"\bbar(rier)?(\.\w+)+\s+1\b", text):
+            raise ValueError(f"{text!r}: another way to wait at barrier 1, which this does not follow")
         elif match := re.match(r"(?:@!?%p\d+ )?(ld|st)\.shared\b", text):
             on = source[line_number - 1] if 0 < line_number <= len(source) else ""
             if _DISPATCH.match(on):
