@@ -32,8 +32,10 @@ class _Launched(NamedTuple):
     """Of the items."""
     sampled: list[Sequence]
     """Those that sample a token, in their order."""
-    requests: list[Request]
+    ids: list[int]
     """Of ``sampled``."""
+    stopping: list[tuple[int, frozenset[int]]]
+    """Places in ``sampled`` of those that a token can end, and which tokens."""
 
 
 class Engine:
@@ -319,10 +321,12 @@ class Engine:
                 self._record(self.recorder, since)
         sampled = self.scheduler.advance(Step(items))
         if last is not None and last.sampled == sampled:
-            requests = last.requests
+            ids, stopping = last.ids, last.stopping
         else:
-            requests = [self._requests[seq.seq_id] for seq in sampled]
-        self._last = _Launched(flight, items, seqs, sampled, requests)
+            ids = [seq.seq_id for seq in sampled]
+            stop_ids = (self._requests[seq_id].stop_ids for seq_id in ids)
+            stopping = [(i, tokens) for i, tokens in enumerate(stop_ids) if tokens]
+        self._last = _Launched(flight, items, seqs, sampled, ids, stopping)
         return self._last
 
     def _row(self, item: ScheduledTokens) -> RowInput:
@@ -347,23 +351,25 @@ class Engine:
         except Exception as error:
             failed.append((launched.items, error))
             return False
-        now, finished = self.now(), Status.FINISHED
-        stopped: set[int] = set()
-        new_tokens = output.new_tokens
-        for seq, request, token in zip(launched.sampled, launched.requests, tokens):
-            if seq.status is finished:
-                continue  # it ended while this step was on its way
-            if token == NOT_FINITE:
-                request.error = f"logits after position {seq.prompt_len + seq.num_settled - 1} are not finite"
+        now, sampled = self.now(), launched.sampled
+        if min(tokens, default=0) < 0:
+            self._end_not_finite(launched, tokens, now, output)
+        new = zip(launched.ids, tokens)
+        if any(seq.status is Status.FINISHED for seq in sampled):
+            # They ended while this step was on its way.
+            new = ((seq.seq_id, token) for seq, token in zip(sampled, tokens) if seq.status is not Status.FINISHED)
+        output.new_tokens.update(new)
+        stopped = {sampled[i].seq_id for i, stop_ids in launched.stopping if tokens[i] in stop_ids}
+        output.finished += self.scheduler.settle(sampled, now, stopped, tokens)
+        return True
+
+    def _end_not_finite(self, launched: _Launched, tokens: list[int], now: float, output: StepOutput) -> None:
+        for seq, token in zip(launched.sampled, tokens):
+            if token == NOT_FINITE and seq.status is not Status.FINISHED:
+                last = seq.prompt_len + seq.num_settled - 1
+                self._requests[seq.seq_id].error = f"logits after position {last} are not finite"
                 self.scheduler.abort(seq, now, "error")
                 output.finished.append(seq)
-                continue
-            seq.output_ids.append(token)
-            new_tokens[seq.seq_id] = token
-            if token in request.stop_ids:
-                stopped.add(seq.seq_id)
-        output.finished += self.scheduler.settle(launched.sampled, now, stopped)
-        return True
 
     def _wait(self, flight: Flight) -> list[int]:
         before = self._clock()

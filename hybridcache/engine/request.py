@@ -10,7 +10,7 @@ from hybridcache.engine.sequence import Sequence
 from hybridcache.errors import bad
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """A sequence with its tokens, how it is sampled, and how it has failed."""
 

@@ -10,6 +10,7 @@ exists at those positions.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
 from hybridcache.engine.sequence import Sequence, Status
@@ -298,27 +299,36 @@ class Scheduler:
                 self.ending.append(seq)
         return sampled
 
-    def settle(self, sampled: Iterable[Sequence], now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
+    def settle(
+        self,
+        sampled: Collection[Sequence],
+        now_s: float,
+        stopped: Collection[int] = (),
+        token_ids: Iterable[int] | None = None,
+    ) -> list[Sequence]:
         """Account for the tokens of a step that has ended.
 
         Args:
             sampled: what :meth:`advance` returned for it; those that have finished meanwhile are passed over.
             now_s: the time at which the tokens arrived.
             stopped: ids whose token ended them. Tokens that a later step sampled for them are forgotten.
+            token_ids: the token of each, appended to its ``output_ids``; None where there are none (simulation).
 
         Returns:
             The requests that finished.
         """
-        finished = []
-        for seq in sampled:
-            if seq.status is Status.FINISHED:
+        over, finished = Status.FINISHED, []
+        for seq, token in zip(sampled, repeat(None) if token_ids is None else token_ids):
+            if seq.status is over:
                 continue
-            seq.num_settled += 1
-            if seq.first_token_s is None:
+            if token is not None:
+                seq.output_ids.append(token)
+            seq.num_settled = settled = seq.num_settled + 1
+            if settled == 1 and seq.first_token_s is None:
                 seq.first_token_s = now_s
-            if seq.seq_id in stopped:
+            if stopped and seq.seq_id in stopped:
                 self.abort(seq, now_s, "stop")
-            elif seq.num_settled >= seq.max_tokens:
+            elif settled >= seq.max_tokens:
                 self.abort(seq, now_s, "length")
             else:
                 continue

@@ -12,7 +12,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request's progress in tokens and its times in seconds (of whatever clock drives the scheduler).
 

@@ -46,6 +46,18 @@ class Parents:
         del free[-count:]
         return taken
 
+    def take_one(self) -> int | None:
+        """A child of the fullest block that has one free; None where none has."""
+        if self.free_children == 0:
+            return None
+        used = self.children - 1
+        while not (bucket := self._by_used[used]):
+            used -= 1
+        block, _ = bucket.popitem()
+        self._by_used[used + 1][block] = None
+        self.free_children -= 1
+        return self._free[block].pop()
+
     def put(self, child: int) -> int | None:
         """Give a child back. Returns its block if that is empty now (and no longer bound)."""
         block = child // self.children

@@ -131,6 +131,11 @@ class SharedPool(Strategy):
         more = self._entries(num_tokens) - len(request.kv)
         if more <= 0:
             return True
+        # Decoding takes one at a time.
+        if more == 1 and self.mode == "carve" and (child := self._parents.take_one()) is not None:
+            request.kv.append(child)
+            self._count(1)
+            return True
         if not self._fits(more):
             return False
         request.kv.extend(self._take(more))
