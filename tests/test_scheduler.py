@@ -72,6 +72,53 @@ class Clock:
         return step
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_steps_scheduled_again_are_those_scheduled_anew(name, seed):
+    """Late arrivals, aborts, stops and preemptions; steps that are counted late, twice scheduled, or never."""
+    rng = random.Random(seed)
+    shapes = [(rng.randint(1, 200), rng.randint(1, 80)) for _ in range(rng.randint(3, 14))]
+    config = {"max_running": rng.randint(2, 9), "max_tokens_per_step": rng.choice((64, 256, 8192))}
+    longest = max(prompt + output for prompt, output in shapes)
+    factor = rng.uniform(1.2, 4.0)
+    both = [scheduler_for(longest, factor, name, **config) for _ in range(2)]
+    both[1]._schedule_again = lambda: None
+    streams = [[Sequence(i, prompt, output) for i, (prompt, output) in enumerate(shapes)] for _ in both]
+    arriving, again, steps = list(range(len(shapes))), 0, 0
+    while arriving or both[0].has_work:
+        if arriving and (rng.random() < 0.1 or not both[0].has_work):
+            i = arriving.pop(0)
+            for scheduler, seqs in zip(both, streams):
+                scheduler.submit(seqs[i])
+        aborted = rng.randrange(len(shapes)) if rng.random() < 0.01 else None
+        stopped = {rng.randrange(len(shapes))} if rng.random() < 0.02 else set()
+        twice, failing = rng.random() < 0.03, rng.random() < 0.01
+        seen = []
+        for scheduler, seqs in zip(both, streams):
+            if aborted is not None and aborted not in arriving:
+                scheduler.abort(seqs[aborted], steps)
+            if not scheduler.has_work:
+                seen.append(None)
+                continue
+            step = scheduler.schedule()
+            if twice:
+                step = scheduler.schedule()
+            again += scheduler is both[0] and scheduler.decoding(step) is not None
+            seen.append((shape(step), step.num_decode, [seq.seq_id for seq in step.preempted]))
+            if failing:
+                scheduler.requeue([item.seq for item in step.items])
+            else:
+                seen[-1] += ([seq.seq_id for seq in scheduler.complete(step, steps, stopped)],)
+            scheduler.strategy.check_integrity()
+        assert seen[0] == seen[1]
+        state = [[(s.status, s.num_computed, s.num_output, s.num_settled) for s in seqs] for seqs in streams]
+        assert state[0] == state[1]
+        assert both[0].strategy.usage() == both[1].strategy.usage()
+        steps += 1
+    assert again or max(output for _, output in shapes) < 9
+
+
 def test_decodes_come_first_and_prompts_share_the_rest():
     scheduler = scheduler_for(2000, max_tokens_per_step=128)
     submit(scheduler, (40, 5), (300, 5), (10, 5))

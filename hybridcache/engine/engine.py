@@ -27,9 +27,9 @@ class _Launched(NamedTuple):
     """A step on its way."""
 
     flight: Flight
-    items: list[ScheduledTokens]
+    step: Step
     seqs: list[Sequence]
-    """Of the items."""
+    """Of the step's items."""
     sampled: list[Sequence]
     """Those that sample a token, in their order."""
     ids: list[int]
@@ -252,7 +252,7 @@ class Engine:
             launched = self._launch(group, failed, since if group is groups[-1] else None)
         if not self._settle(before, failed, output) and launched is not None:
             # What the step before left is void, and with it what this one makes of it.
-            self.scheduler.requeue([item.seq for item in launched.items])
+            self.scheduler.requeue(launched.seqs)
             launched = None
         if unmoved is not None:
             self._requeue_all(unmoved)
@@ -263,15 +263,17 @@ class Engine:
         self._launched = launched
         return output
 
-    def _groups(self, step: Step) -> list[list[ScheduledTokens]]:
+    def _groups(self, step: Step) -> list[Step]:
         """The step's items in batches: one for all, and one each for those under suspicion."""
-        if not step.items:
+        if not step:
             return []
         if not self.failed_steps:
-            return [step.items]
+            return [step]
         alone = [item for item in step.items if item.start < self._requests[item.seq.seq_id].alone_until]
-        together = [item for item in step.items if item not in alone] if alone else step.items
-        return ([together] if together else []) + [[item] for item in alone]
+        if not alone:
+            return [step]
+        together = [item for item in step.items if item not in alone]
+        return ([Step(together)] if together else []) + [Step([item]) for item in alone]
 
     def _relocate(self) -> Exception | None:
         """Execute pending moves."""
@@ -292,41 +294,42 @@ class Engine:
 
     def _launch(
         self,
-        items: list[ScheduledTokens],
+        step: Step,
         failed: list[tuple[list[ScheduledTokens], Exception]],
         since: float | None,
     ) -> _Launched | None:
         """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more. The
         memory is observed for the time since ``since``, where that is given."""
-        running = Status.RUNNING
-        seqs = [item[0] for item in items if item[0].status is running]
-        if not seqs:
-            return None
-        if len(seqs) < len(items):
-            items = [item for item in items if item.seq.status is running]
+        seqs = self.scheduler.decoding(step)
+        if seqs is None:
+            items = [item for item in step.items if item.seq.status is Status.RUNNING]
+            if not items:
+                return None
+            seqs = [item.seq for item in items]
+            step = step if len(items) == len(step.items) else Step(items)
         last = self._last
         try:
             if last is not None and last.seqs == seqs and self.runner.can_repeat:
                 flight = self.runner.repeat()
             else:
-                flight = self.runner.launch([self._row(item) for item in items])
+                flight = self.runner.launch([self._row(item) for item in step.items])
             if not self.overlap:
                 self._wait(flight)
         except Exception as error:  # whatever a kernel raises, the other requests must go on
-            failed.append((items, error))
+            failed.append((step.items, error))
             self.runner.reset()
             return None
         finally:
             if self.recorder is not None and since is not None:
                 self._record(self.recorder, since)
-        sampled = self.scheduler.advance(Step(items))
+        sampled = self.scheduler.advance(step)
         if last is not None and last.sampled == sampled:
             ids, stopping = last.ids, last.stopping
         else:
             ids = [seq.seq_id for seq in sampled]
             stop_ids = (self._requests[seq_id].stop_ids for seq_id in ids)
             stopping = [(i, tokens) for i, tokens in enumerate(stop_ids) if tokens]
-        self._last = _Launched(flight, items, seqs, sampled, ids, stopping)
+        self._last = _Launched(flight, step, seqs, sampled, ids, stopping)
         return self._last
 
     def _row(self, item: ScheduledTokens) -> RowInput:
@@ -349,16 +352,15 @@ class Engine:
         try:
             tokens = self._wait(launched.flight)
         except Exception as error:
-            failed.append((launched.items, error))
+            failed.append((launched.step.items, error))
             return False
         now, sampled = self.now(), launched.sampled
         if min(tokens, default=0) < 0:
             self._end_not_finite(launched, tokens, now, output)
-        new = zip(launched.ids, tokens)
-        if any(seq.status is Status.FINISHED for seq in sampled):
-            # They ended while this step was on its way.
-            new = ((seq.seq_id, token) for seq, token in zip(sampled, tokens) if seq.status is not Status.FINISHED)
-        output.new_tokens.update(new)
+        output.new_tokens.update(zip(launched.ids, tokens))
+        for seq in sampled:
+            if seq.status is Status.FINISHED:  # it ended while this step was on its way
+                output.new_tokens.pop(seq.seq_id)
         stopped = {sampled[i].seq_id for i, stop_ids in launched.stopping if tokens[i] in stop_ids}
         output.finished += self.scheduler.settle(sampled, now, stopped, tokens)
         return True

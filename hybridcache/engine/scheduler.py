@@ -8,10 +8,12 @@ exists at those positions.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
+
+import numpy as np
 
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.errors import UserError, bad
@@ -83,12 +85,45 @@ class ScheduledTokens(NamedTuple):
         return self.end == self.seq.num_known
 
 
-@dataclass
-class Step:
-    """One step: decodes first, then prefill chunks. ``preempted`` lost their memory to make it possible."""
+class _Cohort:
+    """Requests that decode one token each in every step, nobody else running: their progress as arrays.
 
-    items: list[ScheduledTokens] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
+    Args:
+        seqs: all running requests, none of which prefills, in order.
+        room: to how many tokens each can grow in the memory that it holds.
+    """
+
+    def __init__(self, seqs: list[Sequence], room: Mapping[int, int]) -> None:
+        self.seqs = seqs
+        self.ids = [seq.seq_id for seq in seqs]
+        self.totals = np.array([seq.num_computed for seq in seqs])
+        """Tokens that each has computed once the step scheduled last has run."""
+        self.room = np.array([room[seq_id] for seq_id in self.ids])
+        self.steps_left = min(seq.max_tokens - seq.num_output for seq in seqs)
+        """Until one of them has all its tokens."""
+        self.pending = False
+        """Whether a step is scheduled that has not been counted."""
+
+
+class Step:
+    """One step: decodes first, then prefill chunks. ``preempted`` lost their memory to make it possible.
+
+    ``cohort`` is set where the step is the last one again, a token further for each.
+    """
+
+    def __init__(self, items: list[ScheduledTokens] | None = None, cohort: _Cohort | None = None) -> None:
+        self.preempted: list[Sequence] = []
+        self.cohort = cohort
+        self._items = items if items is not None or cohort is not None else []
+        self._starts = [] if cohort is None else (cohort.totals - 1).tolist()
+
+    @property
+    def items(self) -> list[ScheduledTokens]:
+        """Made when asked for: launching a cohort again takes none of them."""
+        if self._items is None:
+            assert self.cohort is not None
+            self._items = [ScheduledTokens(seq, start, 1) for seq, start in zip(self.cohort.seqs, self._starts)]
+        return self._items
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +132,9 @@ class Step:
     @property
     def num_decode(self) -> int:
         return sum(item.is_decode for item in self.items)
+
+    def __bool__(self) -> bool:
+        return self._items is None or bool(self._items)
 
 
 class Scheduler:
@@ -126,6 +164,10 @@ class Scheduler:
         self.ending: list[Sequence] = []
         """Requests that will not run again, whose last token is still on its way."""
         self.num_preemptions = 0
+        self._decoding: list[Sequence] = []
+        """All running requests of a step in which all decoded."""
+        self._cohort: _Cohort | None = None
+        """Of the step scheduled last, as long as nobody joins, leaves or falls back."""
 
     @property
     def has_work(self) -> bool:
@@ -153,20 +195,55 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step and take memory for it. Empty only where there is no work."""
-        step = Step()
-        chosen: dict[int, ScheduledTokens] = {}
-        budget = self._grow_running(step, chosen)
-        if not step.preempted:
-            budget = self._admit_waiting(chosen, budget)
-        step.items = list(chosen.values())
-        if self.config.max_tokens_per_step - budget > len(step.items):
-            # Not one token each. (Where it is, a prompt of one token was admitted just now and is behind those that decode.)
-            step.items = [i for i in step.items if i.is_decode] + [i for i in step.items if not i.is_decode]
-        if not step.items and self.has_work:
+        step = self._schedule_again() or self._schedule_anew()
+        if not step and self.has_work:
             raise RuntimeError(
                 f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
                 f"{self.strategy.usage()})"
             )
+        return step
+
+    def _schedule_again(self) -> Step | None:
+        """The step before again, a token further for each; None where there is no such step, or one finds no memory (what
+        was taken for the others stays taken)."""
+        cohort, self._cohort = self._cohort, None
+        if cohort is None or cohort.pending:
+            return None
+        cohort.totals += 1
+        for i in np.flatnonzero(cohort.totals > cohort.room).tolist():
+            if not self.strategy.grow(cohort.ids[i], int(cohort.totals[i])):
+                return None
+            cohort.room[i] = max(self.strategy.room[cohort.ids[i]], cohort.totals[i])
+        self.strategy.fill(dict(zip(cohort.ids, cohort.totals.tolist())))
+        step = Step(cohort=cohort)
+        if self.waiting:
+            admitted: dict[int, ScheduledTokens] = {}
+            self._admit_waiting(admitted, self.config.max_tokens_per_step - len(cohort.seqs))
+            if admitted:
+                return Step([*step.items, *admitted.values()])
+        cohort.pending, self._cohort = True, cohort
+        return step
+
+    def _schedule_anew(self) -> Step:
+        step = Step()
+        chosen: dict[int, ScheduledTokens] = {}
+        budget = self._grow_running(step, chosen)
+        running = len(self.running)
+        if not step.preempted:
+            budget = self._admit_waiting(chosen, budget)
+        items = list(chosen.values())
+        if self.config.max_tokens_per_step - budget > len(items):
+            # Not one token each. (Where it is, a prompt of one token was admitted just now and is behind those that decode.)
+            items = [i for i in items if i.is_decode] + [i for i in items if not i.is_decode]
+        elif len(items) == running == len(self.running):
+            # Everybody decodes. What takes a moment to set up is worth it from the second such step on.
+            if self._decoding == self.running:
+                step.cohort = self._cohort = _Cohort(self._decoding, self.strategy.room)
+                step.cohort.totals += 1
+                step.cohort.pending = True
+            else:
+                self._decoding = list(self.running)
+        step._items = items
         return step
 
     def _cut(self, seq: Sequence, budget: int) -> int:
@@ -274,6 +351,7 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _release(self, seq: Sequence) -> None:
+        self._cohort = None
         if self.before_release is not None:
             self.before_release(seq.seq_id)
         self.strategy.release(seq.seq_id)
@@ -282,9 +360,15 @@ class Scheduler:
         """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
         return self.settle(self.advance(step), now_s, stopped)
 
+    def decoding(self, step: Step) -> list[Sequence] | None:
+        """The requests of a step that is the last one again, as long as all of them run; None otherwise."""
+        return step.cohort.seqs if step.cohort is not None and step.cohort is self._cohort else None
+
     def advance(self, step: Step) -> list[Sequence]:
         """Count a step's tokens as computed. Returns the requests that sampled, in the step's order: each has one more known
         token, whichever it turns out to be. One that has ``max_tokens`` now will not run again and returns its memory."""
+        if step.cohort is not None and step.cohort is self._cohort:
+            return self._advance_all(step.cohort)
         sampled = []
         for seq, start, num_tokens in step.items:
             seq.num_computed = computed = start + num_tokens
@@ -293,11 +377,27 @@ class Scheduler:
             seq.num_output += 1
             sampled.append(seq)
             if seq.num_output >= seq.max_tokens:
-                self._release(seq)
-                self.running.remove(seq)
-                seq.status = Status.ENDING
-                self.ending.append(seq)
+                self._end(seq)
         return sampled
+
+    def _advance_all(self, cohort: _Cohort) -> list[Sequence]:
+        cohort.pending = False
+        for seq in cohort.seqs:
+            seq.num_computed += 1
+            seq.num_output += 1
+        cohort.steps_left -= 1
+        if cohort.steps_left == 0:
+            for seq in cohort.seqs:
+                if seq.num_output >= seq.max_tokens:
+                    self._end(seq)
+        return cohort.seqs
+
+    def _end(self, seq: Sequence) -> None:
+        """Its last token is on its way."""
+        self._release(seq)
+        self.running.remove(seq)
+        seq.status = Status.ENDING
+        self.ending.append(seq)
 
     def settle(
         self,
