@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_model import pool_spec, smallest_budget
 
-from hybridcache.engine.scheduler import Scheduler, SchedulerConfig, Step
+from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.step import Step
 from hybridcache.errors import UserError
 from hybridcache.strategies import build
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from hybridcache.engine.scheduler import ScheduledTokens, SchedulerConfig, Step
+from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Sequence
+from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import UserError
 from hybridcache.metrics import Recorder
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters, StepWork

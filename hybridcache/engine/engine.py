@@ -13,8 +13,9 @@ from hybridcache.engine.observed import HostTimes, StepOutput
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner, RowInput
 from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
-from hybridcache.engine.scheduler import ScheduledTokens, Scheduler, SchedulerConfig, Step
+from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 from hybridcache.metrics import Recorder

@@ -8,14 +8,12 @@ exists at those positions.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
-
-import numpy as np
 
 from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.step import Cohort, ScheduledTokens, Step
 from hybridcache.errors import UserError, bad
 from hybridcache.strategies.base import Strategy
 
@@ -63,80 +61,6 @@ class SchedulerConfig:
             raise bad("watermark", self.watermark, "give a fraction of the budget, from 0 to below 1")
 
 
-class ScheduledTokens(NamedTuple):
-    """Tokens ``start .. start + num_tokens - 1`` of one request. (A tuple: every step makes one for every request.)"""
-
-    seq: Sequence
-    start: int
-    num_tokens: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def is_decode(self) -> bool:
-        """One token on top of a cache that exists."""
-        return self.num_tokens == 1 and self.start > 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether this computes the last known token, so that the next one is sampled."""
-        return self.end == self.seq.num_known
-
-
-class _Cohort:
-    """Requests that decode one token each in every step, nobody else running: their progress as arrays.
-
-    Args:
-        seqs: all running requests, none of which prefills, in order.
-        room: to how many tokens each can grow in the memory that it holds.
-    """
-
-    def __init__(self, seqs: list[Sequence], room: Mapping[int, int]) -> None:
-        self.seqs = seqs
-        self.ids = [seq.seq_id for seq in seqs]
-        self.totals = np.array([seq.num_computed for seq in seqs])
-        """Tokens that each has computed once the step scheduled last has run."""
-        self.room = np.array([room[seq_id] for seq_id in self.ids])
-        self.steps_left = min(seq.max_tokens - seq.num_output for seq in seqs)
-        """Until one of them has all its tokens."""
-        self.pending = False
-        """Whether a step is scheduled that has not been counted."""
-
-
-class Step:
-    """One step: decodes first, then prefill chunks. ``preempted`` lost their memory to make it possible.
-
-    ``cohort`` is set where the step is the last one again, a token further for each.
-    """
-
-    def __init__(self, items: list[ScheduledTokens] | None = None, cohort: _Cohort | None = None) -> None:
-        self.preempted: list[Sequence] = []
-        self.cohort = cohort
-        self._items = items if items is not None or cohort is not None else []
-        self._starts = [] if cohort is None else (cohort.totals - 1).tolist()
-
-    @property
-    def items(self) -> list[ScheduledTokens]:
-        """Made when asked for: launching a cohort again takes none of them."""
-        if self._items is None:
-            assert self.cohort is not None
-            self._items = [ScheduledTokens(seq, start, 1) for seq, start in zip(self.cohort.seqs, self._starts)]
-        return self._items
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.items)
-
-    @property
-    def num_decode(self) -> int:
-        return sum(item.is_decode for item in self.items)
-
-    def __bool__(self) -> bool:
-        return self._items is None or bool(self._items)
-
-
 class Scheduler:
     """Holds the queue and the running set; the strategy holds the memory.
 
@@ -166,7 +90,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._decoding: list[Sequence] = []
         """All running requests of a step in which all decoded."""
-        self._cohort: _Cohort | None = None
+        self._cohort: Cohort | None = None
         """Of the step scheduled last, as long as nobody joins, leaves or falls back."""
 
     @property
@@ -209,8 +133,8 @@ class Scheduler:
         cohort, self._cohort = self._cohort, None
         if cohort is None or cohort.pending:
             return None
-        cohort.totals += 1
-        for i in np.flatnonzero(cohort.totals > cohort.room).tolist():
+        cohort.advance()
+        for i in cohort.beyond_room():
             if not self.strategy.grow(cohort.ids[i], int(cohort.totals[i])):
                 return None
             cohort.room[i] = max(self.strategy.room[cohort.ids[i]], cohort.totals[i])
@@ -221,15 +145,16 @@ class Scheduler:
             self._admit_waiting(admitted, self.config.max_tokens_per_step - len(cohort.seqs))
             if admitted:
                 return Step([*step.items, *admitted.values()])
-        cohort.pending, self._cohort = True, cohort
+        self._cohort = cohort
         return step
 
     def _schedule_anew(self) -> Step:
-        step = Step()
+        cohort: Cohort | None = None
+        preempted: list[Sequence] = []
         chosen: dict[int, ScheduledTokens] = {}
-        budget = self._grow_running(step, chosen)
+        budget = self._grow_running(preempted, chosen)
         running = len(self.running)
-        if not step.preempted:
+        if not preempted:
             budget = self._admit_waiting(chosen, budget)
         items = list(chosen.values())
         if self.config.max_tokens_per_step - budget > len(items):
@@ -238,20 +163,19 @@ class Scheduler:
         elif len(items) == running == len(self.running):
             # Everybody decodes. What takes a moment to set up is worth it from the second such step on.
             if self._decoding == self.running:
-                step.cohort = self._cohort = _Cohort(self._decoding, self.strategy.room)
-                step.cohort.totals += 1
-                step.cohort.pending = True
+                cohort = Cohort(self._decoding, self.strategy.room)
+                cohort.advance()
             else:
                 self._decoding = list(self.running)
-        step._items = items
-        return step
+        self._cohort = cohort
+        return Step(items, preempted, cohort)
 
     def _cut(self, seq: Sequence, budget: int) -> int:
         """Tokens of a prompt longer than the budget that fit it, cut only where a prompt may be cut."""
         multiple = self.config.chunk_multiple
         return max((seq.num_computed + budget) // multiple * multiple - seq.num_computed, 0)
 
-    def _grow_running(self, step: Step, chosen: dict[int, ScheduledTokens]) -> int:
+    def _grow_running(self, preempted: list[Sequence], chosen: dict[int, ScheduledTokens]) -> int:
         # The hot loop of decoding: a few hundred requests in every step.
         budget, grow, running = self.config.max_tokens_per_step, self.strategy.grow, Status.RUNNING
         room, make = self.strategy.room, tuple.__new__
@@ -277,7 +201,7 @@ class Scheduler:
                 within.pop(victim.seq_id, None)
                 budget += lost.num_tokens if lost else 0
                 self._preempt(victim)
-                step.preempted.append(victim)
+                preempted.append(victim)
                 if victim is seq:
                     break
             else:
@@ -380,7 +304,7 @@ class Scheduler:
                 self._end(seq)
         return sampled
 
-    def _advance_all(self, cohort: _Cohort) -> list[Sequence]:
+    def _advance_all(self, cohort: Cohort) -> list[Sequence]:
         cohort.pending = False
         for seq in cohort.seqs:
             seq.num_computed += 1

@@ -32,7 +32,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from hybridcache.engine.scheduler import ScheduledTokens, Step
+from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import bad
 from hybridcache.sim.device import DeviceSpec
 from hybridcache.sim.parameters import ModelParameters
