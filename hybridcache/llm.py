@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridcache.device import choose_device, require_room
 from hybridcache.dtypes import dtype_name
 from hybridcache.engine.engine import Engine
+from hybridcache.engine.heap import settle_heap
 from hybridcache.engine.observed import StepOutput
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
@@ -97,6 +98,7 @@ class LLM:
         if not isinstance(cache_bytes, int) or cache_bytes < 1:
             raise bad("cache_bytes", cache_bytes, "give a positive whole number of bytes")
         scheduler_config = _scheduler_config(scheduler)
+        settle_heap()  # before there is anything of this LLM, so that it is freed when its user drops it
         self.model, self.tokenizer = load_for_inference(model, dtype=dtype, device=device, seed=seed)
         require_room("cache_bytes", cache_bytes, cache_bytes, self.model.device)
         model_dtype = dtype_name(self.model.dtype)

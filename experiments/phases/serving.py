@@ -13,6 +13,7 @@ from experiments.phases.model_phase import ModelPhase, ModelSettings, require_fi
 from experiments.strategies import StrategyChoice
 from hybridcache.bench.step_profile import StepProfile, profile_steps
 from hybridcache.engine.engine import Engine
+from hybridcache.engine.heap import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Sequence as EngineSequence
@@ -116,6 +117,7 @@ class ServingPhase(ModelPhase):
         for number, choice in enumerate(choices):
             if self.on_cuda:
                 torch.cuda.reset_peak_memory_stats()
+            settle_heap()
             engine = self.engine(choice, self.settings.cache_bytes, scheduler)
             # Untimed. The first strategy meets every shape; later ones find kernels and libraries warm.
             for workload in workloads if number == 0 else workloads[:2]:
