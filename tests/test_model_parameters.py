@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hybridcache.engine.scheduler import ScheduledTokens, Step
 from hybridcache.engine.sequence import Sequence
+from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import UserError
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters
 from hybridcache.spec import CacheSpec
