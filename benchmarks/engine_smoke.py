@@ -32,6 +32,7 @@ import torch
 from soak import Recorded
 
 from hybridcache.engine.engine import Engine
+from hybridcache.engine.heap import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.environment import environment
@@ -247,6 +248,7 @@ def main() -> None:
     model.experts = args.experts
     torch.cuda.synchronize()
     clock("weights")
+    settle_heap()
     engine = make_engine(model, 2 << 30, args.state_dtype, args.mode)
     graphs = engine.runner.graphs
     clock(f"graphs of {graphs.sizes if graphs else 'no'} rows")

@@ -1,9 +1,10 @@
 """Host time of a decode step: the engine with a model that does nothing, on this machine's CPU.
 
-    python benchmarks/host_step.py [--running 256] [--steps 300] [--strategy shared_pool] [--profile]
+    python benchmarks/host_step.py [--running 256] [--steps 300] [--strategy shared_pool] [--mode carve] [--spread 64]
 
 Scheduling, memory, packing of the inputs and accounting are real; the forward pass and the device are not. What CUDA adds
-(launching a copy, a graph and an event) is not in it.
+(launching a copy, a graph and an event) is not in it. Prompts have ``--spread`` different lengths; with 1, all requests take
+new blocks in the same steps.
 """
 
 import argparse
@@ -52,21 +53,22 @@ class NoGraph:
     def replay(self) -> None: ...
 
 
-def make_engine(strategy: str, running: int, prompt: int, output: int) -> Engine:
+def make_engine(strategy: str, running: int, prompt: int, output: int, **options: str) -> Engine:
     model = NoModel()
     spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
-    memory = build(strategy, spec=spec, budget_bytes=3 * running * spec.request_bytes(prompt + output), physical=True)
+    budget = 3 * running * spec.request_bytes(prompt + output)
+    memory = build(strategy, spec=spec, budget_bytes=budget, physical=True, **options)
     config = SchedulerConfig(max_running=running)
     engine = Engine(model, memory, config, TorchBackend(), overlap=True)
     engine.runner.graphs = engine.runner._make_graphs(NoGraph)
     return engine
 
 
-def measure(strategy: str, running: int, steps: int, profile: bool) -> dict:
+def measure(strategy: str, running: int, steps: int, spread: int, profile: bool, **options: str) -> dict:
     prompt = 600
-    engine = make_engine(strategy, running, prompt, 4 * steps)
+    engine = make_engine(strategy, running, prompt, 4 * steps, **options)
     for i in range(running):
-        ids = [(7 * i + j) % 1000 for j in range(prompt + i % 64)]
+        ids = [(7 * i + j) % 1000 for j in range(prompt + i % spread)]
         engine.add_request(ids, SamplingParams(max_tokens=2 * steps, ignore_eos=True))
     while any(seq.num_settled < 2 for seq in engine.sequences):
         engine.step()
@@ -83,6 +85,7 @@ def measure(strategy: str, running: int, steps: int, profile: bool) -> dict:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(18)
     return {
         "strategy": strategy,
+        **options,
         "running": running,
         "median_ms": round(statistics.median(times) * 1e3, 3),
         "p90_ms": round(sorted(times)[int(0.9 * len(times))] * 1e3, 3),
@@ -95,9 +98,12 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--strategy", default="shared_pool")
+    parser.add_argument("--mode", help="of shared_pool")
+    parser.add_argument("--spread", type=int, default=64)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(json.dumps(measure(args.strategy, args.running, args.steps, args.profile)))
+    options = {"mode": args.mode} if args.mode else {}
+    print(json.dumps(measure(args.strategy, args.running, args.steps, args.spread, args.profile, **options)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Engine: requests in, tokens out. Continuous batching of one model over one strategy's memory."""
 
-import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy.typing as npt
 
+from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
 from hybridcache.engine.observed import HostTimes, StepOutput
 from hybridcache.engine.request import Request, checked_prompt
@@ -20,8 +19,6 @@ from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 from hybridcache.metrics import Recorder
 from hybridcache.strategies.base import Strategy
-
-_LOG = logging.getLogger(__name__)
 
 
 class _Launched(NamedTuple):
@@ -86,12 +83,11 @@ class Engine:
         max_retries: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if max_retries < 0:
-            raise bad("max_retries", max_retries, "give 0 or more")
         if not 0 <= seed < 2**63:
             raise bad("seed", seed, "give a whole number from 0 to below 2**63")
         if str(overlap).lower() not in CHOICES:
             raise bad("overlap", overlap, f"choose {', '.join(CHOICES)}")
+        self._failures = Failures(max_retries)
         on_cuda = model.device.type == "cuda"
         self.strategy = strategy
         self.backend = backend
@@ -112,12 +108,8 @@ class Engine:
         """What this takes of its device at most."""
         self.seed = seed
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.max_retries = max_retries
-        self.failed_steps = 0
-        """Forward passes that raised, since construction."""
         self.times = HostTimes()
         self._poison = poison
-        self._failed_relocations = 0
         self._vocabulary = model.config.vocab_size
         self._requests: dict[int, Request] = {}
         self._launched: _Launched | None = None
@@ -198,6 +190,11 @@ class Engine:
         return [request.seq for request in self._requests.values()]
 
     @property
+    def failed_steps(self) -> int:
+        """Forward passes that raised, since construction."""
+        return self._failures.steps
+
+    @property
     def has_work(self) -> bool:
         """Whether a request has not ended."""
         return self.scheduler.has_work or bool(self.scheduler.ending)
@@ -236,45 +233,34 @@ class Engine:
         return output
 
     def _step(self) -> StepOutput:
-        started, output = self.now(), StepOutput()
+        started, output, failures = self.now(), StepOutput(), self._failures
         before, self._launched = self._launched, None
         since = started if before is None else self._recorded
-        failed: list[tuple[list[ScheduledTokens], Exception]] = []
         step = self.scheduler.schedule()
-        groups = self._groups(step)
+        groups = failures.groups(step, self._requests)
         if len(groups) > 1 or not self.overlap:
             # One at a time, each with all tokens known.
-            self._settle(before, failed, output)
+            self._settle(before, output)
             before = None
         unmoved = self._relocate() if groups else None
         launched = None
         for group in groups if unmoved is None else ():
-            self._settle(launched, failed, output)
-            launched = self._launch(group, failed, since if group is groups[-1] else None)
-        if not self._settle(before, failed, output) and launched is not None:
+            self._settle(launched, output)
+            launched = self._launch(group, since if group is groups[-1] else None)
+        if not self._settle(before, output) and launched is not None:
             # What the step before left is void, and with it what this one makes of it.
             self.scheduler.requeue(launched.seqs)
             launched = None
         if unmoved is not None:
-            self._requeue_all(unmoved)
-        if failed or not self.overlap or len(groups) > 1:
-            self._settle(launched, failed, output)
+            failures.not_moved(unmoved)
+            self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
+        if failures or not self.overlap or len(groups) > 1:
+            self._settle(launched, output)
             launched = None
-        self._fail(failed, output)
+        if failures:
+            self._answer_for_failures(output)
         self._launched = launched
         return output
-
-    def _groups(self, step: Step) -> list[Step]:
-        """The step's items in batches: one for all, and one each for those under suspicion."""
-        if not step:
-            return []
-        if not self.failed_steps:
-            return [step]
-        alone = [item for item in step.items if item.start < self._requests[item.seq.seq_id].alone_until]
-        if not alone:
-            return [step]
-        together = [item for item in step.items if item not in alone]
-        return ([Step(together)] if together else []) + [Step([item]) for item in alone]
 
     def _relocate(self) -> Exception | None:
         """Execute pending moves."""
@@ -282,23 +268,10 @@ class Engine:
             self.runner.relocate()
         except Exception as error:
             return error
-        self._failed_relocations = 0
+        self._failures.moved()
         return None
 
-    def _requeue_all(self, error: Exception) -> None:
-        """After moves that failed: any request's bytes may be lost, so all are recomputed."""
-        self._failed_relocations += 1
-        if self._failed_relocations > self.max_retries:
-            raise error
-        _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=error)
-        self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
-
-    def _launch(
-        self,
-        step: Step,
-        failed: list[tuple[list[ScheduledTokens], Exception]],
-        since: float | None,
-    ) -> _Launched | None:
+    def _launch(self, step: Step, since: float | None) -> _Launched | None:
         """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more. The
         memory is observed for the time since ``since``, where that is given."""
         seqs = self.scheduler.decoding(step)
@@ -317,7 +290,7 @@ class Engine:
             if not self.overlap:
                 self._wait(flight)
         except Exception as error:  # whatever a kernel raises, the other requests must go on
-            failed.append((step.items, error))
+            self._failures.add(step.items, error)
             self.runner.reset()
             return None
         finally:
@@ -341,19 +314,14 @@ class Engine:
         tokens = request.tokens(start, end) if end <= seq.prompt_len + seq.num_settled else None
         return RowInput(seq.seq_id, start, count, tokens, request.sampling() if end == known else None)
 
-    def _settle(
-        self,
-        launched: _Launched | None,
-        failed: list[tuple[list[ScheduledTokens], Exception]],
-        output: StepOutput,
-    ) -> bool:
+    def _settle(self, launched: _Launched | None, output: StepOutput) -> bool:
         """Wait for a step, append its tokens and end what they end. False where the step turned out to have failed."""
         if launched is None:
             return True
         try:
             tokens = self._wait(launched.flight)
         except Exception as error:
-            failed.append((launched.step.items, error))
+            self._failures.add(launched.step.items, error)
             return False
         now, sampled = self.now(), launched.sampled
         if min(tokens, default=0) < 0:
@@ -381,34 +349,18 @@ class Engine:
         finally:
             self.times.wait_s += self._clock() - before
 
-    def _fail(self, failed: list[tuple[list[ScheduledTokens], Exception]], output: StepOutput) -> None:
+    def _answer_for_failures(self, output: StepOutput) -> None:
         """Send the requests of failed batches back to be recomputed; end those that failed alone too often."""
-        again = []
-        for items, error in failed:
-            self.failed_steps += 1
-            _LOG.warning("a step of %d request(s) failed; they are recomputed or end", len(items), exc_info=error)
-            for item in items:
-                if item.seq.status is Status.FINISHED:
-                    continue
-                request = self._requests[item.seq.seq_id]
-                if len(items) == 1:
-                    request.failures_alone += 1
-                    request.alone_until = max(request.alone_until, item.end)
-                else:
-                    request.failures_together += 1
-                    # One that fails in company time and again, yet never alone, stays alone.
-                    request.alone_until = item.end if request.failures_together <= self.max_retries else math.inf
-                if request.failures_alone > self.max_retries:
-                    request.error = f"{type(error).__name__}: {error}"
-                    self.scheduler.abort(item.seq, self.now(), "error")
-                    output.finished.append(item.seq)
-                else:
-                    again.append(item.seq)
+        again, ended = self._failures.judge(self._requests)
+        for seq in ended:
+            self.scheduler.abort(seq, self.now(), "error")
+        output.finished += ended
         self.scheduler.requeue(again)
 
     def _abandon(self) -> None:
         """Forget what is on its way, and recompute every request that has not ended."""
         self._launched = None
+        self._failures.forget()
         self.runner.reset()
         self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending, *self.scheduler.waiting])
 

@@ -1,0 +1,93 @@
+"""Failures: steps that raised, which of their requests is to blame, and who is computed alone to find out."""
+
+import logging
+import math
+from collections.abc import Mapping
+
+from hybridcache.engine.request import Request
+from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.step import ScheduledTokens, Step
+from hybridcache.errors import bad
+
+_LOG = logging.getLogger(__name__)
+
+
+class Failures:
+    """What has failed in one engine.
+
+    States are updated in place, so after a step that raised every request in it has lost its memory. They are recomputed
+    alone, to tell which one fails; one that keeps failing alone ends, and one that only ever fails in company stays alone.
+
+    Args:
+        max_retries: how often a request that failed alone is tried again, and how often moves of memory are.
+    """
+
+    def __init__(self, max_retries: int) -> None:
+        if max_retries < 0:
+            raise bad("max_retries", max_retries, "give 0 or more")
+        self.max_retries = max_retries
+        self.steps = 0
+        """Batches that raised."""
+        self._relocations = 0
+        self._unjudged: list[tuple[list[ScheduledTokens], Exception]] = []
+
+    def __bool__(self) -> bool:
+        """Whether a batch has failed since :meth:`judge`."""
+        return bool(self._unjudged)
+
+    def add(self, items: list[ScheduledTokens], error: Exception) -> None:
+        """A batch raised."""
+        self._unjudged.append((items, error))
+
+    def forget(self) -> None:
+        """Judge nobody for what has been added."""
+        self._unjudged.clear()
+
+    def groups(self, step: Step, requests: Mapping[int, Request]) -> list[Step]:
+        """The step's items in batches: one for all, and one each for those under suspicion."""
+        if not step:
+            return []
+        if not self.steps:
+            return [step]
+        alone = [item for item in step.items if item.start < requests[item.seq.seq_id].alone_until]
+        if not alone:
+            return [step]
+        together = [item for item in step.items if item not in alone]
+        return ([Step(together)] if together else []) + [Step([item]) for item in alone]
+
+    def judge(self, requests: Mapping[int, Request]) -> tuple[list[Sequence], list[Sequence]]:
+        """Of the requests in batches that failed: those to recompute, and those that end, their error noted."""
+        unjudged, self._unjudged = self._unjudged, []
+        again: list[Sequence] = []
+        ended: list[Sequence] = []
+        for items, error in unjudged:
+            self.steps += 1
+            _LOG.warning("a step of %d request(s) failed; they are recomputed or end", len(items), exc_info=error)
+            for item in items:
+                if item.seq.status is Status.FINISHED or item.seq in ended:
+                    continue
+                request = requests[item.seq.seq_id]
+                if len(items) == 1:
+                    request.failures_alone += 1
+                    request.alone_until = max(request.alone_until, item.end)
+                else:
+                    request.failures_together += 1
+                    # One that fails in company time and again, yet never alone, stays alone.
+                    request.alone_until = item.end if request.failures_together <= self.max_retries else math.inf
+                if request.failures_alone > self.max_retries:
+                    request.error = f"{type(error).__name__}: {error}"
+                    ended.append(item.seq)
+                else:
+                    again.append(item.seq)
+        return again, ended
+
+    def moved(self) -> None:
+        """Pending moves of memory were executed."""
+        self._relocations = 0
+
+    def not_moved(self, error: Exception) -> None:
+        """They raised: any request's bytes may be lost, so all are to be recomputed. Raised again after too many times."""
+        self._relocations += 1
+        if self._relocations > self.max_retries:
+            raise error
+        _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=error)
