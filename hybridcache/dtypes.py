@@ -1,5 +1,6 @@
 """Element types by name, with their sizes in bytes. No torch import: accounting does not need it."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from hybridcache.errors import bad
@@ -18,6 +19,7 @@ ITEMSIZE = {
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 
 
+@lru_cache
 def dtype_name(dtype: "str | torch.dtype", field: str = "dtype") -> str:
     """Canonical name of an element type given as a string, an alias (``bf16``) or a torch dtype.
 
@@ -36,6 +38,7 @@ def itemsize(dtype: "str | torch.dtype") -> int:
     return ITEMSIZE[dtype_name(dtype)]
 
 
+@lru_cache
 def torch_dtype(dtype: "str | torch.dtype") -> "torch.dtype":
     """The torch dtype of that name."""
     import torch

@@ -71,17 +71,16 @@ class Attention(nn.Module):
         )
         out_THE = torch.empty(gate_THE.shape, dtype=gate_THE.dtype, device=gate_THE.device)
         if n:
-            decoded = step.backend.paged_decode(
-                *pool, q_THE[:n], batch.kv_table_BN[:n], batch.context_len_B[:n], self.scale
-            )
+            rows = step.decoding
+            decoded = step.backend.paged_decode(*pool, q_THE[:n], rows.kv_table_BN, rows.context_len_B, self.scale)
             step.ops.sigmoid_mul(decoded, gate_THE[:n], out_THE[:n])
         if step.has_prefill:
             prefilled = step.backend.paged_prefill(
                 *pool,
                 q_THE[n:],
-                batch.kv_table_BN[n:],
+                step.prefilling.kv_table_BN,
                 batch.prefill_cu_seqlens,
-                batch.context_len_B[n:],
+                step.prefilling.context_len_B,
                 self.scale,
                 batch.max_prefill_len,
                 batch.max_context_len,

@@ -58,7 +58,7 @@ class LinearAttention(nn.Module):
                 a_TV[:n],
                 b_TV[:n],
                 *gates,
-                batch.state_table_BL[:n],
+                step.decoding.state_table_BL,
                 batch.position_T[:n],
             )
             self.norm(decoded, gate_TVF[:n], out_TVF[:n], step.ops)
@@ -70,7 +70,7 @@ class LinearAttention(nn.Module):
                 a_TV[n:],
                 b_TV[n:],
                 *gates,
-                batch.state_table_BL[n:],
+                step.prefilling.state_table_BL,
                 batch.prefill_cu_seqlens,
                 batch.prefill_start_P,
             )

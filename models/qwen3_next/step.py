@@ -1,6 +1,7 @@
 """Step: what the layers of one forward pass share besides the hidden states."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -8,6 +9,18 @@ from hybridcache.batch import StepBatch
 from hybridcache.kernels.backend import Backend
 from hybridcache.layout import Layout
 from models.qwen3_next.ops import Ops, ops_for
+
+
+class Rows(NamedTuple):
+    """Requests that decode, or those that prefill: cut out once a step, for every layer to read."""
+
+    kv_table_BN: torch.Tensor
+    state_table_BL: torch.Tensor
+    context_len_B: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: StepBatch, rows: slice) -> "Rows":
+        return cls(batch.kv_table_BN[rows], batch.state_table_BL[rows], batch.context_len_B[rows])
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class Step:
     cos_TP: torch.Tensor
     sin_TP: torch.Tensor
     ops: Ops
+    decoding: Rows
+    prefilling: Rows
 
     @classmethod
     def of(
@@ -36,7 +51,8 @@ class Step:
         dtype: torch.dtype,
         experts: str,
     ) -> "Step":
-        return cls(batch, buffer, layout, backend, rotary[0], rotary[1], ops_for(backend, dtype, experts))
+        parts = (Rows.of(batch, slice(batch.num_decode)), Rows.of(batch, slice(batch.num_decode, None)))
+        return cls(batch, buffer, layout, backend, *rotary, ops_for(backend, dtype, experts), *parts)
 
     @property
     def has_prefill(self) -> bool:

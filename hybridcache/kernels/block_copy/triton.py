@@ -16,7 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
+from hybridcache.kernels.sizes import ceil_div
 
 MAX_MOVES = 65_535
 """Moves of one launch at most: the largest second dimension of a CUDA grid."""
@@ -202,8 +204,8 @@ def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], tu
     """Launch every batch, from bytes of ``source`` to bytes of ``target`` (the same buffer for moves inside one)."""
     for batch in batches:
         dtype, constant = _ELEMENT[batch.unit_bytes], constants(batch.unit_bytes, tuning)
-        grid = (triton.cdiv(batch.longest // dtype.itemsize, tuning.chunk_words), len(batch.move_M3))
-        block_copy_kernel[grid](
+        grid = (ceil_div(batch.longest // dtype.itemsize, tuning.chunk_words), len(batch.move_M3))
+        launcher(block_copy_kernel)[grid](
             elements(source, dtype), elements(target, dtype), batch.move_M3, **constant, **options(tuning)
         )
 

@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.gdn_decode.staging import Staging, rows_at_once, why_not
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.layout import StateLayout
 
@@ -275,7 +276,7 @@ def gdn_decode(
     state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
     constant = constants(layout, staging, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (value_dim // staging.block_v, v_heads, rows)
-    shared_decode_kernel[grid](
+    launcher(shared_decode_kernel)[grid](
         elements(buffer, state_dtype),
         elements(buffer, conv_dtype),
         x_BC,

@@ -26,7 +26,9 @@ from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import StateLayout
 
 
@@ -213,8 +215,8 @@ def constants(
         "VALUE_DIM": value_dim,
         "CHANNELS": layout.conv_channels,
         "WIDTH": layout.conv_kernel,
-        "BLOCK_K": triton.next_power_of_2(key_dim),
-        "BLOCK_V": min(triton.next_power_of_2(value_dim), tuning.block_v),
+        "BLOCK_K": power_of_2(key_dim),
+        "BLOCK_V": min(power_of_2(value_dim), tuning.block_v),
         "EVICTION": "evict_first" if tuning.evict_first else "",
         "DEPENDENT_LAUNCH": tuning.dependent_launch,
         "CONV_FIRST": tuning.conv_first,
@@ -267,8 +269,8 @@ def gdn_decode(
         return out_BVJ
     state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
     constant = constants(layout, x_BC.dtype, tuning, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
-    grid = (triton.cdiv(value_dim, constant["BLOCK_V"]), v_heads, rows)
-    gdn_decode_kernel[grid](
+    grid = (ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)
+    launcher(gdn_decode_kernel)[grid](
         elements(buffer, state_dtype),
         elements(buffer, conv_dtype),
         x_BC,

@@ -7,7 +7,7 @@ output of one chunk leaves while the next one's first product runs. 16-bit types
 Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
 """
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 from triton.experimental import gluon
@@ -338,8 +338,7 @@ def descriptors(
 ) -> dict[str, TensorDescriptor]:
     """The kernel's tensor descriptors by parameter."""
     tile = TILE.value
-    square = gl.NVMMASharedLayout.get_default_for([tile, tile], _gluon_dtype(y.dtype))
-    row = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    square, row = _shared_layouts(y.dtype)
 
     def tiled(tensor: torch.Tensor, columns: int = tile) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [tile, columns], square)
@@ -354,5 +353,9 @@ def descriptors(
     }
 
 
-def _gluon_dtype(dtype: torch.dtype) -> Any:
-    return {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+@lru_cache
+def _shared_layouts(dtype: torch.dtype) -> tuple[gl.NVMMASharedLayout, gl.NVMMASharedLayout]:
+    """Of a square tile, and of a row of gates, in shared memory."""
+    element = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype]
+    square = gl.NVMMASharedLayout.get_default_for([TILE.value, TILE.value], element)
+    return square, gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)

@@ -4,17 +4,19 @@ Measured at the shape of Qwen3-Next on an H100 (``benchmarks/results/variants-gd
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from hybridcache.dtypes import dtype_name
 from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
+from hybridcache.kernels.sizes import power_of_2
 from hybridcache.layout import StateLayout
 
 _LOG = logging.getLogger(__name__)
@@ -109,10 +111,15 @@ def is_hopper(device: torch.device) -> bool:
 def choose(layout: StateLayout, x_TC: torch.Tensor, rows: int) -> Tiles:
     """:func:`default_tiles` for inputs on their device. Where a Hopper device's Gluon kernel cannot carry the states, the
     reason is logged once."""
-    device, hopper = x_TC.device, is_hopper(x_TC.device)
+    return _choose(layout, x_TC.dtype, rows, x_TC.device)
+
+
+@lru_cache(maxsize=1024)
+def _choose(layout: StateLayout, dtype: torch.dtype, rows: int, device: torch.device) -> Tiles:
+    hopper = is_hopper(device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
-    tiles = default_tiles(layout, x_TC.dtype, rows, processors, hopper=hopper)
-    reason = why_not_hopper(layout, x_TC.dtype, tiles) if hopper else None
+    tiles = default_tiles(layout, dtype, rows, processors, hopper=hopper)
+    reason = why_not_hopper(layout, dtype, tiles) if hopper else None
     if reason is not None:
         _say_once(reason)
     return tiles
@@ -123,12 +130,13 @@ def _say_once(reason: str) -> None:
     _LOG.warning("GDN prefill carries states in Triton, not in the Gluon kernel for Hopper: %s", reason)
 
 
-def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints: bool) -> dict[str, Any]:
+@lru_cache
+def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints: bool) -> Mapping[str, Any]:
     """Compile-time parameters of all kernels, by name, for a layout, an activation dtype and tiles."""
     v_heads, key_dim, value_dim = layout.recurrent_shape
     # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
     exact = dtype == torch.float32 or interpreting()
-    return {
+    found = {
         "K_HEADS": (layout.conv_channels - v_heads * value_dim) // (2 * key_dim),
         "V_HEADS": v_heads,
         "KEY_DIM": key_dim,
@@ -137,7 +145,7 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
         "CHUNK": tiles.chunk,
         "LEVELS": tiles.chunk.bit_length() - 1,
         "ROWS": ROW_TILE,
-        "GATE_HEADS": min(GATE_HEADS * tiles.conv_warps, triton.next_power_of_2(v_heads)),
+        "GATE_HEADS": min(GATE_HEADS * tiles.conv_warps, power_of_2(v_heads)),
         "CONV_STEPS": tiles.conv_steps,
         "BLOCK_K": padded(key_dim),
         "KEY_TILE": tiles.key_tile,
@@ -152,8 +160,9 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
         "SOLVE": tl.float32 if exact else tl.float16,
         "PRECISION": "tf32x3",
     }
+    return MappingProxyType(found)
 
 
 def padded(dim: int) -> int:
     """Columns of a head in scratch memory: a power of 2, at least the matrix unit's 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, power_of_2(dim))

@@ -28,7 +28,6 @@ checkpoints of a row.
 from typing import Any
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.dtypes import dtype_name, torch_dtype
@@ -39,7 +38,9 @@ from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
 from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
+from hybridcache.kernels.sizes import ceil_div
 from hybridcache.layout import StateLayout
 
 CHECKPOINT_MULTIPLE = 64
@@ -130,7 +131,7 @@ class Prefill:
         v_heads, _, value_dim = layout.recurrent_shape
         self.v_heads, self.k_heads, chunk = v_heads, self.constant["K_HEADS"], tiles.chunk
         # A row of n tokens has at most (n + 2 * chunk - 2) // chunk chunks.
-        self.max_chunks = triton.cdiv(self.tokens + (2 * chunk - 2) * self.rows, chunk)
+        self.max_chunks = ceil_div(self.tokens + (2 * chunk - 2) * self.rows, chunk)
 
         # The interpreter casts to bfloat16 by cutting bits off: what goes from launch to launch stays exact there.
         between = torch.float32 if interpreting() else x_TC.dtype
@@ -165,8 +166,8 @@ class Prefill:
     def conv(self) -> None:
         """q, k, v and gates of every token, and the index of chunks."""
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "WIDTH", "CHUNK", "BLOCK_K", "HEAD_V", "SCALE", "EPS")
-        gate_programs = triton.cdiv(self.v_heads, self.constant["GATE_HEADS"])
-        conv_kernel[(gate_programs + 2 * self.k_heads + self.v_heads, self.max_chunks)](
+        gate_programs = ceil_div(self.v_heads, self.constant["GATE_HEADS"])
+        launcher(conv_kernel)[(gate_programs + 2 * self.k_heads + self.v_heads, self.max_chunks)](
             self.y,
             self.gates,
             self.index,
@@ -199,8 +200,8 @@ class Prefill:
         """The conv rings of rows and of their checkpoints."""
         table, stride_b, stride_n = self._checkpoints()
         ranks = table.shape[1] if self.constant["CHECKPOINTS"] else 1
-        grid = (triton.cdiv(self.layout.conv_channels, RING_TILE), ranks, self.rows)
-        ring_kernel[grid](
+        grid = (ceil_div(self.layout.conv_channels, RING_TILE), ranks, self.rows)
+        launcher(ring_kernel)[grid](
             self.ring,
             self.x_TC,
             self.state_table_BL,
@@ -222,7 +223,7 @@ class Prefill:
     def chunks(self) -> None:
         """``solve`` and ``score`` of every chunk."""
         names = ("K_HEADS", "V_HEADS", "BLOCK_K", "HEAD_V", "KEY_TILE", "CHUNK", "LEVELS", "DOT", "SOLVE", "PRECISION")
-        chunk_kernel[(self.v_heads, self.max_chunks)](
+        launcher(chunk_kernel)[(self.v_heads, self.max_chunks)](
             self.solve,
             self.score,
             self.y,
@@ -243,7 +244,7 @@ class Prefill:
         grid = (self.constant["HEAD_V"] // self.constant["BLOCK_V"], self.v_heads, self.rows)
         # Whole tiles of the output are copied by descriptor, unless they would reach into the next head.
         whole = self.constant["VALUE_DIM"] == self.constant["HEAD_V"]
-        state_kernel[grid](
+        launcher(state_kernel)[grid](
             self.out_TVJ,
             self.state,
             TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_K"]]),
@@ -280,7 +281,7 @@ class Prefill:
         table, stride_b, stride_n = self._checkpoints()
         block_k = self.constant["BLOCK_K"]
         described = hopper_state.descriptors(self.y, self.solve, self.score, self.gates, self.out_TVJ, block_k)
-        hopper_state.hopper_state_kernel[(self.constant["HEAD_V"] // 64, self.v_heads, self.rows)](
+        launcher(hopper_state.hopper_state_kernel)[(self.constant["HEAD_V"] // 64, self.v_heads, self.rows)](
             self.out_TVJ,
             self.state,
             *described.values(),

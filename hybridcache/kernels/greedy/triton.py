@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from hybridcache.kernels.greedy import NOT_FINITE
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
 
 PART = 4096
@@ -49,6 +50,8 @@ def greedy(logits_RV: torch.Tensor, ids_R: torch.Tensor, feed_R: torch.Tensor) -
     parts = -(-vocabulary // PART)
     value = torch.empty((rows, parts), dtype=torch.float32, device=logits_RV.device)
     index = torch.empty((rows, parts), dtype=torch.int32, device=logits_RV.device)
-    sample_part_kernel[(rows, parts)](logits_RV, value, index, logits_RV.stride(0), vocabulary, BLOCK=PART, num_warps=4)
+    launcher(sample_part_kernel)[(rows, parts)](
+        logits_RV, value, index, logits_RV.stride(0), vocabulary, BLOCK=PART, num_warps=4
+    )
     block = power_of_2(parts)
-    sample_best_kernel[(rows,)](value, index, ids_R, feed_R, parts, NONE=NOT_FINITE, BLOCK=block, num_warps=1)
+    launcher(sample_best_kernel)[(rows,)](value, index, ids_R, feed_R, parts, NONE=NOT_FINITE, BLOCK=block, num_warps=1)

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import row_offset, row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 TILE_ELEMENTS = 4096
@@ -77,8 +79,8 @@ def kv_store_kernel(
 
 def constants(layout: AttentionLayout) -> dict[str, int]:
     """Compile-time parameters of :func:`kv_store_kernel` for a layout."""
-    block_k = triton.next_power_of_2(layout.k_dim)
-    block_v = triton.next_power_of_2(max(layout.v_dim, 1))
+    block_k = power_of_2(layout.k_dim)
+    block_v = power_of_2(max(layout.v_dim, 1))
     fits = max(TILE_ELEMENTS // max(block_k, block_v), 1)
     return {
         "TM": layout.tokens_per_entry,
@@ -86,7 +88,7 @@ def constants(layout: AttentionLayout) -> dict[str, int]:
         "HEADS": layout.num_kv_heads,
         "K_DIM": layout.k_dim,
         "V_DIM": layout.v_dim,
-        "BLOCK_H": min(triton.next_power_of_2(layout.num_kv_heads), fits),
+        "BLOCK_H": min(power_of_2(layout.num_kv_heads), fits),
         "BLOCK_K": block_k,
         "BLOCK_V": block_v,
     }
@@ -114,8 +116,8 @@ def kv_store(
     if k_TKD.shape[0] == 0 or kv_table_BN.shape[1] == 0:
         return
     constant = constants(layout)
-    grid = (k_TKD.shape[0], triton.cdiv(layout.num_kv_heads, constant["BLOCK_H"]))
-    kv_store_kernel[grid](
+    grid = (k_TKD.shape[0], ceil_div(layout.num_kv_heads, constant["BLOCK_H"]))
+    launcher(kv_store_kernel)[grid](
         elements(buffer, torch_dtype(layout.dtype)),
         k_TKD,
         v_TKD,

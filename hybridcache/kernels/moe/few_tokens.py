@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
 
 MAX_TOKENS = 8
@@ -131,7 +132,7 @@ def mixture(
     gate_constants, down_constants = constants(hidden, inner, k, tuning)
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    moe_gate_up_kernel[(-(-inner // tuning.gate_rows), tokens * (k + 1))](
+    launcher(moe_gate_up_kernel)[(-(-inner // tuning.gate_rows), tokens * (k + 1))](
         x_TD,
         expert_Tk,
         gate_up_EID,
@@ -141,7 +142,7 @@ def mixture(
         **gate_constants,
         num_warps=tuning.gate_warps,
     )
-    moe_down_kernel[(-(-hidden // tuning.down_rows), tokens)](
+    launcher(moe_down_kernel)[(-(-hidden // tuning.down_rows), tokens)](
         narrow,
         weight_Ts,
         expert_Tk,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
 
 ROWS_AT_ONCE = 4
@@ -80,7 +81,7 @@ def gather(x_TD: torch.Tensor, order_A: torch.Tensor, k: int) -> tuple[torch.Ten
     out_AD = torch.empty((assignments, dim), dtype=x_TD.dtype, device=x_TD.device)
     place_A = torch.empty(assignments, dtype=torch.int32, device=x_TD.device)
     block = min(power_of_2(dim), 2048)
-    moe_gather_kernel[(assignments,)](
+    launcher(moe_gather_kernel)[(assignments,)](
         x_TD, order_A, out_AD, place_A, x_TD.stride(0), TOP_K=k, DIM=dim, BLOCK_D=block, num_warps=4
     )
     return out_AD, place_A
@@ -93,7 +94,7 @@ def silu_mul(
     rows, inner = gate_up_AI.shape[0], gate_up_AI.shape[1] // 2
     out_AI = torch.empty((rows, inner), dtype=gate_up_AI.dtype, device=gate_up_AI.device)
     weighted = weight_Ts is not None
-    moe_silu_mul_kernel[(-(-rows // ROWS_AT_ONCE),)](
+    launcher(moe_silu_mul_kernel)[(-(-rows // ROWS_AT_ONCE),)](
         gate_up_AI,
         weight_Ts if weighted else gate_up_AI,
         order_A if weighted else gate_up_AI,
@@ -116,7 +117,7 @@ def combine(
     tokens, dim = shared_TD.shape
     out_TD = torch.empty_like(shared_TD)
     block = min(power_of_2(dim), 1024)
-    moe_combine_kernel[(tokens, -(-dim // block))](
+    launcher(moe_combine_kernel)[(tokens, -(-dim // block))](
         y_AD,
         place_A,
         shared_TD,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
 
 
@@ -51,7 +52,7 @@ def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> t
     weight_Ts = torch.empty((tokens, k + 1), dtype=torch.float32, device=logits_TR.device)
     expert_Tk = torch.empty((tokens, k), dtype=torch.int32, device=logits_TR.device)
     if tokens:
-        moe_route_kernel[(tokens,)](
+        launcher(moe_route_kernel)[(tokens,)](
             logits_TR,
             weight_Ts,
             expert_Tk,

@@ -16,6 +16,9 @@ whose is 8.
 Shapes: T tokens, D hidden, E experts, k experts per token, A = T * k assignments, I intermediate, J shared intermediate.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.moe.grouped import silu_mul
 from hybridcache.kernels.moe.tilings import Tiling, choose_tiling
 from hybridcache.kernels.sizes import power_of_2
@@ -235,9 +239,10 @@ def moe_sum_kernel(
     tl.store(out_ptr + token * DIM + d, acc, mask=inside)
 
 
+@lru_cache
 def constants(
     experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype, tiling: Tiling
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Compile-time parameters of the two products' kernels."""
     # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
     dot = tl.float32 if interpreting() or dtype == torch.float32 else tl.bfloat16
@@ -245,7 +250,8 @@ def constants(
     shared = {"EXPERTS": experts, "ROWS": tiling.rows, "HALF": half, "HIDDEN": hidden, "INNER": inner}
     shared |= {"SWAP": tiling.swap, "DOT": dot}
     cuts = [{"COLUMNS": p.columns, "DIMS": p.dims, "STAGES": p.stages} for p in (tiling.gate_up, tiling.down)]
-    return {**shared, **cuts[0], "TOP_K": k, "BLOCK_E": power_of_2(experts)}, {**shared, **cuts[1]}
+    gate_up = {**shared, **cuts[0], "TOP_K": k, "BLOCK_E": power_of_2(experts)}
+    return MappingProxyType(gate_up), MappingProxyType({**shared, **cuts[1]})
 
 
 def mixture(
@@ -271,7 +277,7 @@ def mixture(
     tokens, k, hidden = y_TkD.shape
     out_TD = torch.empty_like(shared_TD)
     block = min(power_of_2(hidden), 1024)
-    moe_sum_kernel[(tokens, -(-hidden // block))](
+    launcher(moe_sum_kernel)[(tokens, -(-hidden // block))](
         y_TkD, shared_TD, weight_Ts, out_TD, TOP_K=k, DIM=hidden, BLOCK_D=block, num_warps=4
     )
     return out_TD
@@ -297,10 +303,10 @@ def routed(
     tile_M2 = torch.empty((tiles, 2), dtype=torch.int32, device=device)
     narrow_AI = torch.empty((assignments, inner), dtype=x_TD.dtype, device=device)
     y_TkD = torch.empty((tokens, k, hidden), dtype=x_TD.dtype, device=device)
-    moe_list_kernel[(-(-assignments // LISTED_AT_ONCE),)](
+    launcher(moe_list_kernel)[(-(-assignments // LISTED_AT_ONCE),)](
         expert_Tk, count_E, list_ET, assignments, tokens, BLOCK=LISTED_AT_ONCE, num_warps=4
     )
-    moe_gate_up_tiles_kernel[(-(-inner // gate_up.columns), tiles)](
+    launcher(moe_gate_up_tiles_kernel)[(-(-inner // gate_up.columns), tiles)](
         x_TD,
         TensorDescriptor.from_tensor(gate_up_EID.flatten(0, 1), [gate_up.columns, gate_up.dims]),
         weight_Ts,
@@ -313,7 +319,7 @@ def routed(
         **gate_up_constants,
         num_warps=gate_up.warps,
     )
-    moe_down_tiles_kernel[(-(-hidden // down.columns), tiles)](
+    launcher(moe_down_tiles_kernel)[(-(-hidden // down.columns), tiles)](
         narrow_AI,
         TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [down.columns, down.dims]),
         count_E,

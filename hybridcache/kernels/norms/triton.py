@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
 
 HEADS_AT_ONCE = 8
@@ -110,7 +111,7 @@ def add_norm(
     if tokens:
         delta = x_TD if delta_TD is None else delta_TD
         block = power_of_2(dim)
-        add_norm_kernel[(tokens,)](
+        launcher(add_norm_kernel)[(tokens,)](
             x_TD,
             delta,
             weight_D,
@@ -135,7 +136,7 @@ def gated_norm(
     tokens, heads, dim = x_THE.shape
     if tokens:
         block_h = min(HEADS_AT_ONCE, power_of_2(heads))
-        gated_norm_kernel[(tokens, -(-heads // block_h))](
+        launcher(gated_norm_kernel)[(tokens, -(-heads // block_h))](
             x_THE,
             gate_THE,
             weight_E,
@@ -160,7 +161,7 @@ def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tens
     if tokens:
         block_e = power_of_2(dim)
         block_h = min(max(GATED_ELEMENTS // block_e, 1), power_of_2(heads))
-        sigmoid_mul_kernel[(tokens, -(-heads // block_h))](
+        launcher(sigmoid_mul_kernel)[(tokens, -(-heads // block_h))](
             x_THE,
             gate_THE,
             out_THE,

@@ -19,8 +19,10 @@ import triton.language as tl
 from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_decode.triton import combine
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
@@ -255,8 +257,8 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, launc
         "KV_HEADS": layout.num_kv_heads,
         "GROUP": num_heads // layout.num_kv_heads,
         "DIM": layout.k_dim,
-        "BLOCK_N": max(triton.next_power_of_2(layout.kernel_block_tokens), 16),
-        "BLOCK_D": max(triton.next_power_of_2(layout.k_dim), 16),
+        "BLOCK_N": max(power_of_2(layout.kernel_block_tokens), 16),
+        "BLOCK_D": max(power_of_2(layout.k_dim), 16),
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
         "DOT": tl.float32 if interpreting() else dot,
         "STAGES": launch.num_stages,
@@ -266,7 +268,7 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, launc
 def decode_constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, *, split: bool) -> dict[str, Any]:
     """Compile-time parameters of :func:`page_decode_kernel`."""
     shared = constants(layout, num_heads, dtype, DECODE)
-    return {**shared, "BLOCK_H": max(triton.next_power_of_2(shared["GROUP"]), 16), "SPLIT": split}
+    return {**shared, "BLOCK_H": max(power_of_2(shared["GROUP"]), 16), "SPLIT": split}
 
 
 def prefill_constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -312,7 +314,7 @@ def paged_decode(
     if num_splits > 1:
         part = torch.empty((rows, num_heads, num_splits, dim), dtype=torch.float32, device=q_BHD.device)
         lse = torch.empty((rows, num_heads, num_splits), dtype=torch.float32, device=q_BHD.device)
-    page_decode_kernel[(rows, layout.num_kv_heads, num_splits)](
+    launcher(page_decode_kernel)[(rows, layout.num_kv_heads, num_splits)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_BHD,
         kv_table_BN,
@@ -354,8 +356,8 @@ def paged_prefill(
     num_heads, group = q_THD.shape[1], q_THD.shape[1] // layout.num_kv_heads
     strides = _strides(layout, layer)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    grid = (triton.cdiv(max_query_len, QUERY_TILE // group), layout.num_kv_heads, context_len_B.shape[0])
-    page_prefill_kernel[grid](
+    grid = (ceil_div(max_query_len, QUERY_TILE // group), layout.num_kv_heads, context_len_B.shape[0])
+    launcher(page_prefill_kernel)[grid](
         elements(buffer, torch_dtype(layout.dtype)),
         q_THD,
         kv_table_BN,

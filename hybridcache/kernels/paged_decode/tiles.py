@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 MIN_SPLIT_TOKENS = 256
@@ -59,13 +59,13 @@ def head_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> in
     """Query heads of one program: those of a KV head, as far as their results fit in registers."""
     group = num_heads // layout.num_kv_heads
     most = 16 if dtype == torch.float32 else 64
-    return min(max(triton.next_power_of_2(group), 16), most)
+    return min(max(power_of_2(group), 16), most)
 
 
 def head_programs(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> int:
     """Programs of one row and split."""
     group = num_heads // layout.num_kv_heads
-    return layout.num_kv_heads * triton.cdiv(group, head_tile(layout, num_heads, dtype))
+    return layout.num_kv_heads * ceil_div(group, head_tile(layout, num_heads, dtype))
 
 
 def wide(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tuning:
@@ -83,7 +83,7 @@ def _tuning(
 ) -> Tuning:
     """Float32 and more than 32 heads take more registers and shared memory: smaller tiles, fewer programs."""
     many_heads = head_tile(layout, num_heads, dtype) > 32
-    row_bytes = triton.next_power_of_2(max(layout.k_dim, layout.v_dim)) * dtype.itemsize
+    row_bytes = power_of_2(max(layout.k_dim, layout.v_dim)) * dtype.itemsize
     keys = min(max(tile_bytes // row_bytes // (2 if many_heads else 1), 16), MAX_KEYS)
     if dtype == torch.float32:
         keys = 16
@@ -115,4 +115,4 @@ def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tuning: 
         multiprocessors: of the device.
     """
     wanted = tuning.programs_per_sm * multiprocessors // programs
-    return max(1, min(wanted, triton.cdiv(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    return max(1, min(wanted, ceil_div(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))

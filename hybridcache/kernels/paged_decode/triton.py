@@ -19,6 +19,7 @@ import triton.language as tl
 from hybridcache.dtypes import itemsize, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_decode.tiles import (
     Tuning,
@@ -29,6 +30,7 @@ from hybridcache.kernels.paged_decode.tiles import (
     processors,
 )
 from hybridcache.kernels.paged_prefill.triton import attend, table_entries
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
@@ -179,8 +181,8 @@ def constants(
         "V_DIM": layout.v_dim,
         "BLOCK_H": head_tile(layout, num_heads, dtype),
         "BLOCK_N": tuning.keys,
-        "BLOCK_K": max(triton.next_power_of_2(layout.k_dim), 16),
-        "BLOCK_V": max(triton.next_power_of_2(layout.v_dim), 16),
+        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
+        "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
         "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
         "SPLIT": split,
@@ -195,8 +197,8 @@ def combine_constants(v_dim: int, splits: int, dependent: bool) -> dict[str, Any
     """Compile-time parameters of :func:`combine_kernel`."""
     return {
         "V_DIM": v_dim,
-        "BLOCK_S": triton.next_power_of_2(splits),
-        "BLOCK_V": min(triton.next_power_of_2(v_dim), COMBINE_DIMS),
+        "BLOCK_S": power_of_2(splits),
+        "BLOCK_V": min(power_of_2(v_dim), COMBINE_DIMS),
         "DEPENDENT_LAUNCH": dependent,
     }
 
@@ -245,7 +247,7 @@ def paged_decode(
         part = torch.empty((rows, num_heads, splits, layout.v_dim), dtype=torch.float32, device=q_BHD.device)
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
     constant = constants(layout, num_heads, q_BHD.dtype, tuning, split=splits > 1, dependent=device.dependent_launch)
-    paged_decode_kernel[(programs, splits)](
+    launcher(paged_decode_kernel)[(programs, splits)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_BHD,
         kv_table_BN,
@@ -271,8 +273,8 @@ def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tenso
     that allows it."""
     rows, num_heads, splits, v_dim = part_BHSD.shape
     constant = combine_constants(v_dim, splits, dependent)
-    grid = (rows * num_heads, triton.cdiv(v_dim, constant["BLOCK_V"]))
-    combine_kernel[grid](part_BHSD, lse_BHS, out_BHD, splits, **constant, **combine_options(dependent))
+    grid = (rows * num_heads, ceil_div(v_dim, constant["BLOCK_V"]))
+    launcher(combine_kernel)[grid](part_BHSD, lse_BHS, out_BHD, splits, **constant, **combine_options(dependent))
 
 
 def _check(layout: AttentionLayout, q_BHD: torch.Tensor, scale: float) -> None:

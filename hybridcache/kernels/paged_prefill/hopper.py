@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.tiles import Ring, check_inputs, choose_ring
 from hybridcache.layout import AttentionLayout
@@ -399,7 +400,7 @@ def paged_prefill(
     tile_tokens = QUERIES // (num_heads // layout.num_kv_heads)
     strides = row_strides(layout, layer)
     strides.pop("v_token_stride")
-    hopper_prefill_kernel[((tokens // tile_tokens + rows + 1) * layout.num_kv_heads,)](
+    launcher(hopper_prefill_kernel)[((tokens // tile_tokens + rows + 1) * layout.num_kv_heads,)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_THD,
         kv_table_BN,

@@ -17,8 +17,10 @@ import triton.language as tl
 
 from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.tiles import Tile, check_inputs, choose_tile, max_tiles
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 LOG2_E = 1.4426950408889634
@@ -244,8 +246,8 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile:
         "V_DIM": layout.v_dim,
         "BLOCK_M": tile.queries,
         "BLOCK_N": tile.keys,
-        "BLOCK_K": max(triton.next_power_of_2(layout.k_dim), 16),
-        "BLOCK_V": max(triton.next_power_of_2(layout.v_dim), 16),
+        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
+        "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
         "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
         "SEARCH": SEARCH_ROWS,
@@ -288,8 +290,8 @@ def paged_prefill(
 
     tile = tile or choose_tile(layout, num_heads, q_THD.dtype, max_query_len)
     constant = constants(layout, num_heads, q_THD.dtype, tile)
-    head_tiles = layout.num_kv_heads * triton.cdiv(constant["GROUP"], constant["HEADS"])
-    paged_prefill_kernel[(max_tiles(tokens, rows, constant["BLOCK_M"] // constant["HEADS"]) * head_tiles,)](
+    head_tiles = layout.num_kv_heads * ceil_div(constant["GROUP"], constant["HEADS"])
+    launcher(paged_prefill_kernel)[(max_tiles(tokens, rows, constant["BLOCK_M"] // constant["HEADS"]) * head_tiles,)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_THD,
         kv_table_BN,

@@ -13,7 +13,9 @@ import triton.language as tl
 from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import row_offset, row_strides
+from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
+from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.layout import AttentionLayout
 
 TILE_ELEMENTS = 1_024
@@ -149,7 +151,7 @@ def qk_norm_rope_store_kernel(
 def constants(layout: AttentionLayout, q_heads: int, pairs: int, eps: float, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time parameters of :func:`qk_norm_rope_store_kernel` for a layout and an activation dtype."""
     dim, v_dim = layout.k_dim, layout.v_dim
-    fits = max(TILE_ELEMENTS // triton.next_power_of_2(max(dim, v_dim)), 1)
+    fits = max(TILE_ELEMENTS // power_of_2(max(dim, v_dim)), 1)
     return {
         "TM": layout.tokens_per_entry,
         "KB": layout.kernel_block_tokens,
@@ -159,9 +161,9 @@ def constants(layout: AttentionLayout, q_heads: int, pairs: int, eps: float, dty
         "V_DIM": v_dim,
         "PAIRS": pairs,
         "PAIR_RUN": min(pairs & -pairs, 16),
-        "BLOCK_H": min(triton.next_power_of_2(q_heads), fits),
-        "BLOCK_D": triton.next_power_of_2(dim),
-        "BLOCK_V": triton.next_power_of_2(max(v_dim, 1)),
+        "BLOCK_H": min(power_of_2(q_heads), fits),
+        "BLOCK_D": power_of_2(dim),
+        "BLOCK_V": power_of_2(max(v_dim, 1)),
         "EPS": eps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
@@ -218,8 +220,8 @@ def qk_norm_rope_store(
     if tokens == 0:
         return out_THD
     constant = constants(layout, q_heads, pairs, eps, q_THD.dtype)
-    parts = triton.cdiv(layout.num_kv_heads, constant["BLOCK_H"]) + triton.cdiv(q_heads, constant["BLOCK_H"])
-    qk_norm_rope_store_kernel[(tokens, parts)](
+    parts = ceil_div(layout.num_kv_heads, constant["BLOCK_H"]) + ceil_div(q_heads, constant["BLOCK_H"])
+    launcher(qk_norm_rope_store_kernel)[(tokens, parts)](
         elements(buffer, torch_dtype(layout.dtype)),
         q_THD,
         k_TKD,
