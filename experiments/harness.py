@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hybridcache.config import typed
 from hybridcache.environment import environment
@@ -18,6 +19,26 @@ from hybridcache.errors import bad
 from hybridcache.tracking import make_tracker
 
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+
+
+class ProgressBar(Progress):
+    """How far an experiment is. Redrawn only when it has got further: a thread that redraws it ten times a second would take
+    the interpreter from the launches that are being timed.
+
+    Args:
+        width: characters of a task's description.
+    """
+
+    def __init__(self, width: int) -> None:
+        columns = (TextColumn(f"{{task.description:<{width}}}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        super().__init__(*columns, console=CONSOLE, auto_refresh=False)
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:  # type: ignore[override]
+        super().update(task_id, refresh=True, **fields)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self.refresh()
 
 
 def experiment_names() -> list[str]:

@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.harness import CONSOLE, write_results
+from experiments.harness import CONSOLE, ProgressBar, write_results
 from hybridcache.bench import block_size, block_size_figures
 from hybridcache.bench.isolate import isolated
 from hybridcache.bench.measure import Bench, Row, describe, failed
@@ -64,8 +63,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         timed = list(_timed(settings))
         phases["time"] = (len(timed), lambda: _times(timed, Setup.on(device, cfg.seed), settings["limit_s"]))
     rows: list[Row] = []
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=CONSOLE) as progress:
+    with ProgressBar(12) as progress:
         for phase, (total, produce) in phases.items():
             task = progress.add_task(phase, total=total)
             for row in produce():

@@ -15,10 +15,9 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.harness import CONSOLE, write_results
+from experiments.harness import CONSOLE, ProgressBar, write_results
 from hybridcache.bench import peers
 from hybridcache.bench.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
 from hybridcache.bench.ceilings import Ceilings, measure_ceilings
@@ -72,8 +71,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     if not on_cuda:
         torch.set_num_threads(1)
     bench = Bench(Setup.on(device, cfg.seed), record.ceilings)
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=CONSOLE) as progress:
+    with ProgressBar(32) as progress:
         task = progress.add_task("kernels", total=len(cases))
         if isolate:
             for row in isolated(bench.rows, cases, failed, limit_s=settings.limit_s):

@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.harness import CONSOLE, write_results
+from experiments.harness import CONSOLE, ProgressBar, write_results
 from experiments.phases.serving import ServingPhase, ServingSettings
 from experiments.strategies import choose_strategies
 from experiments.tables import print_throughput
@@ -42,8 +41,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         choice.build(phase.spec, settings.cache_bytes)
     trace_dir = run_dir if cfg.serve_trace else None
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with EventWriter(run_dir / "events.jsonl") as events, Progress(*columns, console=CONSOLE) as progress:
+    with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(32) as progress:
         task = progress.add_task("serve", total=len(choices) * len(workloads) * settings.repetitions)
         for row in phase.rows(choices, workloads, scheduler, events, trace_dir):
             rows.append({"experiment": cfg.experiment_name, **row})

@@ -10,9 +10,8 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.harness import CONSOLE, write_results
+from experiments.harness import CONSOLE, ProgressBar, write_results
 from experiments.phases.capacity import capacity_rows
 from experiments.phases.simulation import simulation_rows
 from experiments.strategies import StrategyChoice, choose_strategies
@@ -50,8 +49,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     producers = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}
     prepared = [(phase, producers[phase](cfg, choices, workload)) for phase in cfg.phases]
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with EventWriter(run_dir / "events.jsonl") as events, Progress(*columns, console=CONSOLE) as progress:
+    with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(12) as progress:
         for phase, (total, produce) in prepared:
             task = progress.add_task(phase, total=total)
             for row in produce(events):

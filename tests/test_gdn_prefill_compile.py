@@ -40,7 +40,7 @@ class Target:
         ).layout  # fmt: skip
         self.tiles = default_tiles(self.layout, getattr(torch, dtype), rows, PROCESSORS)
         self.tiles = replace(self.tiles, **tiles)
-        self.constant = constants(self.layout, getattr(torch, dtype), self.tiles, checkpoints)
+        self.constant = dict(constants(self.layout, getattr(torch, dtype), self.tiles, checkpoints))
         # As the model stores its weights.
         self.constant |= {"WEIGHT_STRIDE_C": 1, "WEIGHT_STRIDE_W": self.layout.conv_channels}
         element = TRITON_TYPE[dtype]
