@@ -38,7 +38,8 @@ def main() -> int:
     parser.add_argument("pytest_args", nargs="*", help="further arguments of pytest, after --")
     args = parser.parse_args()
     outcomes = _Outcomes()
-    status = pytest.main(["-m", "gpu", str(ROOT / "tests"), *args.pytest_args], plugins=[outcomes])
+    parallel = ["--dist", "loadgroup"] if "-n" in args.pytest_args else []
+    status = pytest.main(["-m", "gpu", str(ROOT / "tests"), *parallel, *args.pytest_args], plugins=[outcomes])
     counts: dict[str, int] = {}
     for entry in outcomes.tests.values():
         counts[str(entry["outcome"])] = counts.get(str(entry["outcome"]), 0) + 1

@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from hybridcache.bench.compilations import compilations  # noqa: E402
 from hybridcache.bench.no_device import no_device  # noqa: E402
 from hybridcache.kernels.launch import Launcher, launcher  # noqa: E402
 
@@ -185,3 +186,18 @@ def test_one_launcher_for_a_kernel_and_none_for_what_is_interpreted():
     assert launcher(mixed_kernel) is launcher(mixed_kernel)
     interpreted = object()
     assert launcher(interpreted) is interpreted
+
+
+def test_compilations_are_named_once_each(device):
+    @triton.jit
+    def fresh_kernel(out_ptr, VALUE: tl.constexpr):
+        tl.store(out_ptr, VALUE)
+
+    with compilations() as outer:
+        fresh_kernel[(1,)](MEMORY[torch.int32], VALUE=1)
+        with compilations() as inner:
+            fresh_kernel[(1,)](MEMORY[torch.int32], VALUE=1)
+            fresh_kernel[(1,)](MEMORY[torch.int32], VALUE=2)
+    fresh_kernel[(1,)](MEMORY[torch.int32], VALUE=3)
+    assert inner == ["fresh_kernel"]
+    assert outer == ["fresh_kernel"] * 2

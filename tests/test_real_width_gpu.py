@@ -29,6 +29,7 @@ from hybridcache.kernels.moe import naive
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("real_width"),  # two such models, 30 GB each, may be one too many for a device
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 

@@ -1,5 +1,6 @@
 """Serving phase: each workload at full speed through one engine a strategy, and a profile of its steps."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from experiments.phases.model_phase import ModelPhase, ModelSettings, require_finished
 from experiments.strategies import StrategyChoice
+from hybridcache.bench.compilations import compilations
 from hybridcache.bench.step_profile import StepProfile, profile_steps
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.heap import settle_heap
@@ -21,6 +23,8 @@ from hybridcache.errors import bad
 from hybridcache.metrics import EventSink, Recorder
 from hybridcache.workloads import build_workload
 from hybridcache.workloads.base import Workload
+
+_LOG = logging.getLogger(__name__)
 
 PROFILED_STEPS = 16
 
@@ -142,8 +146,11 @@ class ServingPhase(ModelPhase):
         recorder = engine.recorder = Recorder(labels, events, origin_s=engine.now())
         launched = engine.backend.launches.copy()
         moved, appended = engine.strategy.bytes_moved, engine.strategy.table_entries_appended
-        sequences, duration_s = self._serve(choice.label, engine, workload)
+        with compilations() as compiled:
+            sequences, duration_s = self._serve(choice.label, engine, workload)
         engine.recorder = None
+        if compiled:
+            _LOG.warning("%s, %s: compiled while timed: %s", choice.label, workload.name, ", ".join(compiled))
         row = recorder.finish(sequences, duration_s, engine.strategy)
         row["bytes_moved"] -= moved
         row["table_entries_appended"] -= appended
@@ -157,6 +164,7 @@ class ServingPhase(ModelPhase):
                 "workspace_bytes": peak - self._allocated_before - engine.runner.pool.buffer.nbytes,
                 "stated_workspace_bytes": engine.memory.workspace_bytes,
             }
+        row["kernels_compiled"] = len(compiled)
         return {**row, **memory, **self.provenance(launches, engine.backend.name)}
 
     def _serve(self, label: str, engine: Engine, workload: Workload) -> tuple[list[EngineSequence], float]:
