@@ -49,6 +49,15 @@ def test_routing(generator, tokens, experts, k, renormalise):
         torch.testing.assert_close(weight[:, :k].sum(1), torch.ones(tokens))
 
 
+def test_of_equal_logits_the_first_expert_is_chosen(generator):
+    logits = torch.randn(40, router_rows(61), generator=generator).mul(2).round()
+    weight, expert = route(logits, 61, 10, True)
+    expected_weight, _ = naive.route(logits.double(), 61, 10, True)
+    expected = logits[:, :61].sort(dim=1, descending=True, stable=True).indices[:, :10]
+    assert expert.tolist() == expected.tolist()
+    assert rel_error(weight, expected_weight) < 1e-6
+
+
 def test_routing_of_nan_names_experts(generator):
     logits = torch.randn(2, router_rows(5), generator=generator)
     logits[0] = float("nan")
