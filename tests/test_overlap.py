@@ -228,6 +228,18 @@ def test_moves_that_fail_recompute_everything_running(engine_of, monkeypatch):
     assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
 
 
+def test_requests_of_one_token_come_one_after_another(engine_of):
+    """Their steps decode nothing, and the engine steps once more for a token that is on its way while nobody runs."""
+    requests = [([token] * 20, SamplingParams(max_tokens=1)) for token in range(4)]
+    engine = engine_of()
+    seqs = []
+    for prompt, params in requests:
+        seqs.append(engine.add_request(prompt, params))
+        engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+    assert not engine.strategy.residents
+
+
 @pytest.mark.parametrize("where", ["launch", "wait", "advance"])
 def test_an_interrupt_leaves_the_engine_consistent(where, engine_of, monkeypatch):
     requests = stream(random.randrange(2**32), 5)

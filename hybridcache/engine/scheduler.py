@@ -160,7 +160,7 @@ class Scheduler:
         if self.config.max_tokens_per_step - budget > len(items):
             # Not one token each. (Where it is, a prompt of one token was admitted just now and is behind those that decode.)
             items = [i for i in items if i.is_decode] + [i for i in items if not i.is_decode]
-        elif len(items) == running == len(self.running):
+        elif items and len(items) == running == len(self.running):
             # Everybody decodes. What takes a moment to set up is worth it from the second such step on.
             if self._decoding == self.running:
                 cohort = Cohort(self._decoding, self.strategy.room)
