@@ -126,7 +126,7 @@ class ServingPhase(ModelPhase):
                     yield self._row(choice, engine, workload, repetition, events)
             engine.strategy.check_integrity()
             del engine
-        # Behind everything that is timed: a strategy that came right after the profile was slower in its first steps.
+        # Behind everything that is timed: PyTorch's profiler leaves CUPTI attached, and launches stay slower in this process.
         engine = self._warm_engine(choices[0], workloads[:2], scheduler)
         self._profile(choices[0], engine, events, trace_dir)
 
