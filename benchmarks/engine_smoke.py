@@ -6,7 +6,7 @@ Qwen3-Next cut to 8 layers, all other widths real, random bf16 weights; shared_p
 tokens a step. ``--share`` runs that part of each workload's requests (1 for all).
 
 * ``host_ms``: the host's work in a step, waiting for the device excluded, as a mean over all steps; ``decode_host_ms``: the
-  median of steps that only decode; ``wait_ms``: the waiting.
+  median of steps that only decode (``mixed_host_ms``: of others), beside it their mean; ``wait_ms``: the waiting.
 * ``idle``: of the time between two steps that only decode, the part in which the first had ended and the second's inputs were
   not yet on their way, by events on the stream.
 * Operations that wait for the device, in steps of all kinds, are counted and named: there should be none.
@@ -133,6 +133,7 @@ class Watch:
                     f"{name}_device_ms": statistics.median(s["device_ms"] for s in chosen),
                     f"{name}_launch_ms": statistics.median(s["launch_ms"] for s in chosen),
                     f"{name}_host_ms": statistics.median(s["host_ms"] for s in chosen),
+                    f"{name}_host_mean_ms": statistics.mean(s["host_ms"] for s in chosen),
                     f"{name}_host_p90_ms": sorted(s["host_ms"] for s in chosen)[len(chosen) * 9 // 10],
                     f"{name}_launch_max_ms": max(s["launch_ms"] for s in chosen),
                     f"{name}_allocations": sum(s["allocations"] for s in chosen),
