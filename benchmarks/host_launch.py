@@ -1,6 +1,6 @@
 """Host time of launching a step that prefills, operation by operation, on this machine's CPU and without a device.
 
-    python benchmarks/host_launch.py [--mode carve] [--decoding 95] [--prefilling 4] [--steps 100] [--profile]
+    python benchmarks/host_launch.py [--mode carve] [--decoding 95] [--prefilling 4] [--steps 100] [--profile] [--out FILE]
 
 Qwen3-Next cut to 8 layers on tensors without memory; Triton compiles for Hopper and launches nothing. Packing the step's inputs
 is not in it, nor what CUDA takes of a launch. Tensors without memory make some of PyTorch's operations slower than CUDA's are:
@@ -15,12 +15,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from hybridcache.batch import StepBatch
 from hybridcache.bench.no_device import NoDevice, no_device
+from hybridcache.environment import environment
 from hybridcache.kernels.triton_backend import TritonBackend
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--prefilling", type=int, default=4, help=f"prompts of {PROMPT} tokens")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hopper = "hybridcache.kernels.{}.is_hopper{}"
     places = (("triton_backend", ""), ("gdn_prefill.tiles", ""), ("gdn_decode.tuning", "_or_later"))
@@ -107,7 +110,10 @@ def main() -> None:
             profiler = cProfile.Profile()
             profiler.runcall(lambda: [step() for _ in range(20)])
             pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
-    print(json.dumps({"mode": args.mode, "decoding": args.decoding, "prefilling": args.prefilling, **found}))
+    row = {"mode": args.mode, "decoding": args.decoding, "prefilling": args.prefilling, **found}
+    print(json.dumps(row))
+    if args.out:
+        args.out.write_text(json.dumps({"environment": environment(), **row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def gluon_kernel(desc, out_ptr):
     gl.store(out_ptr + gl.program_id(0), gl.program_id(0))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def device():
     with no_device() as pretended:
         yield pretended

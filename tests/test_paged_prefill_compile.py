@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from hybridcache.bench.dispatch import unordered  # noqa: E402
-from hybridcache.kernels.paged_prefill import hopper  # noqa: E402
+from hybridcache.kernels.paged_prefill import hopper, hopper_kernel  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
 from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tile  # noqa: E402
 from hybridcache.kernels.testing import attention_case  # noqa: E402
@@ -117,13 +117,13 @@ def test_paged_prefill_in_gluon(dtype, kb, blocks, dim, heads, kv_heads, tmp_pat
     }
     scalars = {"scale_log2": "fp32", "rows": "i32", "tokens": "i32", "search_steps": "i32"}
     constants = hopper.constants(case.layout, heads, ring)
-    compiled = gluon_for_hopper(hopper.hopper_prefill_kernel, pointers, scalars, constants)
+    compiled = gluon_for_hopper(hopper_kernel.hopper_prefill_kernel, pointers, scalars, constants)
     assert_fits(compiled, tmp_path)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async" in ptx
     assert "cp.async.mbarrier.arrive.noinc" in ptx
     assert "serialized" not in ptxas_report(compiled, tmp_path)
-    assert unordered(ptx, "hopper_prefill_kernel", Path(hopper.__file__).read_text()) == []
+    assert unordered(ptx, "hopper_prefill_kernel", Path(hopper_kernel.__file__).read_text()) == []
     for registers in (ring.consumer_registers, ring.producer_registers):
         assert f"setmaxnreg.dec.sync.aligned.u32 \t{registers}" in ptx
 

@@ -1,24 +1,11 @@
 """A driver for Triton that compiles for a Hopper GPU and launches nothing: what a launch costs the host, without a device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-
-
-class _Launcher:
-    """Takes what a kernel is launched with, and keeps the last of it."""
-
-    last: ClassVar[tuple[Any, ...]] = ()
-    launches: ClassVar[int] = 0
-
-    def __init__(self, src: Any, metadata: Any) -> None: ...
-
-    def __call__(self, *args: Any) -> None:
-        _Launcher.last = args
-        _Launcher.launches += 1
 
 
 class _Utils:
@@ -33,17 +20,20 @@ class _Utils:
 class NoDevice:
     """See the module."""
 
-    launcher_cls = _Launcher
     utils = _Utils()
 
-    @property
-    def last(self) -> tuple[Any, ...]:
+    def __init__(self) -> None:
+        self.launches = 0
+        self.last: tuple[Any, ...] = ()
         """What the last launch was given: grid, stream, function, metadata, hooks, then the kernel's arguments."""
-        return _Launcher.last
 
-    @property
-    def launches(self) -> int:
-        return _Launcher.launches
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        """What launches a compiled kernel."""
+        return self._launch
+
+    def _launch(self, *args: Any) -> None:
+        self.last = args
+        self.launches += 1
 
     def get_current_device(self) -> int:
         return 0
@@ -54,14 +44,11 @@ class NoDevice:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
 
 @contextmanager
 def no_device() -> Iterator[NoDevice]:
-    """Triton's driver while the context lasts. Kernels that were launched in it must not be launched on a device by the same
-    process: their compiled forms have been loaded nowhere."""
+    """Triton's driver while the context lasts, once in a process: what it compiled keeps to it, and must not be launched on a
+    device later, for it has been loaded nowhere."""
     before, pretended = driver._active, NoDevice()  # the default driver cannot be asked for where there is no device
     driver.set_active(pretended)
     try:

@@ -74,14 +74,16 @@ class Step:
         self.preempted = preempted or []
         self.cohort = cohort
         self._items = items if items is not None or cohort is not None else []
-        self._starts = [] if cohort is None else (cohort.totals - 1).tolist()
+        self._starts = None if cohort is None else cohort.totals - 1
 
     @property
     def items(self) -> list[ScheduledTokens]:
         """Made when asked for: launching a cohort again takes none of them."""
         if self._items is None:
             assert self.cohort is not None
-            self._items = [ScheduledTokens(seq, start, 1) for seq, start in zip(self.cohort.seqs, self._starts)]
+            assert self._starts is not None
+            starts = self._starts.tolist()
+            self._items = [ScheduledTokens(seq, start, 1) for seq, start in zip(self.cohort.seqs, starts)]
         return self._items
 
     @property

@@ -36,7 +36,8 @@ class Launcher:
     Arguments that the kernel exempts from that are exempt here too. What Triton reads of its environment while a process runs
     (``TRITON_DEBUG``, instrumentation) counts at the first call of a kind.
 
-    Runtime arguments are given by position and come before the constants, which are given by name, always all of them.
+    Arguments by position come first, and all others by name, constants among them. Those given by name count by their value:
+    what changes from step to step is to be given by position.
 
     Args:
         kernel: a ``triton.jit`` or ``gluon.jit`` function.
