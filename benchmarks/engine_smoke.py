@@ -252,7 +252,7 @@ def main() -> None:
     settle_heap()
     engine = make_engine(model, 2 << 30, args.state_dtype, args.mode)
     graphs = engine.runner.graphs
-    clock(f"graphs of {graphs.sizes if graphs else 'no'} rows")
+    clock(f"{len(graphs.shapes) if graphs else 'no'} graphs")
     # Untimed: prefill kernels are compiled here.
     for requests, prompt in ((1, 128), (8, 1024), (40, 64), (2, 4096), (4, 2048)):
         serve(engine, requests, prompt, 4, seed=0)

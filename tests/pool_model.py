@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hybridcache.batch import StepBatch
+from hybridcache.engine.graphs import Shape
 from hybridcache.errors import UserError
 from hybridcache.layout import Layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
@@ -42,16 +43,19 @@ class PoolModel:
         self.waits = None
         self.weight_bytes = 0
         self.before_forward = before_forward
-        self.batches: list[tuple[int, int]] = []
-        """``(rows that decode, rows that prefill)`` of every step, padding included."""
+        self.batches: list[Shape] = []
+        """Of every step, padding included."""
 
     def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
         return 0
 
     def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: object) -> torch.Tensor:
         if (batch.kv_table_BN[:, 0] < 0).all():  # nothing but padding: a warm-up
-            return torch.zeros(batch.num_tokens, self.config.vocab_size, dtype=torch.float64)
-        self.batches.append((batch.num_decode, batch.num_rows - batch.num_decode))
+            wanted = batch.num_tokens if batch.logit_index_R is None else len(batch.logit_index_R)
+            return torch.zeros(wanted, self.config.vocab_size, dtype=torch.float64)
+        self.batches.append(
+            Shape(batch.num_decode, batch.num_tokens - batch.num_decode, batch.num_rows - batch.num_decode)
+        )
         if self.before_forward is not None:
             self.before_forward(batch)
         memory = buffer.numpy()[: buffer.numel() // 8 * 8].view(np.float64)
@@ -60,9 +64,9 @@ class PoolModel:
         last = {}
         for row in range(batch.num_rows):
             if batch.kv_table_BN[row, 0] < 0:  # padding
-                last[int(np.flatnonzero(rows == row)[-1])] = 0.0
                 continue
             mine = np.flatnonzero(rows == row)
+            self._check_row(batch, row, mine, positions)
             kv_hash = self._attend(
                 memory,
                 layout,
@@ -74,9 +78,22 @@ class PoolModel:
             state_hash = self._recur(memory, layout, batch.state_table_BL[row].numpy(), tokens[mine], positions[mine])
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
         wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
-        hashes = np.array([last[int(index)] for index in wanted])
+        hashes = np.array([last.get(int(index), 0.0) for index in wanted])
         factors = np.arange(1, self.config.vocab_size + 1) * 7919.0 % PRIME
         return torch.from_numpy((hashes[:, None] + 1) * factors % PRIME / PRIME * 8)
+
+    @staticmethod
+    def _check_row(batch: StepBatch, row: int, mine: np.ndarray, positions: np.ndarray) -> None:
+        """The batch tells in several ways which tokens a row has; kernels read one or another."""
+        first, count = row, 1
+        if row >= batch.num_decode:
+            number = row - batch.num_decode
+            begin, end = batch.prefill_cu_seqlens[number : number + 2].tolist()
+            first, count = batch.num_decode + begin, end - begin
+            assert int(batch.prefill_start_P[number]) == positions[first]
+        assert mine.tolist() == list(range(first, first + count))
+        assert positions[mine].tolist() == list(range(positions[first], positions[first] + count))
+        assert int(batch.context_len_B[row]) == positions[first] + count
 
     def _attend(
         self,

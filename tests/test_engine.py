@@ -95,7 +95,7 @@ def test_tokens_equal_those_of_requests_run_alone(label, some_stream):
     engine = make_engine(label, tight(label, requests), CHUNKED, poison=True)
     assert run_all(engine, requests) == expected, f"seed {seed}"
     assert engine.scheduler.num_preemptions > 0, f"seed {seed}: the budget was not tight"
-    assert any(decode and prefill for decode, prefill in engine.runner.model.batches), "no mixed step"
+    assert any(shape.decode and shape.prefill for shape in engine.runner.model.batches), "no mixed step"
 
 
 @pytest.mark.parametrize("victim", ["last", "least_computed"])

@@ -14,7 +14,7 @@ from pool_model import PoolModel
 from test_engine import CHUNKED, PHYSICAL, make_engine, make_strategy, run_all, run_one_by_one, stream, tight
 
 from hybridcache.engine.engine import Engine
-from hybridcache.engine.graphs import DecodeGraphs, graph_sizes, wants_graphs
+from hybridcache.engine.graphs import Shape, StepGraphs, graph_sizes, prefill_shapes, wants_graphs
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Status
@@ -127,13 +127,15 @@ def test_without_stop_tokens_the_steps_are_those_without_overlap(engine_of):
         for prompt, params in requests:
             engine.add_request(prompt, params)
         engine.run()
-        graphs = engine.runner.graphs
-        size = graphs.size_for if graphs else int  # a graph's padding rows are in its batch
-        batches = [(d if p else size(d), p) for d, p in engine.runner.model.batches]
+        batches = engine.runner.model.batches
         found.append((batches, engine.scheduler.num_preemptions, [seq.output_ids for seq in engine.sequences]))
     (plain, *rest), (overlapped, *others) = found
     assert rest == others
-    assert [(d if p else size(d), p) for d, p in plain] == overlapped
+    graphs = engine.runner.graphs
+    if graphs is not None:  # whose padding is in the batch
+        assert any(shape.prefill for shape in graphs.shapes)
+        plain = [graphs.shape_for(*shape) or shape for shape in plain]
+    assert plain == overlapped
 
 
 def test_a_step_is_launched_before_the_last_tokens_are_known():
@@ -294,7 +296,7 @@ def test_unchanged_rows_are_not_sent_again():
     assert len(sent) <= 2 + grows, sent
 
 
-def test_the_decode_graph_that_fits_is_replayed_and_launches_are_counted():
+def test_the_graph_that_fits_is_replayed_and_launches_are_counted():
     sizes = graph_sizes(29)
     assert sizes == [1, 2, 4, 8, 16, 24, 29]
     assert graph_sizes(1) == [1]
@@ -303,13 +305,13 @@ def test_the_decode_graph_that_fits_is_replayed_and_launches_are_counted():
     launches = Counter({"op": 5})
     ran, warmed, order = [], [], []
 
-    def step(rows):
+    def step(shape):
         launches["op"] += 2
-        ran.append(rows)
+        ran.append(shape.decode)
 
-    def warm_up(rows):
+    def warm_up(shape):
         launches["op"] += 100
-        warmed.append(rows)
+        warmed.append(shape.decode)
 
     class Capture:
         def __init__(self, run):
@@ -317,20 +319,59 @@ def test_the_decode_graph_that_fits_is_replayed_and_launches_are_counted():
             order.append(ran[-1])
             self.replay = lambda: None
 
-    graphs = DecodeGraphs(sizes, step, warm_up, Capture, launches)
+    graphs = StepGraphs([Shape(size) for size in sizes], step, warm_up, Capture, launches)
     for rows, size in ((1, 1), (3, 4), (8, 8), (9, 16), (25, 29), (29, 29)):
-        assert graphs.size_for(rows) == size
-    graphs.replay(4)
+        assert graphs.shape_for(rows) == Shape(size)
+    assert graphs.shape_for(3, 64, 1) is None
+    graphs.replay(Shape(4))
     assert order == [29, 4], "the largest first"
     assert warmed == order
     assert launches == Counter({"op": 7})
     graphs.capture()
-    assert sorted(order) == sizes
+    assert order == [29, 4, *sorted(set(sizes) - {29, 4}, reverse=True)]
     assert launches == Counter({"op": 7})
-    graphs.replay(29)
-    graphs.replay(29)
+    graphs.replay(Shape(29))
+    graphs.replay(Shape(29))
     assert launches == Counter({"op": 11})
     assert graphs.replays == 3
+
+
+@pytest.mark.parametrize(("max_rows", "max_tokens"), [(256, 8192), (40, 600), (5, 64), (3, 8192), (20, 63)])
+def test_shapes_of_steps_that_prefill(max_rows, max_tokens):
+    shapes = prefill_shapes(max_rows, max_tokens)
+    assert len(set(shapes)) == len(shapes) <= 80
+    for shape in shapes:
+        assert shape.rows <= max_rows
+        assert shape.total_tokens <= max_tokens
+    graphs = StepGraphs([*shapes, *map(Shape, graph_sizes(max_rows))], *[lambda *args: None] * 3, Counter())
+    for _ in range(200):
+        decode, prefill = random.randrange(max_rows), random.randrange(20)
+        tokens = random.randint(prefill, max(prefill, min(max_tokens, 5000))) if prefill else 0
+        chosen = graphs.shape_for(decode, tokens, prefill)
+        fitting = [s for s in graphs.shapes if s.decode >= decode and s.tokens >= tokens and s.prefill > prefill]
+        if prefill == 0 and decode:
+            assert chosen == Shape(min(size for size in graph_sizes(max_rows) if size >= decode))
+        elif prefill:
+            assert (chosen is None) == (not fitting)
+            assert chosen is None or chosen.total_tokens == min(shape.total_tokens for shape in fitting)
+
+
+def test_what_prefills_few_tokens_is_replayed():
+    """Beside requests that decode and without any; what fits no graph is launched."""
+    engine = with_graphs(make_engine(overlap=True, config=replace(CHUNKED, max_tokens_per_step=400)))
+    requests = [([token] * 20, SamplingParams(max_tokens=9)) for token in range(2)]
+    requests += [([5] * 300, SamplingParams(max_tokens=2)), ([6] * 30, SamplingParams(max_tokens=2))]
+    seqs = []
+    for prompt, params in requests:
+        seqs.append(engine.add_request(prompt, params))
+        engine.step()
+        engine.step()
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests)
+    batches = engine.runner.model.batches
+    assert [shape.prefill for shape in batches if shape.prefill] == [4, 4, 1, 4]
+    assert [shape.tokens for shape in batches if shape.prefill] == [64, 64, 300, 64]
+    assert engine.runner.graphs.replays == len(batches) - 1
 
 
 def test_graphs_where_they_cannot_be():
@@ -377,7 +418,7 @@ def test_the_largest_steps_run_on_padding_before_the_first_request():
     before = runner.pool.buffer.clone()
     engine.backend.launches["kept[torch]"] = 3
     runner.prepare()
-    largest = [batch for batch in seen if not batch.num_decode]
+    largest = [batch for batch in seen if batch.num_tokens == runner.max_tokens]
     assert sorted(batch.num_rows for batch in largest) == [1, runner.max_rows]
     for batch in largest:
         assert batch.num_tokens == runner.max_tokens == int(batch.prefill_cu_seqlens[-1])

@@ -4,7 +4,8 @@ import numpy as np
 from pool_model import PoolModel
 from test_engine import make_strategy
 
-from hybridcache.engine.runner import ModelRunner, RowInput
+from hybridcache.engine.packing import RowInput
+from hybridcache.engine.runner import ModelRunner
 from hybridcache.engine.sampling import GREEDY
 from hybridcache.kernels.backend import make_backend
 

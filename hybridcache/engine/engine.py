@@ -9,8 +9,9 @@ import numpy.typing as npt
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
 from hybridcache.engine.observed import HostTimes, StepOutput
+from hybridcache.engine.packing import RowInput
 from hybridcache.engine.request import Request, checked_prompt
-from hybridcache.engine.runner import Flight, Model, ModelRunner, RowInput
+from hybridcache.engine.runner import Flight, Model, ModelRunner
 from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status

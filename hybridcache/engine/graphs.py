@@ -1,9 +1,12 @@
-"""DecodeGraphs: decode steps as CUDA graphs, one for each of a few numbers of rows.
+"""StepGraphs: steps as CUDA graphs, one for each of a few shapes.
 
-A step of n rows replays the smallest graph that holds n; the rows behind them are padding, which the kernels skip. All graphs
-share one memory pool, and the largest is captured first, so that the others fit into what it left. Before a capture the
-same step runs once on inputs that are all padding: kernels are compiled and libraries are initialised there, and no byte of
-the cache changes.
+A step replays the smallest graph that holds it; rows and tokens beyond its own are padding, which the kernels skip. Steps that
+only decode have graphs for any number of rows. Of steps that prefill too, those of few tokens have some: the device is done
+with them sooner than the host would be with launching them one by one; larger ones have none, and keep the device busy.
+
+All graphs share one memory pool, and the largest is captured first, so that the others fit into what it left. Before a
+capture the same step runs once on inputs that are all padding: kernels are compiled and libraries are initialised there, and
+no byte of the cache changes.
 """
 
 import logging
@@ -11,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -23,7 +26,39 @@ _LOG = logging.getLogger(__name__)
 CHOICES = ("auto", "true", "false")
 SMALL = (1, 2, 4, 8)
 STEP = 8
-"""Beyond the small sizes, every multiple of this."""
+"""Beyond the small numbers of decoding rows, every multiple of this."""
+
+
+PREFILL_TOKENS = (64, 256, 512, 1024, 2048, 4096)
+PREFILL_ROWS = (4, 16)
+"""Of prefilling rows at least one is padding: tokens of nobody belong to it."""
+BESIDE_PREFILL = (0, 16, 64)
+"""Decoding rows beside them; beyond these every multiple of the last."""
+
+
+class Shape(NamedTuple):
+    """What a graph holds."""
+
+    decode: int
+    """Rows of one token each."""
+    tokens: int = 0
+    """Of prefilling rows."""
+    prefill: int = 0
+    """Prefilling rows, behind those that decode."""
+
+    @property
+    def rows(self) -> int:
+        return self.decode + self.prefill
+
+    @property
+    def total_tokens(self) -> int:
+        return self.decode + self.tokens
+
+    def holds(self, decode: int, tokens: int, prefill: int) -> bool:
+        """Whether a step fits. One that prefills nothing takes only a graph for such steps."""
+        if prefill == 0 or self.prefill == 0:
+            return prefill == self.prefill and decode <= self.decode
+        return decode <= self.decode and tokens <= self.tokens and prefill < self.prefill
 
 
 class Replayable(Protocol):
@@ -48,9 +83,19 @@ class CudaCapture:
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows with a graph of their own: 1, 2, 4, 8, 16, 24, 32 and so on, up to ``max_rows``."""
+    """Numbers of rows that only decode with a graph of their own: 1, 2, 4, 8, 16, 24, 32 and so on, up to ``max_rows``."""
     sizes = [size for size in (*SMALL, *range(2 * STEP, max_rows, STEP)) if size < max_rows]
     return [*sizes, max_rows]
+
+
+def prefill_shapes(max_rows: int, max_tokens: int) -> list[Shape]:
+    """Shapes of steps that prefill, of at most that many rows and tokens in all, which have a graph."""
+    found = []
+    for prefill in PREFILL_ROWS:
+        most = max_rows - prefill
+        beside = {*BESIDE_PREFILL, *range(2 * BESIDE_PREFILL[-1], most, BESIDE_PREFILL[-1]), most}
+        found += [Shape(n, tokens, prefill) for n in beside if 0 <= n <= most for tokens in PREFILL_TOKENS]
+    return [shape for shape in found if shape.total_tokens <= max_tokens]
 
 
 def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, waits: str | None) -> bool:
@@ -78,59 +123,61 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, wai
     return name != "false" and reason is None
 
 
-class DecodeGraphs:
+class StepGraphs:
     """See the module.
 
     Args:
-        sizes: ascending; the last is the most rows of a step.
-        step: runs a step of that many rows on the static inputs.
-        warm_up: runs a step of that many padding rows on other inputs.
+        shapes: in any order.
+        step: runs a step of that shape on the static inputs.
+        warm_up: runs a step of that shape that is all padding, on other inputs.
         capture: how a step is recorded.
         launches: the backend's counter. A replay adds what its capture launched; captures and warm-ups add nothing.
     """
 
     def __init__(
         self,
-        sizes: Sequence[int],
-        step: Callable[[int], None],
-        warm_up: Callable[[int], None],
+        shapes: Sequence[Shape],
+        step: Callable[[Shape], None],
+        warm_up: Callable[[Shape], None],
         capture: Capture,
         launches: Counter[str],
     ) -> None:
-        self.sizes = list(sizes)
+        self.shapes = sorted(shapes, key=lambda shape: (shape.total_tokens, shape.rows))
+        """The largest last."""
         self._step, self._warm_up, self._capture = step, warm_up, capture
         self._launches = launches
-        self._graphs: dict[int, tuple[Replayable, Counter[str]]] = {}
+        self._graphs: dict[Shape, tuple[Replayable, Counter[str]]] = {}
         self.replays = 0
 
-    def size_for(self, rows: int) -> int:
-        """The smallest size that holds that many rows."""
-        return next(size for size in self.sizes if size >= rows)
+    def shape_for(self, decode: int, tokens: int = 0, prefill: int = 0) -> Shape | None:
+        """The smallest shape that holds such a step; None where none does."""
+        return next((shape for shape in self.shapes if shape.holds(decode, tokens, prefill)), None)
 
-    def replay(self, size: int) -> None:
-        """Run the step of one of ``sizes``; it is captured now if it was not yet."""
-        if size not in self._graphs:
-            self.capture([self.sizes[-1], size])
-        graph, counts = self._graphs[size]
+    def replay(self, shape: Shape) -> None:
+        """Run the step of one of ``shapes``; it is captured now if it was not yet."""
+        if shape not in self._graphs:
+            self.capture([self.shapes[-1], shape])
+        graph, counts = self._graphs[shape]
         graph.replay()
         self._launches.update(counts)
         self.replays += 1
 
-    def capture(self, sizes: Sequence[int] | None = None) -> None:
-        """Capture these sizes, all by default, those that exist excepted."""
-        wanted = sorted({*(self.sizes if sizes is None else sizes)} - self._graphs.keys(), reverse=True)
+    def capture(self, shapes: Sequence[Shape] | None = None) -> None:
+        """Capture these shapes, all by default, those that exist excepted."""
+        asked = {*(self.shapes if shapes is None else shapes)} - self._graphs.keys()
+        wanted = [shape for shape in reversed(self.shapes) if shape in asked]
         started = time.perf_counter()
-        for size in wanted:
+        for shape in wanted:
             before = Counter(self._launches)
-            self._warm_up(size)
+            self._warm_up(shape)
             self._restore(before)
-            graph = self._capture(partial(self._step, size))
+            graph = self._capture(partial(self._step, shape))
             counts = Counter(self._launches)
             counts.subtract(before)
             self._restore(before)
-            self._graphs[size] = (graph, +counts)
+            self._graphs[shape] = (graph, +counts)
         if wanted:
-            _LOG.info("captured %d decode graphs in %.1f s", len(wanted), time.perf_counter() - started)
+            _LOG.info("captured %d graphs in %.1f s", len(wanted), time.perf_counter() - started)
 
     def _restore(self, counts: Counter[str]) -> None:
         self._launches.clear()

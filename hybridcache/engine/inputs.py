@@ -8,12 +8,14 @@ Shapes: T tokens, B rows, R most rows, L state layers, N table entries.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hybridcache.batch import StepBatch
+from hybridcache.engine.graphs import Shape
 
 ALIGNMENT = 16
 TOKEN_BYTES = 28
@@ -24,18 +26,44 @@ INLINE_ENTRIES = 1 << 18
 """Table entries that travel with the other inputs; more (1 MB) go in a copy of their own."""
 
 
-@dataclass
-class DecodeStaging:
-    """Host arrays of a step that only decodes, a place per row."""
+class StepFields(NamedTuple):
+    """What a step reads beside tables, each packed at a place that follows from its shape: host arrays, or what they are on the
+    device."""
 
-    token: np.ndarray
-    """int64; ids of tokens that the device does not know."""
-    index: np.ndarray
-    """int64; where in ``feed`` each row's token is."""
-    position: np.ndarray
-    """int64."""
-    context: np.ndarray
-    """int32."""
+    token: Any
+    """int64 ``[T]``; first of all, because ``feed`` ends with it."""
+    index: Any
+    """int64 ``[T]``; where in ``feed`` each token is."""
+    position: Any
+    """int64 ``[T]``."""
+    row: Any
+    """int32 ``[T]``."""
+    context: Any
+    """int32 ``[B]``."""
+    cu_seqlens: Any
+    """int32 ``[P + 1]``, of the prefilling rows, from 0."""
+    start: Any
+    """int32 ``[P]``."""
+    logit: Any
+    """int64 ``[B]``; every row's last token."""
+
+    @classmethod
+    def cut(cls, packed: Any, shape: Shape, kinds: Any) -> "StepFields":
+        """The fields in a flat array or tensor of bytes; ``kinds`` is the module that names its types."""
+        return cls(*(packed[begin:end].view(getattr(kinds, kind)) for kind, begin, end in _places(shape)[:-1]))
+
+
+@lru_cache(maxsize=1024)
+def _places(shape: Shape) -> list[tuple[str, int, int]]:
+    """Type, first byte and end of each of :class:`StepFields`, and of what comes behind them."""
+    tokens, rows, prefill = shape.total_tokens, shape.rows, shape.prefill
+    counts = [("int64", tokens)] * 3 + [("int32", tokens), ("int32", rows), ("int32", prefill + 1), ("int32", prefill)]
+    found, cursor = [], 0
+    for kind, count in (*counts, ("int64", rows)):
+        end = cursor + count * np.dtype(kind).itemsize
+        found.append((kind, cursor, end))
+        cursor = _aligned(end)
+    return [*found, ("", cursor, cursor)]
 
 
 class StepInputs:
@@ -71,41 +99,15 @@ class StepInputs:
         self._turn = 0
         self._cursor = 0
         self._updates: list[Callable[[], object]] = []
-        sizes = [(np.int64, torch.int64)] * 3 + [(np.int32, torch.int32)]
-        offsets = np.cumsum([0] + [_aligned(max_rows * np.dtype(kind).itemsize) for kind, _ in sizes]).tolist()
-        self._decode_end = offsets[-1]
-        self._decode_staging = [
-            DecodeStaging(
-                *(
-                    array[start : start + max_rows * np.dtype(kind).itemsize].view(kind)
-                    for start, (kind, _) in zip(offsets, sizes)
-                )
-            )
-            for array in self._arrays
-        ]
-        _, self._index, self._position, self._context = (
-            self._packed[start : start + max_rows * kind.itemsize].view(kind)
-            for start, (_, kind) in zip(offsets, sizes)
-        )
-        self._rows = torch.arange(max_rows, dtype=torch.int32, device=device)
-        self._no_prefill = torch.zeros(1, dtype=torch.int32, device=device)
 
     # -- from the host to the device -------------------------------------------------------------------------------
 
-    def begin_decode(self) -> DecodeStaging:
-        """Start packing a step that only decodes; the places behind its rows keep what they held."""
-        self._begin(self._decode_end)
-        return self._decode_staging[self._turn]
-
-    def begin(self, token_ids_T: np.ndarray) -> None:
-        """Start packing any step; ``token_ids_T`` (int64) may hold anything where the device knows better."""
-        self._begin(0)
-        self.put(token_ids_T)
-
-    def _begin(self, cursor: int) -> None:
+    def begin(self, shape: Shape) -> StepFields:
+        """Start packing a step of that shape."""
         self._turn ^= 1
-        self._cursor = cursor
+        self._cursor = _places(shape)[-1][1]
         self._updates = []
+        return StepFields.cut(self._arrays[self._turn], shape, np)
 
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Pack one array. Returns where it will be on the device once :meth:`send` has run; the next step overwrites it."""
@@ -139,22 +141,32 @@ class StepInputs:
         """Token ids from their places in ``feed``."""
         return self.feed.index_select(0, index_T)
 
-    def decode_batch(self, num_rows: int) -> StepBatch:
-        """The first rows, each decoding one token, from static memory; rows behind the step's are padding. ``max_context_len``
-        is what a table row can hold at most, in entries' worth: no decode operation reads it."""
+    def batch(
+        self,
+        shape: Shape,
+        num_entries: int | None = None,
+        num_logits: int | None = None,
+        max_prefill_len: int = 0,
+        max_context_len: int = 0,
+    ) -> StepBatch:
+        """A step of that shape from static memory, with as many entries of every row's KV table and as many logits, or all
+        (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context."""
+        fields = StepFields.cut(self._packed, shape, torch)
+        table, width = self.table[: shape.rows], self.state_width
+        every_token = shape.prefill == 0 and num_logits in (None, shape.decode)
         return StepBatch(
-            token_ids_T=self.tokens(self._index[:num_rows]),
-            position_T=self._position[:num_rows],
-            row_T=self._rows[:num_rows],
-            kv_table_BN=self.table[:num_rows, self.state_width :],
-            state_table_BL=self.table[:num_rows, : self.state_width],
-            context_len_B=self._context[:num_rows],
-            prefill_cu_seqlens=self._no_prefill,
-            prefill_start_P=self._no_prefill[:0],
-            logit_index_R=None,
-            num_decode=num_rows,
-            max_prefill_len=0,
-            max_context_len=0,
+            token_ids_T=self.tokens(fields.index),
+            position_T=fields.position,
+            row_T=fields.row,
+            kv_table_BN=table[:, width : None if num_entries is None else width + num_entries],
+            state_table_BL=table[:, :width],
+            context_len_B=fields.context,
+            prefill_cu_seqlens=fields.cu_seqlens,
+            prefill_start_P=fields.start,
+            logit_index_R=None if every_token else fields.logit[:num_logits],
+            num_decode=shape.decode,
+            max_prefill_len=max_prefill_len,
+            max_context_len=max_context_len,
         )
 
     def feed_sampled(self, count: int) -> None:

@@ -1,8 +1,8 @@
 """RowTable: which request is in which row of a step, and the block tables of all rows, mirrored on the host.
 
-A step's rows are dense: rows ``0 .. n - 1`` decode, the prefilling rows follow. A request that decodes keeps its row from
-step to step as long as the step is that long, so that only rows that changed are sent to the device: a row with another
-request, with entries appended, or, after memory was moved, every row.
+Rows ``0 .. n - 1`` of a step decode; the prefilling rows follow at once, or, in a graph, behind padding. A request that
+decodes keeps its row from step to step as long as the step is that long, so that only rows that changed are sent to the
+device: a row with another request, with entries appended, or, after memory was moved, every row.
 
 Shapes: R rows, L state layers, N table entries.
 """
@@ -62,11 +62,14 @@ class RowTable:
         self._sent = [self.entries.shape[1] - self.state_width] * len(self._owner)
         self.num_rows = len(self._owner)
 
-    def arrange(self, decode: Sequence[int], prefill: Sequence[int]) -> tuple[list[int], list[int]]:
+    def arrange(
+        self, decode: Sequence[int], prefill: Sequence[int], first_prefill: int | None = None
+    ) -> tuple[list[int], list[int]]:
         """Give every request of a step a row and bring ``entries`` up to date.
 
         Args:
             decode, prefill: ids of resident requests.
+            first_prefill: row of the first that prefills; None right behind those that decode.
 
         Returns:
             The rows of ``decode`` and then ``prefill`` (which are in order), and the rows whose entries changed.
@@ -74,7 +77,9 @@ class RowTable:
         Raises:
             ValueError: more requests than rows, or one with more entries than a row holds.
         """
-        total, n = len(decode) + len(prefill), len(decode)
+        n = len(decode)
+        first = n if first_prefill is None else first_prefill
+        total = first + len(prefill)
         if total > len(self._owner):
             raise ValueError(f"{total} requests in a step of at most {len(self._owner)} rows")
         beyond = len(self._owner)
@@ -84,7 +89,7 @@ class RowTable:
             taken = set(rows)
             free = (row for row in range(n) if row not in taken)
             rows = [row if row < n else next(free) for row in rows]
-        rows.extend(range(n, total))
+        rows.extend(range(first, total))
         owner = [NOBODY] * max(total, self.num_rows)
         for seq_id, row in zip((*decode, *prefill), rows):
             owner[row] = seq_id
@@ -122,7 +127,7 @@ class RowTable:
                 changed.append(row)
         if not same:
             self._owner[: len(owner)] = owner
-            self._row = {seq_id: row for row, seq_id in enumerate(owner[:num_rows])}
+            self._row = {seq_id: row for row, seq_id in enumerate(owner[:num_rows]) if seq_id != NOBODY}
         self.num_rows, self._moved = num_rows, False
         return changed
 

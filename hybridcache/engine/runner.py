@@ -1,7 +1,7 @@
 """ModelRunner: one step's rows as a batch on the device, through the model, to sampled token ids.
 
-A step is launched, and its ids are fetched later: on CUDA nothing here waits for the device. Steps that only decode run as
-a CUDA graph where there are graphs.
+A step is launched, and its ids are fetched later: on CUDA nothing here waits for the device. Steps run as a CUDA graph where
+there is one that holds them.
 
 Shapes: T tokens of the step, B rows, R rows that sample.
 """
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from hybridcache.batch import StepBatch
-from hybridcache.engine.graphs import Capture, DecodeGraphs, graph_sizes
-from hybridcache.engine.inputs import DecodeStaging, StepInputs, input_bytes, padding_batch
+from hybridcache.engine.graphs import Capture, Shape, StepGraphs, graph_sizes, prefill_shapes
+from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
 from hybridcache.engine.memory import Memory
+from hybridcache.engine.packing import RowInput, fill, fill_again, keep_sampling, shape_of
 from hybridcache.engine.rows import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
 from hybridcache.kernels.backend import Backend
@@ -57,19 +58,6 @@ class Model(Protocol):
         ...
 
 
-class RowInput(NamedTuple):
-    """Tokens of one resident request, to be computed in this step."""
-
-    seq_id: int
-    start: int
-    """Position of the first."""
-    num_tokens: int
-    token_ids: np.ndarray | None
-    """int64; None for one token that the step launched last samples for this request."""
-    sampling: SamplingRow | None
-    """How to sample the token after the last one; None where a prompt goes on in a later step."""
-
-
 class Flight:
     """A launched step whose ids are on their way to the host."""
 
@@ -88,7 +76,7 @@ class Flight:
 class _Steady(NamedTuple):
     """The step launched last, if it may be launched again one token further: a graph in which every row decodes greedily."""
 
-    size: int
+    shape: Shape
     """Of the graph."""
     slots: list[int]
     """Places of the rows, in the order given."""
@@ -131,6 +119,8 @@ class ModelRunner:
         self.max_rows = max(1, min(max_rows, strategy.budget_bytes // strategy.spec.state_bytes))
         self.max_tokens = max_tokens
         self._max_entries = -(-strategy.request_limit() // self.layout.attention.tokens_per_entry)
+        decode = [Shape(size) for size in graph_sizes(self.max_rows)]
+        self._shapes = [*decode, *prefill_shapes(self.max_rows, max_tokens)]
         self.memory = self._plan_memory(graphs=capture is not None)
         """What this takes of the device at most."""
         self.memory.require(strategy.budget_bytes, model.device)
@@ -138,13 +128,12 @@ class ModelRunner:
         self.rows = RowTable(strategy, self.max_rows, self._max_entries)
         self.inputs = self._make_inputs()
         self._choose = _greedy_of(backend, model.dtype)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
         self._places: dict[int, int] = {}
         """Where in the step launched last each request's sampled id is."""
         self._steady: _Steady | None = None
-        self._index = np.arange(2 * self.max_rows)
 
     def _plan_memory(self, graphs: bool) -> Memory:
         rows, tokens, vocabulary = self.max_rows, max(self.max_tokens, self.max_rows), self.model.config.vocab_size
@@ -155,7 +144,9 @@ class ModelRunner:
             cache_bytes=self.layout.pool_bytes,
             input_bytes=(2 if graphs else 1) * input_bytes(rows, self.max_tokens, width),
             logits_bytes=rows * vocabulary * itemsize if graphs else 0,
-            graph_bytes=self.model.scratch_bytes(rows, rows, 0) if graphs else 0,
+            graph_bytes=max(self.model.scratch_bytes(s.total_tokens, s.rows, s.prefill) for s in self._shapes)
+            if graphs
+            else 0,
             step_bytes=max(self.model.scratch_bytes(tokens, rows, rows), sampling_bytes(rows, vocabulary, itemsize)),
         )
 
@@ -163,23 +154,23 @@ class ModelRunner:
         width = len(self.strategy.spec.state_layers)
         return StepInputs(self.max_rows, self.max_tokens, width, self._max_entries, self.pool.buffer.device)
 
-    def _make_graphs(self, capture: Capture) -> DecodeGraphs:
+    def _make_graphs(self, capture: Capture) -> StepGraphs:
         padding = self._make_inputs()
         size = (self.max_rows, self.model.config.vocab_size)
         self._logits = torch.empty(size, dtype=self.model.dtype, device=self.pool.buffer.device)
-        return DecodeGraphs(
-            graph_sizes(self.max_rows),
-            lambda rows: self._decode(rows, self.inputs),
-            lambda rows: self._decode(rows, padding),
+        return StepGraphs(
+            self._shapes,
+            lambda shape: self._compute(shape, self.inputs),
+            lambda shape: self._compute(shape, padding),
             capture,
             self.backend.launches,
         )
 
-    def _decode(self, num_rows: int, inputs: StepInputs) -> None:
-        """A step that only decodes, from static memory to static memory."""
+    def _compute(self, shape: Shape, inputs: StepInputs) -> None:
+        """A step from static memory to static memory."""
         with torch.inference_mode():
-            logits_RV = self._forward(inputs.decode_batch(num_rows))
-            self._logits[:num_rows] = logits_RV
+            logits_RV = self._forward(inputs.batch(shape, max_prefill_len=shape.tokens))
+            self._logits[: shape.rows] = logits_RV
             self._greedy(logits_RV, inputs)
 
     def _greedy(self, logits_RV: torch.Tensor, inputs: StepInputs) -> None:
@@ -191,7 +182,7 @@ class ModelRunner:
         return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
 
     def prepare(self) -> None:
-        """Capture all decode graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
+        """Capture all graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
         compiled, libraries initialised and the memory of steps is taken before the first request. Does nothing without
         graphs."""
         if self.graphs is not None:
@@ -221,14 +212,15 @@ class ModelRunner:
         The rows must be ordered decode first. At most one flight before this one may not have been waited for.
         """
         self._steady = None
-        num_decode = sum(row.num_tokens == 1 and row.start > 0 for row in rows)
-        ids = [row.seq_id for row in rows]
-        places, changed = self.rows.arrange(ids[:num_decode], ids[num_decode:])
+        exact = shape_of(rows)
+        graph = None if self.graphs is None else self.graphs.shape_for(*exact)
+        shape, ids = graph or exact, [row.seq_id for row in rows]
+        places, changed = self.rows.arrange(ids[: exact.decode], ids[exact.decode :], shape.decode)
         with torch.inference_mode(), self._on_device():
-            if self.graphs is not None and num_decode == len(rows):
-                logits_RV, slots = self._replay(rows, places, changed, self.graphs)
+            if graph is None:
+                logits_RV, slots = self._run(rows, places, changed, exact)
             else:
-                logits_RV, slots = self._run(rows, places, changed, num_decode)
+                logits_RV, slots = self._replay(rows, places, changed, graph), places
             self._sample(logits_RV, rows, slots)
             samples = [slot for slot, row in zip(slots, rows) if row.sampling is not None]
             self._places = dict(zip(ids, slots))
@@ -245,18 +237,14 @@ class ModelRunner:
         positions, and tables that gained entries, is new."""
         assert self._steady is not None
         assert self.graphs is not None
-        size, slots, position = self._steady
+        shape, slots, position = self._steady
         changed, n = self.rows.again(), len(slots)
         with torch.inference_mode(), self._on_device():
-            staging = self.inputs.begin_decode()
             position += 1
-            staging.position[:n] = position
-            staging.context[:n] = position + 1
-            staging.index[:n] = self._index[:n]
-            self._pad(staging, n, size)
+            fill_again(self.inputs.begin(shape), shape, position, self.max_rows)
             self._put_rows(changed)
             self.inputs.send()
-            self.graphs.replay(size)
+            self.graphs.replay(shape)
             result, event = self.inputs.fetch(n)
             return Flight(result, slots, event)
 
@@ -272,95 +260,37 @@ class ModelRunner:
         draw(logits_RV, by_slot, sampled_R)
         self.inputs.feed_sampled(len(by_slot))
 
-    def _replay(
-        self, rows: Sequence[RowInput], places: list[int], changed: list[int], graphs: DecodeGraphs
-    ) -> tuple[torch.Tensor, list[int]]:
-        """A step that only decodes, as a graph. Every row samples, in its place."""
-        n, size = len(rows), graphs.size_for(len(rows))
-        staging = self.inputs.begin_decode()
-        host = self.max_rows
-        index = [self._places[row.seq_id] if row.token_ids is None else host + p for row, p in zip(rows, places)]
-        staging.position[places] = [row.start for row in rows]
-        staging.context[:n] = staging.position[:n] + 1
-        staging.index[places] = index
-        for row, place in zip(rows, places):
-            if row.token_ids is not None:
-                staging.token[place] = row.token_ids[0]
-        self._pad(staging, n, size)
+    def _replay(self, rows: Sequence[RowInput], places: list[int], changed: list[int], shape: Shape) -> torch.Tensor:
+        """A step as a graph. Every row has a place for its next token, whether it samples one or not."""
+        assert self.graphs is not None
+        fields = self.inputs.begin(shape)
+        fill(fields, rows, places, shape, self._places, self.max_rows)
         self._put_rows(changed)
         self.inputs.send()
-        graphs.replay(size)
-        if all(row.sampling is GREEDY for row in rows):
-            self._steady = _Steady(size, places, staging.position[:n].copy())
-        return self._logits[:n], places
-
-    def _pad(self, staging: DecodeStaging, n: int, size: int) -> None:
-        """Padding rows are all the same token, so that together they hit no more experts than one of them."""
-        staging.token[n:size] = 0
-        staging.index[n:size] = self._index[self.max_rows + n : self.max_rows + size]
+        self.graphs.replay(shape)
+        if not shape.prefill and all(row.sampling is GREEDY for row in rows):
+            self._steady = _Steady(shape, places, fields.position[: len(rows)].copy())
+        return self._logits[: shape.rows if shape.prefill else len(rows)]
 
     def _run(
-        self, rows: Sequence[RowInput], places: list[int], changed: list[int], num_decode: int
+        self, rows: Sequence[RowInput], places: list[int], changed: list[int], shape: Shape
     ) -> tuple[torch.Tensor, list[int]]:
-        """Any step, launched operation by operation."""
-        batch, slots = self._build(rows, places, changed, num_decode)
+        """Any step, launched operation by operation, without padding."""
+        fields = self.inputs.begin(shape)
+        fill(fields, rows, places, shape, self._places, self.max_rows)
+        count, slots = keep_sampling(fields, rows, places)
+        self._put_rows(changed)
+        self.inputs.send()
+        batch = self.inputs.batch(
+            shape,
+            num_entries=max(1, *self.rows.num_entries[: shape.rows]),
+            num_logits=count,
+            max_prefill_len=max((row.num_tokens for row in rows[shape.decode :]), default=0),
+            max_context_len=max(row.start + row.num_tokens for row in rows),
+        )
         logits_RV = self._forward(batch)
         self._greedy(logits_RV, self.inputs)
         return logits_RV, slots
-
-    def _build(
-        self, rows: Sequence[RowInput], places: list[int], changed: list[int], num_decode: int
-    ) -> tuple[StepBatch, list[int]]:
-        """The rows as a batch; and of each row, where its sampled id will be (of no meaning where it samples none)."""
-        n = len(rows)
-        ordered: list[RowInput] = [rows[0]] * n
-        for row, place in zip(rows, places):
-            ordered[place] = row
-        starts = np.array([row.start for row in ordered])
-        lengths = np.array([row.num_tokens for row in ordered])
-        samples = np.array([row.sampling is not None for row in ordered])
-        ends = np.cumsum(lengths)
-        offsets = ends - lengths
-        total = int(ends[-1])
-        token_T = np.zeros(total, dtype=np.int64)
-        index_T = np.arange(self.max_rows, self.max_rows + total)
-        for row, first in zip(ordered, offsets.tolist()):
-            if row.token_ids is None:
-                index_T[first] = self._places[row.seq_id]
-            else:
-                token_T[first : first + row.num_tokens] = row.token_ids
-        cu_seqlens = np.zeros(n - num_decode + 1, dtype=np.int32)
-        np.cumsum(lengths[num_decode:], out=cu_seqlens[1:])
-        context = starts + lengths
-
-        inputs, state_width = self.inputs, self.rows.state_width
-        inputs.begin(token_T)
-        index = inputs.put(index_T)
-        position = inputs.put(np.arange(total) + np.repeat(starts - offsets, lengths))
-        row_T = inputs.put(np.repeat(np.arange(n, dtype=np.int32), lengths))
-        context_len = inputs.put(context.astype(np.int32))
-        prefill_cu_seqlens = inputs.put(cu_seqlens)
-        prefill_start = inputs.put(starts[num_decode:].astype(np.int32))
-        logit_index = inputs.put((ends - 1)[samples])
-        self._put_rows(changed)
-        inputs.send()
-        width = max(1, *self.rows.num_entries[:n])
-        batch = StepBatch(
-            token_ids_T=inputs.tokens(index),
-            position_T=position,
-            row_T=row_T,
-            kv_table_BN=inputs.table[:n, state_width : state_width + width],
-            state_table_BL=inputs.table[:n, :state_width],
-            context_len_B=context_len,
-            prefill_cu_seqlens=prefill_cu_seqlens,
-            prefill_start_P=prefill_start,
-            logit_index_R=logit_index,
-            num_decode=num_decode,
-            max_prefill_len=int(lengths[num_decode:].max(initial=0)),
-            max_context_len=int(context.max()),
-        )
-        slots = (np.cumsum(samples) - 1)[places].tolist()
-        return batch, slots
 
     def _put_rows(self, changed: list[int]) -> None:
         """Pack the rows that changed, no wider than what they hold and what the device may still hold of them."""

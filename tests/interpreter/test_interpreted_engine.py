@@ -34,7 +34,9 @@ def test_decode_on_static_rows():
     found, kept = [], []
     for backend in (TorchBackend(), TritonBackend()):
         strategy = build("shared_pool", spec=spec, budget_bytes=1 << 22, physical=True, placement_seed=seed)
-        engine = Engine(model, strategy, SchedulerConfig(max_running=5), backend, overlap=True, poison=True)
+        engine = Engine(
+            model, strategy, SchedulerConfig(max_running=5, max_tokens_per_step=64), backend, overlap=True, poison=True
+        )
         if backend.name == "triton":
             engine.runner.graphs = engine.runner._make_graphs(Recorded)
             before = engine.runner.pool.buffer.clone()
