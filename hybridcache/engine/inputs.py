@@ -66,6 +66,20 @@ def _places(shape: Shape) -> list[tuple[str, int, int]]:
     return [*found, ("", cursor, cursor)]
 
 
+@lru_cache(maxsize=256)
+def _padding(shape: Shape, feed_rows: int) -> np.ndarray:
+    """The bytes of a step that is nothing but padding: rows that have no tokens and do not decode, and tokens of the last row,
+    all of them the same, so that together they hit no more experts than one of them."""
+    packed, decode = np.zeros(_places(shape)[-1][1], dtype=np.uint8), shape.decode
+    fields = StepFields.cut(packed, shape, np)
+    fields.index[:] = np.arange(feed_rows, feed_rows + shape.total_tokens)
+    fields.row[:decode] = np.arange(decode)
+    fields.row[decode:] = shape.rows - 1
+    fields.logit[:decode] = np.arange(decode)
+    fields.logit[decode:] = decode
+    return packed
+
+
 class StepInputs:
     """See the module.
 
@@ -96,6 +110,7 @@ class StepInputs:
         self._staging = [torch.empty(self._packed.numel(), dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._arrays = [staging.numpy() for staging in self._staging]
         self._results = [torch.empty(max_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
+        self._cut = lru_cache(maxsize=512)(lambda turn, shape: StepFields.cut(self._arrays[turn], shape, np))
         self._turn = 0
         self._cursor = 0
         self._updates: list[Callable[[], object]] = []
@@ -103,11 +118,13 @@ class StepInputs:
     # -- from the host to the device -------------------------------------------------------------------------------
 
     def begin(self, shape: Shape) -> StepFields:
-        """Start packing a step of that shape."""
+        """Start packing a step of that shape. Its fields hold padding."""
         self._turn ^= 1
-        self._cursor = _places(shape)[-1][1]
         self._updates = []
-        return StepFields.cut(self._arrays[self._turn], shape, np)
+        padding = _padding(shape, self.max_rows)
+        self._cursor = len(padding)
+        self._arrays[self._turn][: self._cursor] = padding
+        return self._cut(self._turn, shape)
 
     def put(self, array: np.ndarray) -> torch.Tensor:
         """Pack one array. Returns where it will be on the device once :meth:`send` has run; the next step overwrites it."""

@@ -37,11 +37,10 @@ def fill(
     sampled: Mapping[int, int],
     feed_rows: int,
 ) -> None:
-    """Write a step's rows into host arrays, and padding around them: rows that have no tokens, and tokens of a row that is
-    nobody's.
+    """Write a step's rows into host arrays.
 
     Args:
-        fields: for a step of ``shape``.
+        fields: of padding, for a step of ``shape``.
         rows: those that decode, then those that prefill, whose tokens follow one another.
         places: the table row of each; prefilling rows follow at ``shape.decode``.
         shape: as large as the step, or larger; where there are more tokens in prefilling rows, there is one more such row.
@@ -49,7 +48,6 @@ def fill(
         feed_rows: places in ``feed`` before the tokens that come with the step.
     """
     decode = shape.decode
-    clear(fields, shape, feed_rows)
     n = sum(place < decode for place in places)
     at, decoding = list(places[:n]), rows[:n]
     starts = [row.start for row in decoding]
@@ -80,31 +78,14 @@ def fill(
     fields.cu_seqlens[:] = np.maximum.accumulate(ends)
 
 
-def fill_again(fields: StepFields, shape: Shape, positions: np.ndarray, feed_rows: int) -> None:
+def fill_again(fields: StepFields, positions: np.ndarray) -> None:
     """As :func:`fill`, of rows ``0 .. n - 1`` that decode at these positions (int64) what the last step sampled, each in the
     same row."""
     n = len(positions)
-    clear(fields, shape, feed_rows)
     fields.index[:n] = np.arange(n)
     fields.position[:n] = positions
     fields.context[:n] = positions
     fields.context[:n] += 1
-    fields.cu_seqlens[:] = 0
-
-
-def clear(fields: StepFields, shape: Shape, feed_rows: int) -> None:
-    """Nothing but padding, ``cu_seqlens`` excepted: rows that have no tokens and do not decode, all of the same token, so that
-    together they hit no more experts than one of them."""
-    decode = shape.decode
-    fields.token[:] = 0
-    fields.index[:] = np.arange(feed_rows, feed_rows + shape.total_tokens)
-    fields.position[:] = 0
-    fields.row[:decode] = np.arange(decode)
-    fields.row[decode:] = shape.rows - 1
-    fields.context[:] = 0
-    fields.start[:] = 0
-    fields.logit[:decode] = np.arange(decode)
-    fields.logit[decode:] = decode
 
 
 def keep_sampling(fields: StepFields, rows: Sequence[RowInput], places: Sequence[int]) -> tuple[int, list[int]]:

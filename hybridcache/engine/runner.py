@@ -241,7 +241,7 @@ class ModelRunner:
         changed, n = self.rows.again(), len(slots)
         with torch.inference_mode(), self._on_device():
             position += 1
-            fill_again(self.inputs.begin(shape), shape, position, self.max_rows)
+            fill_again(self.inputs.begin(shape), position)
             self._put_rows(changed)
             self.inputs.send()
             self.graphs.replay(shape)

@@ -124,7 +124,7 @@ def test_padding_around_what_prefills_changes_no_logits(model):
                 engine.step()
                 steps.append({seq_id: logits[-1][slot].float() for seq_id, slot in runner._places.items()})
         if padded:
-            assert {n for n, rows in shapes if rows > n} >= {0, 16}, shapes
+            assert len({n for n, rows in shapes if rows > n}) > 1, shapes
         found.append((steps, [seq.output_ids for seq in engine.sequences]))
     (padded, padded_ids), (exact, exact_ids) = found
     cosines = []
