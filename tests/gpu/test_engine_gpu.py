@@ -22,14 +22,24 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(experts: int):
     from models.configs import shipped_config
     from models.qwen3_next import build_model
 
     config = shipped_config("qwen3_next_8l")
-    config.num_experts = 32
+    config.num_experts = experts
     return build_model(config, "bfloat16", "cuda")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(32)
+
+
+@pytest.fixture(scope="module")
+def model_of_chosen_experts():
+    """Every token chooses all experts, so that rounding tips over no choice."""
+    return make_model(10)
 
 
 def make_engine(model, budget_tokens: int, requests: float, strategy: str = "shared_pool", **options) -> Engine:
@@ -99,8 +109,9 @@ class Relaunched:
         self.replay = run
 
 
-def test_padding_around_what_prefills_changes_no_logits(model):
+def test_padding_around_what_prefills_changes_no_logits(model_of_chosen_experts):
     """Steps as a graph holds them and as they are: requests arrive while others decode, and prefill beside them."""
+    model = model_of_chosen_experts
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     prompts = [[rng.randrange(1000, 150_000) for _ in range(n)] for n in (70, 500, 1, 129, 64, 700)]
@@ -134,8 +145,8 @@ def test_padding_around_what_prefills_changes_no_logits(model):
             known = number - 2 * seq_id  # output tokens that the step reads, or has read
             if padded_ids[seq_id][:known] == exact_ids[seq_id][:known]:
                 cosines.append(float(torch.cosine_similarity(row, theirs[seq_id], dim=0)))
-    assert min(cosines) > 0.98, f"seed {seed}: {sorted(cosines)[:9]}"
-    assert sorted(cosines)[len(cosines) // 2] > 0.998, f"seed {seed}"
+    assert len(cosines) > 20, f"seed {seed}"
+    assert min(cosines) > 0.998, f"seed {seed}: {sorted(cosines)[:9]}"
 
 
 def test_drawn_tokens_under_graphs_are_those_of_plain_steps(model):
