@@ -3,8 +3,11 @@
 Graphs are replayed on the CPU by running what they would have recorded, from the same static memory.
 """
 
+import gc
 import random
+import weakref
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -334,6 +337,27 @@ def test_the_graph_that_fits_is_replayed_and_launches_are_counted():
     graphs.replay(Shape(29))
     assert launches == Counter({"op": 11})
     assert graphs.replays == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_engine_dies_while_a_graph_is_captured(fails):
+    """Freeing a graph inside another's capture voids both."""
+    first = with_graphs(make_engine())
+    dead = weakref.ref(first)
+    first = None
+    seen = []
+
+    def capture(run):
+        seen.append((gc.isenabled(), dead()))
+        if fails:
+            raise RuntimeError("no")
+        return SimpleNamespace(replay=run)
+
+    graphs = StepGraphs([Shape(1), Shape(2)], *[lambda shape: None] * 2, capture, Counter())
+    with pytest.raises(RuntimeError) if fails else nullcontext():
+        graphs.capture()
+    assert seen == [(False, None)] * (1 if fails else 2)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(256, 8192), (40, 600), (5, 64), (3, 8192), (20, 63)])

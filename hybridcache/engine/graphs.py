@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from hybridcache.engine.heap import unswept
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 
@@ -166,18 +167,23 @@ class StepGraphs:
         """Capture these shapes, all by default, those that exist excepted."""
         asked = {*(self.shapes if shapes is None else shapes)} - self._graphs.keys()
         wanted = [shape for shape in reversed(self.shapes) if shape in asked]
+        if not wanted:
+            return
         started = time.perf_counter()
-        for shape in wanted:
-            before = Counter(self._launches)
-            self._warm_up(shape)
-            self._restore(before)
-            graph = self._capture(partial(self._step, shape))
-            counts = Counter(self._launches)
-            counts.subtract(before)
-            self._restore(before)
-            self._graphs[shape] = (graph, +counts)
-        if wanted:
-            _LOG.info("captured %d graphs in %.1f s", len(wanted), time.perf_counter() - started)
+        with unswept():
+            for shape in wanted:
+                self._capture_one(shape)
+        _LOG.info("captured %d graphs in %.1f s", len(wanted), time.perf_counter() - started)
+
+    def _capture_one(self, shape: Shape) -> None:
+        before = Counter(self._launches)
+        self._warm_up(shape)
+        self._restore(before)
+        graph = self._capture(partial(self._step, shape))
+        counts = Counter(self._launches)
+        counts.subtract(before)
+        self._restore(before)
+        self._graphs[shape] = (graph, +counts)
 
     def _restore(self, counts: Counter[str]) -> None:
         self._launches.clear()

@@ -1,6 +1,8 @@
 """Heap: Python's garbage collector, kept from looking through everything in the middle of serving."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def settle_heap() -> None:
@@ -12,3 +14,20 @@ def settle_heap() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def unswept() -> Iterator[None]:
+    """Free what is dead, then let no collection run inside.
+
+    CUDA graphs of an engine that nobody holds any more are freed by a collection, wherever one happens to run; where it runs
+    inside the capture of another graph, CUDA refuses the one and voids the other (cudaErrorStreamCaptureInvalidated).
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
