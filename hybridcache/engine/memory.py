@@ -1,7 +1,7 @@
 """Memory: what an engine takes of its device, stated before anything is allotted.
 
 Peak memory is weights + cache + workspace. The workspace is everything else: the inputs of steps and the logits that graphs
-leave, both at addresses that never change; what decode graphs compute in, kept for all of them; and what a step that is no
+leave, both at addresses that never change; what graphs compute in, kept for all of them; and what a step that is no
 graph, or sampling behind it, holds at once.
 """
 
