@@ -310,7 +310,15 @@ def test_pieces_of_text_hold_back_half_a_character():
     assert TextPieces(None).add(5, last=True) is None
 
 
-def test_an_interrupt_waits_for_the_end_of_a_step(llm, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Python's own handler, also where the tests run in the background of a shell, which ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_end_of_a_step(llm, monkeypatch, interruptible):
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     expected = llm.generate("again", params, progress=False)[0].token_ids
     advance, ended = llm.engine.scheduler.advance, []

@@ -72,12 +72,10 @@ class InferencePhase(ModelPhase):
         events: EventSink,
     ) -> Iterator[dict[str, Any]]:
         """One row per physical strategy and repetition."""
-        warm_up = workload
         for choice in choices:
             if self.on_cuda:
-                # Untimed: kernels are compiled and libraries choose theirs by shape, so the first strategy runs it all.
-                self._run(choice, budget_bytes, warm_up, scheduler, None)
-                warm_up = _first_quarter(workload)
+                # Untimed: kernels are compiled at their first call, a strategy's moves of memory late in the stream.
+                self._run(choice, budget_bytes, workload, scheduler, None)
             for repetition in range(self.settings.repetitions):
                 labels = {
                     "phase": "inference",
@@ -109,8 +107,3 @@ class InferencePhase(ModelPhase):
         engine.strategy.check_integrity()
         require_finished(choice.label, engine, engine.sequences)
         return engine, duration_s
-
-
-def _first_quarter(workload: Workload) -> Workload:
-    """Enough for a strategy's own kernel variants, once another has warmed the rest."""
-    return Workload(workload.name, workload.source, workload.requests[: -(-len(workload.requests) // 4)])
