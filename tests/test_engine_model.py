@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from pool_model import smallest_budget
-from test_overlap import Recorded
+from test_graphs import Recorded
 
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams

@@ -1,6 +1,6 @@
-"""Overlap and decode graphs: a step is launched before the last one's tokens are known, and tokens stay the same.
+"""Overlap: a step is launched before the last one's tokens are known, and tokens stay the same.
 
-Graphs are replayed on the CPU by running what they would have recorded, from the same static memory.
+Graphs, where a test has them, are replayed on the CPU by running what they would have recorded, from the same static memory.
 """
 
 import random
