@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache.bench.ceilings import measure_copy
 from hybridcache.bench.timing import time_events, time_graph
-from hybridcache.environment import environment
 from hybridcache.kernels.block_copy import naive as naive_copy
 from hybridcache.kernels.block_copy import triton as block_copy
 from hybridcache.kernels.host_swap.copy_engine import HostPool, HostSwap
+from hybridcache.observe.environment import environment
 
 BLOCK_BYTES, POOL_BLOCKS, MOVED_BLOCKS, LAUNCHES = 2_162_688, 1_024, 64, 4
 TUNINGS = [

@@ -34,9 +34,9 @@ from hybridcache.bench.step_profile import summarize
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.environment import device_name
 from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference
+from hybridcache.observe.environment import device_name
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 

@@ -32,12 +32,12 @@ import torch
 from soak import Recorded
 
 from hybridcache.engine.engine import Engine
-from hybridcache.engine.heap import settle_heap
+from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.environment import environment
 from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference
+from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 

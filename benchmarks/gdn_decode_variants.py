@@ -38,13 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache.bench.ceilings import measure_copy
 from hybridcache.bench.timing import time_graph
-from hybridcache.dtypes import itemsize
-from hybridcache.environment import environment
 from hybridcache.kernels.gdn_decode import naive
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
 from hybridcache.kernels.gdn_decode.tuning import Tuning
 from hybridcache.kernels.testing import StateCase, rel_error, state_case
+from hybridcache.observe.environment import environment
+from hybridcache.spec.dtypes import itemsize
 
 LAUNCHES, CHECKED_ROWS = 16, 2
 ROWS = (1, 8, 64, 256)

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache.bench.ceilings import measure_copy
 from hybridcache.bench.timing import time_graph
-from hybridcache.environment import environment
 from hybridcache.kernels.gdn_prefill.hopper_state import hopper_state_kernel
 from hybridcache.kernels.gdn_prefill.testing import (
     PrefillCase,
@@ -41,6 +40,7 @@ from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
 from hybridcache.kernels.testing import rel_error
+from hybridcache.observe.environment import environment
 
 Record = dict[str, Any]
 SETS, INTERVAL, START = 3, 512, 4096

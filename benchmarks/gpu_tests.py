@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hybridcache.environment import environment  # noqa: E402
+from hybridcache.observe.environment import environment  # noqa: E402
 
 
 class _Outcomes:

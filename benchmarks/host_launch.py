@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 import torch
 
-from hybridcache.batch import StepBatch
 from hybridcache.bench.no_device import NoDevice, no_device
-from hybridcache.environment import environment
+from hybridcache.kernels.batch import StepBatch
 from hybridcache.kernels.triton_backend import TritonBackend
+from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 from models.configs import shipped_config

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hybridcache.environment import device_name
 from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing, tiled, tilings
 from hybridcache.kernels.testing import rel_error
+from hybridcache.observe.environment import device_name
 
 EXPERTS, TOP_K, HIDDEN, INNER = 512, 10, 2048, 512
 CANDIDATES = {

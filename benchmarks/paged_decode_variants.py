@@ -41,11 +41,11 @@ from hybridcache.bench.case import DECODE_LAYOUTS, QWEN3_NEXT_80B, Case
 from hybridcache.bench.ceilings import measure_copy
 from hybridcache.bench.precompile import DecodeLaunch, in_parallel, launch_decode
 from hybridcache.bench.timing import time_graph
-from hybridcache.environment import environment
 from hybridcache.kernels.paged_decode import naive
 from hybridcache.kernels.paged_decode.tiles import Tuning
 from hybridcache.kernels.paged_decode.triton import paged_decode
 from hybridcache.kernels.testing import AttentionCase, attention_case, normal, rel_error
+from hybridcache.observe.environment import environment
 
 DIMS = QWEN3_NEXT_80B
 BARS_MS = {(1, 32_768): 0.034, (16, 4_096): 0.054, (64, 8_192): 0.362, (256, 2_048): 0.365}

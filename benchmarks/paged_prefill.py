@@ -27,10 +27,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridcache.environment import environment
 from hybridcache.kernels.paged_prefill import hopper, triton
 from hybridcache.kernels.paged_prefill.tiles import Ring, Tile
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal, rel_error
+from hybridcache.observe.environment import environment
 
 HEADS, KV_HEADS, DIM, LAYERS, LAYER = 16, 2, 256, 12, 7
 SCALE = DIM**-0.5

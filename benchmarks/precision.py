@@ -30,9 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import real_width  # noqa: E402
 
-from hybridcache.environment import environment  # noqa: E402
 from hybridcache.kernels.backend import make_backend  # noqa: E402
 from hybridcache.kernels.torch_backend import TorchBackend  # noqa: E402
+from hybridcache.observe.environment import environment  # noqa: E402
 from models.qwen3_next import ops  # noqa: E402
 
 # -- variants ------------------------------------------------------------------------------------------------------------

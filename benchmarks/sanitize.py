@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from hybridcache.bench.dispatch import unordered  # noqa: E402
 from hybridcache.bench.once import PLANTED, here, launch  # noqa: E402
 from hybridcache.bench.precompile import in_parallel  # noqa: E402
-from hybridcache.environment import environment  # noqa: E402
+from hybridcache.observe.environment import environment  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
 REST = "(unattributed)"

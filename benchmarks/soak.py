@@ -25,8 +25,8 @@ import torch
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.environment import environment
 from hybridcache.kernels.backend import make_backend
+from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 from hybridcache.strategies.base import Strategy

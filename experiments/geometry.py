@@ -16,9 +16,9 @@ from rich.table import Table
 
 from experiments.harness import CONSOLE, write_results
 from hybridcache.errors import bad
-from hybridcache.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
-from hybridcache.report import style
-from hybridcache.report.words import byte_unit, bytes_text
+from hybridcache.memory.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
+from hybridcache.observe.report import style
+from hybridcache.observe.report.words import byte_unit, bytes_text
 from hybridcache.spec import CacheSpec
 
 MIB = 1 << 20

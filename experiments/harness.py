@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from hybridcache.config import typed
-from hybridcache.environment import environment
 from hybridcache.errors import bad
-from hybridcache.tracking import make_tracker
+from hybridcache.observe.environment import environment
+from hybridcache.observe.tracking import make_tracker
 
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
 

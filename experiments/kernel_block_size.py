@@ -27,11 +27,11 @@ from hybridcache.bench.resources import SHARED_MEMORY_LIMIT, Resources
 from hybridcache.bench.table_cost import WAYS, measure_table
 from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
-from hybridcache.environment import device_name
 from hybridcache.errors import bad
-from hybridcache.report import style
-from hybridcache.report.page import Section, save_picture, write_page
-from hybridcache.report.words import bytes_text, seconds_text
+from hybridcache.observe.environment import device_name
+from hybridcache.observe.report import style
+from hybridcache.observe.report.page import Section, save_picture, write_page
+from hybridcache.observe.report.words import bytes_text, seconds_text
 
 Rows = Iterator[Row]
 

@@ -27,11 +27,11 @@ from hybridcache.bench.measure import Bench, Row, failed
 from hybridcache.bench.precompile import decode_launches, in_parallel, launch_decode
 from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
-from hybridcache.environment import device_name, environment
 from hybridcache.errors import bad
-from hybridcache.report import style
-from hybridcache.report.page import Picture, Section, save_picture, write_page
-from hybridcache.report.words import bytes_text
+from hybridcache.observe.environment import device_name, environment
+from hybridcache.observe.report import style
+from hybridcache.observe.report.page import Picture, Section, save_picture, write_page
+from hybridcache.observe.report.words import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
 HEADINGS = (

@@ -16,8 +16,8 @@ from experiments.strategies import choose_strategies
 from experiments.tables import print_throughput
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import bad
-from hybridcache.events import EventWriter
-from hybridcache.report import write_report
+from hybridcache.observe.events import EventWriter
+from hybridcache.observe.report import write_report
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

@@ -18,8 +18,8 @@ from experiments.strategies import StrategyChoice, choose_strategies
 from experiments.tables import print_capacity, print_runs
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import UserError, bad
-from hybridcache.events import EventWriter
-from hybridcache.report import write_report
+from hybridcache.observe.events import EventWriter
+from hybridcache.observe.report import write_report
 from hybridcache.sim.cost_model import CostModel, DeviceSpec
 from hybridcache.spec import CacheSpec
 from hybridcache.workloads import build_workload, cut_to_size, with_text_prompts

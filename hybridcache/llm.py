@@ -18,17 +18,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hybridcache.device import choose_device, require_room
-from hybridcache.dtypes import dtype_name
 from hybridcache.engine.engine import Engine
-from hybridcache.engine.heap import settle_heap
-from hybridcache.engine.observed import StepOutput
+from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.engine.step_output import StepOutput
 from hybridcache.errors import UserError, bad
 from hybridcache.kernels.backend import make_backend
+from hybridcache.outputs import RequestOutput, TokenStream, interrupts_held
 from hybridcache.spec import CacheSpec
+from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
-from hybridcache.streaming import RequestOutput, TokenStream, interrupts_held
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config, shipped_fields, shipped_names
 from models.qwen3_next import Qwen3Next, build_model, load_model

@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hybridcache.architectures import transformers_config
 from hybridcache.errors import bad
+from hybridcache.spec.architectures import transformers_config
 
 
 def shipped_names() -> list[str]:

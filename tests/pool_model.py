@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from hybridcache.batch import StepBatch
 from hybridcache.engine.graphs import Shape
 from hybridcache.errors import UserError
-from hybridcache.layout import Layout
+from hybridcache.kernels.batch import StepBatch
+from hybridcache.memory.layout import Layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import Strategy
 

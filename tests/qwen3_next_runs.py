@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from transformers import Qwen3NextConfig
 
-from hybridcache.batch import StepBatch
+from hybridcache.kernels.batch import StepBatch
 from hybridcache.kernels.torch_backend import TorchBackend
-from hybridcache.pool import CachePool
+from hybridcache.memory.pool import CachePool
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 

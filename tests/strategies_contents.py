@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybridcache.dtypes import itemsize
+from hybridcache.spec.dtypes import itemsize
 from hybridcache.strategies import Strategy
 
 WORD = 8

@@ -15,8 +15,8 @@ import yaml
 
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence
-from hybridcache.events import EventWriter
-from hybridcache.metrics import Recorder
+from hybridcache.observe.events import EventWriter
+from hybridcache.observe.metrics import Recorder
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import Strategy, build
 

@@ -17,7 +17,7 @@ from hybridcache import LLM, SamplingParams
 from hybridcache.device import choose_device, require_room
 from hybridcache.errors import UserError
 from hybridcache.llm import load_for_inference
-from hybridcache.streaming import TextPieces
+from hybridcache.outputs import TextPieces
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
+from hybridcache.spec.dtypes import torch_dtype
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -34,9 +34,9 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
-from hybridcache.report import figures, load_run
-from hybridcache.report.data import NoData
-from hybridcache.report.words import bytes_text
+from hybridcache.observe.report import figures, load_run
+from hybridcache.observe.report.data import NoData
+from hybridcache.observe.report.words import bytes_text
 
 # %%
 here = Path.cwd()
@@ -63,7 +63,7 @@ display(shown.style.format(precision=3, thousands=",").hide(axis="index"))
 # %% [markdown]
 # ## Figures
 #
-# The functions of `hybridcache.report.figures` return a Matplotlib figure and the data that it shows. They are the ones
+# The functions of `hybridcache.observe.report.figures` return a Matplotlib figure and the data that it shows. They are the ones
 # that the report is made of.
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from experiments.strategies import StrategyChoice
-from hybridcache.metrics import EventSink
+from hybridcache.observe.metrics import EventSink
 from hybridcache.sim.capacity import charge, residents
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Usage

@@ -9,7 +9,7 @@ from experiments.strategies import StrategyChoice
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.metrics import EventSink, Recorder
+from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.spec import CacheSpec
 from hybridcache.workloads.base import Workload
 

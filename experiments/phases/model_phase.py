@@ -9,16 +9,16 @@ import torch
 from omegaconf import DictConfig
 
 from experiments.strategies import StrategyChoice
-from hybridcache.dtypes import dtype_name
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Sequence
-from hybridcache.environment import device_name
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend, make_backend
 from hybridcache.llm import load_for_inference
-from hybridcache.metrics import Recorder
+from hybridcache.observe.environment import device_name
+from hybridcache.observe.metrics import Recorder
 from hybridcache.spec import CacheSpec
+from hybridcache.spec.dtypes import dtype_name
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.strategies import StrategyChoice
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.metrics import EventSink, Recorder
+from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.sim.cost_model import CostModel
 from hybridcache.sim.simulator import simulate
 from hybridcache.spec import CacheSpec

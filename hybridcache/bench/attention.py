@@ -13,13 +13,13 @@ import torch
 from hybridcache.bench import peers
 from hybridcache.bench.case import Case
 from hybridcache.bench.work import Implementation, Setup, Work, worst
-from hybridcache.dtypes import itemsize, torch_dtype
 from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
 from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 Operation = Callable[..., torch.Tensor]
 

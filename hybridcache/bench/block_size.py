@@ -17,7 +17,7 @@ from hybridcache.bench.measure import Bench, Row
 from hybridcache.bench.resources import Resources, measure_resources, pointer
 from hybridcache.bench.work import Setup, Work
 from hybridcache.kernels.testing import attention_case
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 KINDS = ("page_tiled", "independent")
 OPERATIONS = ("paged_decode", "paged_prefill")

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from hybridcache.bench.measure import TOLERANCE
-from hybridcache.report import style
+from hybridcache.observe.report import style
 
 STYLES = {
     "triton": ("#0072B2", "o"),

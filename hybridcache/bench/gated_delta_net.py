@@ -11,7 +11,6 @@ import torch
 from hybridcache.bench import peers
 from hybridcache.bench.case import Case
 from hybridcache.bench.work import Implementation, Saved, Setup, Work, worst
-from hybridcache.dtypes import itemsize
 from hybridcache.kernels.gdn_decode import naive as naive_decode
 from hybridcache.kernels.gdn_decode.naive import stored_state
 from hybridcache.kernels.gdn_prefill import naive as naive_prefill
@@ -20,6 +19,7 @@ from hybridcache.kernels.testing import state_case
 from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.kernels.torch_ops import gated_delta_net as torch_ops
 from hybridcache.spec import RecurrentState
+from hybridcache.spec.dtypes import itemsize
 
 WIDTH = 4
 MAX_SETS = 192

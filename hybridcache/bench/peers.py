@@ -12,9 +12,9 @@ import torch
 
 from hybridcache.bench.case import Dims
 from hybridcache.bench.work import Implementation, Setup, worst
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.flash_attention_3 import FlashAttention3
 from hybridcache.kernels.testing import normal
+from hybridcache.spec.dtypes import torch_dtype
 
 MODULES = {"fla": "fla.ops.gated_delta_rule", "fa3": "flash_attn_interface"}
 CHECKED_TOKENS = 256

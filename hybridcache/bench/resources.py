@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hybridcache.dtypes import dtype_name
+from hybridcache.spec.dtypes import dtype_name
 
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes that one program may use on Hopper (227 KiB; CUDA C++ Programming Guide, compute capability 9.0)."""

@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
-from hybridcache.engine.observed import HostTimes, StepOutput
 from hybridcache.engine.packing import RowInput
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner
@@ -16,9 +15,10 @@ from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.engine.step import ScheduledTokens, Step
+from hybridcache.engine.step_output import HostTimes, StepOutput
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
-from hybridcache.metrics import Recorder
+from hybridcache.observe.metrics import Recorder
 from hybridcache.strategies.base import Strategy
 
 

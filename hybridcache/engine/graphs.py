@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from hybridcache.engine.heap import unswept
+from hybridcache.engine.garbage import unswept
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hybridcache.batch import StepBatch
 from hybridcache.engine.graphs import Shape
+from hybridcache.kernels.batch import StepBatch
 
 ALIGNMENT = 16
 TOKEN_BYTES = 28

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from hybridcache.batch import StepBatch
+from hybridcache.engine.footprint import Memory
 from hybridcache.engine.graphs import Capture, Shape, StepGraphs, graph_sizes, prefill_shapes
 from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
-from hybridcache.engine.memory import Memory
 from hybridcache.engine.packing import RowInput, fill, fill_again, keep_sampling, shape_of
-from hybridcache.engine.rows import RowTable
+from hybridcache.engine.row_table import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
 from hybridcache.kernels.backend import Backend
-from hybridcache.layout import Layout
-from hybridcache.pool import CachePool
+from hybridcache.kernels.batch import StepBatch
+from hybridcache.memory.layout import Layout
+from hybridcache.memory.pool import CachePool
 from hybridcache.strategies.base import Strategy
 
 

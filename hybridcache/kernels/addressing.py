@@ -6,8 +6,8 @@ All strides are in elements of the pool's typed view and all offsets are int64: 
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import itemsize
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import itemsize
 
 
 @triton.jit

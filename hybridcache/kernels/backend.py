@@ -1,7 +1,7 @@
 """The operations on caches, and the contract of a backend that runs them.
 
 Every operation takes the pool's flat ``uint8`` buffer, a layout and one layer's ordinal, and reads tables as
-``hybridcache.batch`` describes them. Shapes: T tokens, B rows, N table entries, L state layers, H query heads, K key
+``hybridcache.kernels.batch`` describes them. Shapes: T tokens, B rows, N table entries, L state layers, H query heads, K key
 (and KV) heads, V value heads, D head dim, P rotated pairs, C conv channels (``q | k | v``), W conv kernel width.
 
 Value head ``h`` of a gated delta net uses key head ``h // (V / K)``; query head ``h`` uses KV head ``h // (H / K)``.
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from hybridcache.layout import AttentionLayout, StateLayout
+from hybridcache.memory.layout import AttentionLayout, StateLayout
 
 
 class Backend(Protocol):

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from hybridcache.dtypes import dtype_name, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.torch_ops.addressing import strided_view
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import dtype_name, torch_dtype
 
 MAX_HEAD_DIM = 256
 FIX = "choose attention_backend=triton"

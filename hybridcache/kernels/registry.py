@@ -14,7 +14,7 @@ import torch
 
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 
 class Attention(Protocol):

@@ -11,10 +11,10 @@ from math import isnan
 
 import torch
 
-from hybridcache.dtypes import itemsize, torch_dtype
 from hybridcache.kernels.gdn_decode.naive import stored_state
-from hybridcache.layout import AttentionLayout, StateLayout, attention_layout, state_layout
+from hybridcache.memory.layout import AttentionLayout, StateLayout, attention_layout, state_layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
+from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 POISON_BYTE = 0xFF
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from hybridcache.kernels.torch_ops import attention, gated_delta_net
-from hybridcache.layout import AttentionLayout, StateLayout
+from hybridcache.memory.layout import AttentionLayout, StateLayout
 
 
 class TorchBackend:

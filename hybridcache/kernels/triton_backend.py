@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import torch
 
-from hybridcache.dtypes import dtype_name
 from hybridcache.errors import bad
 from hybridcache.kernels.block_copy.triton import block_copy
 from hybridcache.kernels.gdn_decode.staging import Staging
@@ -25,7 +24,8 @@ from hybridcache.kernels.paged_decode.triton import paged_decode
 from hybridcache.kernels.paged_prefill import hopper, triton
 from hybridcache.kernels.paged_prefill.tiles import choose_ring
 from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
-from hybridcache.layout import AttentionLayout, StateLayout
+from hybridcache.memory.layout import AttentionLayout, StateLayout
+from hybridcache.spec.dtypes import dtype_name
 
 IMPLEMENTATION = {
     "kv_store": "triton",

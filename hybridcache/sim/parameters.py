@@ -51,7 +51,7 @@ class ModelParameters:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from hybridcache.architectures import text_config
+        from hybridcache.spec.architectures import text_config
 
         config = text_config(hf_config)
         try:

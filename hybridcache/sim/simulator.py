@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence
-from hybridcache.metrics import Recorder
+from hybridcache.observe.metrics import Recorder
 from hybridcache.sim.cost_model import CostModel
 from hybridcache.strategies.base import Strategy
 from hybridcache.workloads.base import Request, Workload

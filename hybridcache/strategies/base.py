@@ -15,44 +15,14 @@ rest. ``docs/metrics.md`` defines every metric.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from hybridcache.errors import UserError, bad
-from hybridcache.layout import Layout, check_kv_rows
+from hybridcache.memory.layout import Layout, check_kv_rows
+from hybridcache.memory.spans import Kind, Move, Span
 from hybridcache.spec import CacheSpec
-
-
-class Kind(IntEnum):
-    """What a span of the pool holds; also the colour index of the pool map."""
-
-    FREE = 0
-    STATE = 1
-    KV = 2
-    RESERVED = 3
-
-
-class Span(NamedTuple):
-    """``num_bytes`` bytes from ``offset`` that one request holds. (A tuple: pool maps make tens of thousands of them.)"""
-
-    offset: int
-    num_bytes: int
-    kind: Kind
-    seq_id: int
-
-
-@dataclass(frozen=True)
-class Move:
-    """A relocation that must happen before the tables are used again: copy ``num_bytes`` from ``src`` to ``dst``.
-
-    Source and destination of one move never overlap; moves of one drain are executed in order.
-    """
-
-    src: int
-    dst: int
-    num_bytes: int
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hybridcache.errors import bad
-from hybridcache.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.free_list import FreeList
+from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList
 
 
 @dataclass

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hybridcache.errors import bad
+from hybridcache.memory.free_list import FreeList, runs
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList, runs
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")

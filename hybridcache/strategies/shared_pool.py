@@ -23,11 +23,11 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.errors import bad
-from hybridcache.geometry import Geometry, geometry, plan
-from hybridcache.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.free_list import FreeList, merged_runs, runs
+from hybridcache.memory.geometry import Geometry, geometry, plan
+from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList, merged_runs, runs
 from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")

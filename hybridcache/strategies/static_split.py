@@ -20,10 +20,10 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.errors import bad
-from hybridcache.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.free_list import FreeList, merged_runs, runs
+from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Held, Kind, Span, Strategy
-from hybridcache.strategies.free_list import FreeList, merged_runs, runs
 
 PHYSICAL_PAGE_TOKENS = 64
 EXTRA_SLOTS = 2

@@ -20,10 +20,10 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.errors import bad
-from hybridcache.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.free_list import runs
+from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 from hybridcache.strategies.base import Held, Kind, Move, Span, Strategy
-from hybridcache.strategies.free_list import runs
 
 
 @dataclass(eq=False)

@@ -3,8 +3,8 @@
 import torch
 from transformers import Qwen3NextConfig
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
+from hybridcache.spec.dtypes import torch_dtype
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")

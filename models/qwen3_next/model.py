@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3NextConfig
 
-from hybridcache.batch import StepBatch
-from hybridcache.dtypes import dtype_name
 from hybridcache.kernels.backend import Backend
-from hybridcache.layout import Layout
+from hybridcache.kernels.batch import StepBatch
+from hybridcache.memory.layout import Layout
+from hybridcache.spec.dtypes import dtype_name
 from models.qwen3_next.attention import Attention
 from models.qwen3_next.layers import MLP, RMSNorm, Rotary
 from models.qwen3_next.linear_attention import LinearAttention

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from hybridcache.batch import StepBatch
 from hybridcache.kernels.backend import Backend
-from hybridcache.layout import Layout
+from hybridcache.kernels.batch import StepBatch
+from hybridcache.memory.layout import Layout
 from models.qwen3_next.ops import Ops, ops_for
 
 

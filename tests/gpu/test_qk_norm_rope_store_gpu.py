@@ -10,10 +10,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
-    from hybridcache.dtypes import torch_dtype
     from hybridcache.kernels.qk_norm_rope_store import naive
     from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
     from hybridcache.kernels.testing import attention_case, byte_index, normal, rel_error
+    from hybridcache.spec.dtypes import torch_dtype
 
 HEADS, KV_HEADS, DIM, PAIRS, EPS = 16, 2, 256, 32, 1e-6
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 5e-2}

@@ -1,6 +1,6 @@
 """These tests run Triton's interpreter, which a process must choose before it imports triton.
 
-``tests/test_kernels_interpreter.py`` runs them in a process of their own.
+``tests/kernels/test_kernels_interpreter.py`` runs them in a process of their own.
 """
 
 import os

@@ -21,12 +21,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.gdn_decode.staging import Staging, rows_at_once, why_not
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 
 @constexpr_function

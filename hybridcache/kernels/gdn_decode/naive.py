@@ -7,10 +7,10 @@ I key dim, J value dim.
 import torch
 import torch.nn.functional as F
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.memory import at
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 
 def _l2norm(x_KI: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 COPIED_BYTES = 16
 """Of one thread's access to a tile."""

@@ -22,14 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 
 @triton.jit

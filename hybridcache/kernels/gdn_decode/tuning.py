@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.gdn_decode.staging import Staging, why_not
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ Shapes: T tokens, B rows, L state layers, C conv channels, W conv kernel width, 
 import torch
 
 from hybridcache.kernels.gdn_decode.naive import step, stored_state
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
 
 
 def gdn_prefill(

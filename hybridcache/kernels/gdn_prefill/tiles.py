@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from hybridcache.dtypes import dtype_name
 from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.sizes import power_of_2
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import dtype_name
 
 _LOG = logging.getLogger(__name__)
 

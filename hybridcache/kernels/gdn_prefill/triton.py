@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hybridcache.dtypes import dtype_name, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.gdn_prefill.tiles import Tiles, choose, constants, why_not_hopper
@@ -41,7 +40,8 @@ from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.sizes import ceil_div
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
+from hybridcache.spec.dtypes import dtype_name, torch_dtype
 
 CHECKPOINT_MULTIPLE = 64
 """Positions at which a state can be kept are multiples of this; every chunk size divides it."""

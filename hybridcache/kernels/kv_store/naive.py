@@ -5,9 +5,9 @@ Shapes: T tokens, K KV heads, D head dim, B rows, N table entries.
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.memory import at
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 
 def kv_store(

@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import row_offset, row_strides
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 TILE_ELEMENTS = 4096
 """Elements of K (and of V) that one program writes at most."""

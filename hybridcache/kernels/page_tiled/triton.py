@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_decode.triton import combine
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 QUERY_TILE = 128

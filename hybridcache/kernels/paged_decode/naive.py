@@ -5,8 +5,8 @@ Shapes: B rows, H query heads, K KV heads, D head dim, N table entries, S tokens
 
 import torch
 
-from hybridcache.dtypes import itemsize, torch_dtype
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 
 def gather(

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 MIN_SPLIT_TOKENS = 256
 """Tokens below which a split is not worth its reduction."""

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import itemsize, torch_dtype
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.launch import launcher
@@ -31,7 +30,8 @@ from hybridcache.kernels.paged_decode.tiles import (
 )
 from hybridcache.kernels.paged_prefill.triton import attend, table_entries
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 LOG2_E = 1.4426950408889634
 COMBINE_DIMS = 64

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import row_strides
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.hopper_kernel import hopper_prefill_kernel
 from hybridcache.kernels.paged_prefill.tiles import Ring, check_inputs, choose_ring
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 QUERIES = 128

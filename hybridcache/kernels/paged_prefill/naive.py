@@ -6,7 +6,7 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, N table entries
 import torch
 
 from hybridcache.kernels.paged_decode.naive import gather
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 
 def paged_prefill(

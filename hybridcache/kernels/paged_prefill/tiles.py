@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridcache.dtypes import dtype_name, itemsize
 from hybridcache.errors import bad
 from hybridcache.kernels.addressing import row_strides
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import dtype_name, itemsize
 
 MAX_HEAD_DIM = 256
 """Beyond it an output tile outgrows the registers."""

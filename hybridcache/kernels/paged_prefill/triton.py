@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.dtypes import torch_dtype
 from hybridcache.kernels.addressing import interpreting, row_strides
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.tiles import Tile, check_inputs, choose_tile, max_tiles
 from hybridcache.kernels.sizes import ceil_div, power_of_2
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 SEARCH_ROWS = 128

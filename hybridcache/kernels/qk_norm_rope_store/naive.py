@@ -6,7 +6,7 @@ Shapes: T tokens, H query heads, K KV heads, D head dim, P rotated pairs (half t
 import torch
 
 from hybridcache.kernels.kv_store import naive as kv_store
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 
 def norm_rotate(

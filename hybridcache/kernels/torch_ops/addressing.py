@@ -7,8 +7,8 @@ V value heads, W conv ring columns, C channels.
 
 import torch
 
-from hybridcache.dtypes import torch_dtype
-from hybridcache.layout import AttentionLayout, StateLayout
+from hybridcache.memory.layout import AttentionLayout, StateLayout
+from hybridcache.spec.dtypes import torch_dtype
 
 
 def strided_view(

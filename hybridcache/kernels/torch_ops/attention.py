@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, kv_slots, kv_views
-from hybridcache.layout import AttentionLayout
+from hybridcache.memory.layout import AttentionLayout
 
 GROUP_SCORES = 1 << 22
 """Query-key pairs of one padded group of rows, at most: longer rows run alone, without a mask where they can."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, state_views
-from hybridcache.layout import StateLayout
+from hybridcache.memory.layout import StateLayout
 
 CHUNK = 64
 """Tokens of a chunk. Chunks lie on absolute multiples of it, so where a prompt was cut there, the arithmetic is the same."""

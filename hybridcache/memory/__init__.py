@@ -1,0 +1,1 @@
+"""Where bytes lie: block geometry, layouts, the device pool, free blocks."""

@@ -1,0 +1,1 @@
+"""What a run tells: metrics, events, tracking, environment, report."""

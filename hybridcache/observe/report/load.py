@@ -1,0 +1,111 @@
+"""Run: what one run directory holds, as tables."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from hybridcache.errors import UserError, bad
+from hybridcache.observe.events import read_events
+
+REQUIRED_COLUMNS = ("phase", "strategy", "workload", "repetition")
+SERVING_PHASES = ("simulation", "inference")
+"""Phases that serve requests over time (the ``capacity`` phase only counts them)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        results: one row per phase x strategy x workload x repetition (``results.parquet``).
+        events: tables by event type (``events.jsonl``).
+        config: the resolved configuration.
+        environment: versions, device, commit, command, start time.
+        path: the run directory.
+        absent: files of a complete run that this one lacks; their field is empty.
+    """
+
+    results: pd.DataFrame
+    events: Mapping[str, pd.DataFrame]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    path: Path
+    absent: tuple[str, ...] = field(default=())
+
+    @property
+    def strategies(self) -> list[str]:
+        """Names in the order in which the run took them; the order of every figure and table."""
+        return list(dict.fromkeys(self.results["strategy"]))
+
+    @property
+    def phases(self) -> list[str]:
+        return list(dict.fromkeys(self.results["phase"]))
+
+    def workloads(self, phase: str) -> list[str]:
+        return list(dict.fromkeys(self.rows(phase)["workload"]))
+
+    def rows(self, phase: str) -> pd.DataFrame:
+        """Results of one phase."""
+        return self.results[self.results["phase"] == phase]
+
+    def select(self, event: str, phase: str, workload: str) -> pd.DataFrame:
+        """Events of one type, phase and workload, all repetitions; an empty table where there are none."""
+        found = self.events.get(event)
+        if found is None or not {"phase", "workload"} <= set(found.columns):
+            return pd.DataFrame()
+        return found[(found["phase"] == phase) & (found["workload"] == workload)]
+
+
+def load_run(run_dir: str | PathLike[str]) -> Run:
+    """Read a run directory. ``results.parquet`` must be there; what else is absent is named in ``Run.absent``.
+
+    Raises:
+        UserError: no such directory, no results, results without the columns that name a row, or a file that does not
+            parse.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise bad("run_dir", str(run_dir), "is no directory; give the output directory of a run")
+    results = _results(path)
+    absent = tuple(name for name in ("events.jsonl", "config.yaml", "environment.json") if not (path / name).is_file())
+    return Run(
+        results=results,
+        events={} if "events.jsonl" in absent else read_events(path / "events.jsonl"),
+        config={} if "config.yaml" in absent else _mapping(path / "config.yaml"),
+        environment={} if "environment.json" in absent else _mapping(path / "environment.json"),
+        path=path,
+        absent=absent,
+    )
+
+
+def _results(path: Path) -> pd.DataFrame:
+    file = path / "results.parquet"
+    if not file.is_file():
+        raise bad("run_dir", str(path), "has no results.parquet; give the directory of a run that finished")
+    try:
+        results = pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a parquet table ({error})") from error
+    missing = [name for name in REQUIRED_COLUMNS if name not in results.columns]
+    if missing:
+        raise UserError(f"{file}: lacks {', '.join(missing)}; the report needs a run that compares strategies")
+    if results.empty:
+        raise UserError(f"{file}: holds no row, so there is nothing to report")
+    return results
+
+
+def _mapping(file: Path) -> Mapping[str, Any]:
+    text = file.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: does not parse ({str(error).splitlines()[0]})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a mapping of names to values")
+    return found

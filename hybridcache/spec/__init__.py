@@ -1,0 +1,6 @@
+"""What a model stores: cache specs, the architectures they are read from, element types."""
+
+from hybridcache.spec.cache_spec import CacheSpec
+from hybridcache.spec.layers import STATE_ALIGNMENT, AttentionKV, LayerSpec, RecurrentState, round_up
+
+__all__ = ["STATE_ALIGNMENT", "AttentionKV", "CacheSpec", "LayerSpec", "RecurrentState", "round_up"]

@@ -1,0 +1,345 @@
+"""What the layers of each supported architecture cache: a Transformers config in, its layers' caches out.
+
+One function per architecture or family reads the config's fields; :data:`ARCHITECTURES` maps a ``model_type`` to its
+function. The shapes are those of Transformers 5.23's modelling files, except that a convolution is counted with the
+``kernel - 1`` inputs it needs (Transformers keeps ``kernel``).
+
+Tensor parallelism divides query heads, state heads and conv channels, which must divide evenly. KV heads and the B/C
+groups of Mamba-2 divide too, and replicate where there are fewer of them than ranks, at least one per rank. The latent
+of multi-head latent attention is the same on every rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from hybridcache.errors import bad
+from hybridcache.spec.dtypes import dtype_name, itemsize
+from hybridcache.spec.layers import AttentionKV, LayerSpec, RecurrentState
+
+if TYPE_CHECKING:
+    import torch
+
+LAYER_KINDS = {
+    "full_attention": (True, False),
+    "attention": (True, False),
+    "linear_attention": (False, True),
+    "mamba": (False, True),
+    "conv": (False, True),
+    "hybrid": (True, True),
+    "mlp": (False, False),
+    "moe": (False, False),
+}
+"""Layer type of a config (current and older names) -> whether it keeps KV, whether it keeps a state."""
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Canonical element type names of the three kinds of cached tensors."""
+
+    kv: str
+    recurrent: str
+    conv: str
+
+
+@dataclass(frozen=True)
+class Caches:
+    """What one attention layer and one state layer of a model keep on one rank, and which layer is which."""
+
+    attention: AttentionKV
+    state: RecurrentState
+    layer_types: Sequence[str]
+
+
+def read_layers(
+    hf_config: Any,
+    kv_dtype: "str | torch.dtype" = "bfloat16",
+    state_dtype: "str | torch.dtype" = "float32",
+    tp_size: int = 1,
+    conv_dtype: "str | torch.dtype | None" = None,
+) -> tuple[str, tuple[LayerSpec, ...]]:
+    """The model type of a config and what each of its layers caches; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
+    kv = dtype_name(kv_dtype, "kv_dtype")
+    conv = kv if itemsize(kv) > 1 else "bfloat16"
+    if conv_dtype is not None:
+        conv = dtype_name(conv_dtype, "conv_dtype")
+    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
+        raise bad("tp_size", tp_size, "give the number of tensor-parallel ranks, 1 or more")
+    config = text_config(hf_config)
+    dtypes = Dtypes(kv=kv, recurrent=dtype_name(state_dtype, "state_dtype"), conv=conv)
+    caches = ARCHITECTURES[config.model_type](config, tp_size, dtypes)
+    layers = []
+    for index, kind in enumerate(caches.layer_types):
+        if kind not in LAYER_KINDS:
+            raise bad(f"layer_types[{index}]", kind, f"choose one of {', '.join(LAYER_KINDS)}")
+        has_kv, has_state = LAYER_KINDS[kind]
+        layers.append(LayerSpec(index, caches.attention if has_kv else None, caches.state if has_state else None))
+    return config.model_type, tuple(layers)
+
+
+def text_config(hf_config: Any) -> Any:
+    """The config of the text decoder, checked to be of a supported architecture.
+
+    Args:
+        hf_config: a Transformers config (composite ones give their text part), or a mapping of its fields with
+            ``model_type``. A mapping of an architecture that the installed Transformers does not know is read as it
+            is: every field that the caches depend on must then be given.
+
+    Raises:
+        UserError: no ``model_type``, an unsupported one, or fields that Transformers refuses.
+    """
+    if isinstance(hf_config, Mapping):
+        hf_config = _config_from_mapping(hf_config)
+    if hasattr(hf_config, "get_text_config"):
+        hf_config = hf_config.get_text_config(decoder=True)
+    _require_supported(getattr(hf_config, "model_type", None))
+    return hf_config
+
+
+def transformers_config(fields: Mapping[str, Any]) -> Any:
+    """A Transformers config built from its fields.
+
+    Raises:
+        UserError: ``model_type`` is missing or unknown to the installed Transformers, or it refuses a field.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    model_type = str(fields.get("model_type"))
+    if not known_to_transformers(model_type):
+        raise bad("model_type", model_type, f"Transformers {transformers.__version__} has no such model; upgrade it")
+    rest = {key: value for key, value in fields.items() if key != "model_type"}
+    try:
+        return transformers.AutoConfig.for_model(model_type, **rest)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        # Transformers validates some fields and merely computes with others, so a bad value may surface as any of these.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise bad("hf_config", model_type, f"Transformers refuses these fields: {reason}") from error
+
+
+def known_to_transformers(model_type: str) -> bool:
+    """Whether the installed Transformers has a config of that type."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _config_from_mapping(fields: Mapping[str, Any]) -> Any:
+    _require_supported(fields.get("model_type"))
+    if known_to_transformers(fields["model_type"]):
+        return transformers_config(fields)
+    return SimpleNamespace(**{**fields, **fields.get("text_config", {})})
+
+
+def _require_supported(model_type: str | None) -> None:
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise bad("model_type", model_type, f"no supported hybrid architecture; choose one of {supported}")
+
+
+# -- reading fields ----------------------------------------------------------------------------------------------------
+
+
+def _positive(config: Any, field: str) -> int:
+    value = getattr(config, field, None)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise bad(field, value, f"{config.model_type} needs a positive integer")
+    return value
+
+
+def _divide(field: str, value: int, tp_size: int) -> int:
+    """What one rank holds of something that must divide."""
+    if value % tp_size:
+        raise bad("tp_size", tp_size, f"does not divide {field}={value}; choose a divisor of it")
+    return value // tp_size
+
+
+def _divide_or_replicate(field: str, value: int, tp_size: int) -> int:
+    """What one rank holds of something that replicates below one per rank."""
+    if value % tp_size and tp_size % value:
+        raise bad("tp_size", tp_size, f"neither divides nor is a multiple of {field}={value}; choose one that is")
+    return max(value // tp_size, 1)
+
+
+def _layer_types(config: Any) -> Sequence[str]:
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if not layer_types:
+        raise bad("layer_types", layer_types, f"{config.model_type} needs one layer type per layer")
+    depth = getattr(config, "num_hidden_layers", None)
+    if depth is not None and len(layer_types) != depth:
+        raise bad("layer_types", layer_types, f"has {len(layer_types)} entries; give num_hidden_layers={depth} of them")
+    return layer_types
+
+
+def _head_dim(config: Any) -> int:
+    if getattr(config, "head_dim", None) is not None:
+        return _positive(config, "head_dim")
+    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    if hidden % heads:
+        raise bad("num_attention_heads", heads, f"does not divide hidden_size={hidden}; give head_dim")
+    return hidden // heads
+
+
+def _attention(config: Any, tp_size: int, dtypes: Dtypes, head_dim: int | None = None) -> AttentionKV:
+    """Grouped-query attention: K and V of every KV head."""
+    heads, kv_heads = _positive(config, "num_attention_heads"), _positive(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise bad("num_key_value_heads", kv_heads, f"does not divide num_attention_heads={heads}")
+    _divide("num_attention_heads", heads, tp_size)
+    dim = head_dim or _head_dim(config)
+    return AttentionKV(_divide_or_replicate("num_key_value_heads", kv_heads, tp_size), dim, dim, dtypes.kv)
+
+
+def _state(shape: tuple[int, ...], channels: int, kernel: int, dtypes: Dtypes) -> RecurrentState:
+    return RecurrentState(shape, dtypes.recurrent, channels, kernel, dtypes.conv)
+
+
+# -- architectures -----------------------------------------------------------------------------------------------------
+
+
+def _gated_delta_net(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Qwen3-Next, Qwen3.5, OLMo-Hybrid: ``[value head, key dim, value dim]``, one convolution over q, k and v."""
+    key_heads, value_heads = _positive(config, "linear_num_key_heads"), _positive(config, "linear_num_value_heads")
+    if value_heads % key_heads:
+        raise bad("linear_num_key_heads", key_heads, f"does not divide linear_num_value_heads={value_heads}")
+    key_heads = _divide("linear_num_key_heads", key_heads, tp_size)
+    value_heads = _divide("linear_num_value_heads", value_heads, tp_size)
+    key_dim, value_dim = _positive(config, "linear_key_head_dim"), _positive(config, "linear_value_head_dim")
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    kernel = _positive(config, "linear_conv_kernel_dim")
+    state = _state((value_heads, key_dim, value_dim), channels, kernel, dtypes)
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+def _kimi_delta_attention(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Kimi Linear: delta attention with as many key as value heads; MLA layers keep one latent and one rotary key."""
+    _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size)
+    latent = _positive(config, "kv_lora_rank") + _positive(config, "qk_rope_head_dim")
+    heads = _divide("linear_num_heads", _positive(config, "linear_num_heads"), tp_size)
+    dim = _positive(config, "linear_head_dim")
+    state = _state((heads, dim, dim), 3 * heads * dim, _positive(config, "linear_conv_kernel_dim"), dtypes)
+    return Caches(AttentionKV(1, latent, 0, dtypes.kv), state, _layer_types(config))
+
+
+def _width_per_head(config: Any, width: int, heads_field: str) -> int:
+    heads = _positive(config, heads_field)
+    if width % heads:
+        raise bad(heads_field, heads, f"does not divide the Mamba width {width}")
+    return width // heads
+
+
+def _mamba2_state(
+    config: Any, tp_size: int, dtypes: Dtypes, *, heads: str, head_dim: int, groups: str, state_dim: str, kernel: str
+) -> RecurrentState:
+    """Mamba-2: ``[head, head dim, state dim]``, one convolution over x, B and C. The keywords name config fields."""
+    num_heads, num_groups = _positive(config, heads), _positive(config, groups)
+    if num_heads % num_groups:
+        raise bad(groups, num_groups, f"does not divide {heads}={num_heads}")
+    num_heads = _divide(heads, num_heads, tp_size)
+    num_groups = _divide_or_replicate(groups, num_groups, tp_size)
+    state_size = _positive(config, state_dim)
+    channels = num_heads * head_dim + 2 * num_groups * state_size
+    return _state((num_heads, head_dim, state_size), channels, _positive(config, kernel), dtypes)
+
+
+BAMBA_FIELDS = {
+    "heads": "mamba_n_heads",
+    "groups": "mamba_n_groups",
+    "state_dim": "mamba_d_state",
+    "kernel": "mamba_d_conv",
+}
+
+
+def _bamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Bamba, Granite 4.0 hybrid: every layer is Mamba-2 or attention."""
+    width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
+    head_dim = _width_per_head(config, width, "mamba_n_heads")
+    state = _mamba2_state(config, tp_size, dtypes, head_dim=head_dim, **BAMBA_FIELDS)
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+def _falcon_h1(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Falcon-H1: Mamba-2 and attention side by side in every layer (older Transformers call the layers "attention")."""
+    if getattr(config, "mamba_d_ssm", None) is not None:
+        width = _positive(config, "mamba_d_ssm")
+    else:
+        width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
+    head_dim = _width_per_head(config, width, "mamba_n_heads")
+    state = _mamba2_state(config, tp_size, dtypes, head_dim=head_dim, **BAMBA_FIELDS)
+    return Caches(_attention(config, tp_size, dtypes), state, ["hybrid"] * _positive(config, "num_hidden_layers"))
+
+
+def _nemotron_h(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts; the last two keep nothing."""
+    state = _mamba2_state(
+        config,
+        tp_size,
+        dtypes,
+        heads="mamba_num_heads",
+        head_dim=_positive(config, "mamba_head_dim"),
+        groups="n_groups",
+        state_dim="ssm_state_size",
+        kernel="conv_kernel",
+    )
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+def _zamba2(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Zamba2: Mamba-2 in every layer; hybrid layers add attention, whose weights are shared but not its KV, and whose
+    heads (``attention_head_dim``) span twice the hidden size."""
+    width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
+    state = _mamba2_state(
+        config,
+        tp_size,
+        dtypes,
+        heads="n_mamba_heads",
+        head_dim=_width_per_head(config, width, "n_mamba_heads"),
+        groups="mamba_ngroups",
+        state_dim="mamba_d_state",
+        kernel="mamba_d_conv",
+    )
+    attention = _attention(config, tp_size, dtypes, head_dim=_positive(config, "attention_head_dim"))
+    return Caches(attention, state, _layer_types(config))
+
+
+def _jamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """Jamba: Mamba-1, ``[channel, state dim]`` and a convolution over the same channels."""
+    intermediate = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
+    channels = _divide("the Mamba channels", intermediate, tp_size)
+    state = _state((channels, _positive(config, "mamba_d_state")), channels, _positive(config, "mamba_d_conv"), dtypes)
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+def _lfm2(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """LFM2: short convolutions over the hidden size; no recurrent part."""
+    channels = _divide("hidden_size", _positive(config, "hidden_size"), tp_size)
+    state = _state((), channels, _positive(config, "conv_L_cache"), dtypes)
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+def _minimax(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+    """MiniMax: lightning attention keeps ``[query head, key dim, value dim]``; no convolution."""
+    heads, dim = _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size), _head_dim(config)
+    state = _state((heads, dim, dim), 0, 0, dtypes)
+    return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
+
+
+ARCHITECTURES: dict[str, Callable[[Any, int, Dtypes], Caches]] = {
+    "qwen3_next": _gated_delta_net,
+    "qwen3_5": _gated_delta_net,
+    "qwen3_5_text": _gated_delta_net,
+    "qwen3_5_moe": _gated_delta_net,
+    "qwen3_5_moe_text": _gated_delta_net,
+    "olmo_hybrid": _gated_delta_net,
+    "kimi_linear": _kimi_delta_attention,
+    "bamba": _bamba,
+    "granitemoehybrid": _bamba,
+    "falcon_h1": _falcon_h1,
+    "nemotron_h": _nemotron_h,
+    "zamba2": _zamba2,
+    "jamba": _jamba,
+    "lfm2": _lfm2,
+    "minimax": _minimax,
+}
+"""``model_type`` -> the function that reads its config."""

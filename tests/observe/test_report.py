@@ -1,0 +1,329 @@
+"""The report: complete for a complete run, honest about a partial one, and readable without a network."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from synthetic_run import STRATEGIES, hybrid_spec, write_run
+
+from hybridcache.errors import UserError
+from hybridcache.observe.report import figures, load_run, style, write_report
+from hybridcache.observe.report.tables import highlights, serving_table, shortfall, token_agreement
+from hybridcache.observe.report.words import contest, number_text
+from hybridcache.strategies import build
+
+BUDGET = 1 << 28
+SMALL = {"budget_bytes": BUDGET, "requests": 24, "workloads": ("chat",)}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of all phases with its report."""
+    path = write_run(tmp_path_factory.mktemp("run") / "full", repetitions=2, **SMALL)
+    write_report(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(run_dir):
+    return load_run(run_dir)
+
+
+EXPECTED = {"residents_by_length", "waste_by_length"} | {
+    f"{kind}_{phase}{suffix}"
+    for phase in ("simulation", "inference")
+    for kind, suffix in (
+        ("throughput", ""),
+        ("memory", "_chat"),
+        ("pool", "_chat"),
+        ("queue", "_chat"),
+        ("latency", "_chat"),
+    )
+}
+
+
+def test_every_figure_has_its_data_beside_it(run_dir):
+    written = {path.name for path in (run_dir / "figures").iterdir()}
+    assert written == {f"{name}.{suffix}" for name in EXPECTED for suffix in ("png", "csv")}
+    for name in EXPECTED:
+        assert (run_dir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert len(pd.read_csv(run_dir / "figures" / f"{name}.csv")) > 0
+
+
+def test_page_is_self_contained_and_holds_every_figure(run_dir):
+    page = (run_dir / "report.html").read_text()
+    targets = re.findall(r"""\b(?:src|href|srcset|action|poster)\s*=\s*["']?([^"'> ]{1,40})""", page)
+    assert len(targets) > len(EXPECTED)
+    assert all(target.startswith(("data:image/png;base64,", "#")) for target in targets), set(targets)
+    assert "<script" not in page
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+    for name in EXPECTED:
+        assert f'<figure id="{name}">' in page
+        assert f"figures/{name}.csv" in page
+    for section in ("best", "results", "capacity", "simulation", "inference", "run", "terms", "data"):
+        assert f'<section id="{section}">' in page
+    assert "Left out" not in page
+
+
+def test_waste_is_what_the_strategies_charge(run_dir):
+    data = pd.read_csv(run_dir / "figures" / "waste_by_length.csv")
+    spec = hybrid_spec()
+    assert set(data["strategy"]) == set(STRATEGIES)
+    for row in data.itertuples():
+        name, options = STRATEGIES[row.strategy]
+        strategy = build(name, spec=spec, budget_bytes=BUDGET, **options)
+        assert strategy.admit(0, row.length)
+        assert row.waste_bytes == strategy.usage().held - spec.request_bytes(row.length), row
+
+
+def test_memory_over_time_adds_up_to_the_budget(run_dir):
+    data = pd.read_csv(run_dir / "figures" / "memory_inference_chat.csv")
+    total = data[["useful_bytes", "padding_bytes", "reserved_bytes", "free_bytes"]].sum(axis=1)
+    assert (total == BUDGET).all()
+
+
+def test_pool_map_data_reads_back_as_text(run_dir):
+    data = pd.read_csv(run_dir / "figures" / "pool_simulation_chat.csv")
+    assert set("".join(data["cells"])) <= set(".SKR")
+    assert data["cells"].str.len().nunique() == 1
+    assert "byte_exact" not in set(data["strategy"]), "a bound has no addresses"
+
+
+def test_series_show_one_repetition_and_distributions_pool_all(run):
+    _, series = figures.queue_over_time(run, "simulation", "chat")
+    assert not series.duplicated(["strategy", "step"]).any()
+    _, latencies = figures.latency(run, "simulation", "chat")
+    assert set(latencies.query("metric == 'ttft_s'")["requests"]) == {48}
+
+
+def _draw_all(run):
+    yield figures.waste_by_length(run)
+    yield figures.residents_by_length(run)
+    for phase in ("simulation", "inference"):
+        yield figures.throughput(run, phase)
+        for draw in (figures.memory_over_time, figures.pool_over_time, figures.queue_over_time, figures.latency):
+            yield draw(run, phase, "chat")
+
+
+def _texts(figure):
+    """Every text that is drawn, with its box in pixels."""
+    found = list(figure.texts) + [figure._suptitle] + [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        found += [child for child in axes.get_children() if isinstance(child, Text)]
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, sorted(axes.get_ylim()))):
+            found.append(axis.label)
+            ticks = axis.get_major_ticks()
+            found += [tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_visible()]
+    shown = {id(text): text for text in found if text.get_visible() and text.get_text().strip()}
+    return [(text.get_text(), text.get_window_extent()) for text in shown.values()]
+
+
+def test_no_text_overlaps_another_or_leaves_the_figure(run):
+    for figure, _ in _draw_all(run):
+        FigureCanvasAgg(figure).draw()
+        texts = _texts(figure)
+        width, height = figure.bbox.width, figure.bbox.height
+        for i, (first, box) in enumerate(texts):
+            assert box.x0 >= -1, first
+            assert box.y0 >= -1, first
+            assert box.x1 <= width + 1, first
+            assert box.y1 <= height + 1, first
+            for second, other in texts[i + 1 :]:
+                across = min(box.x1, other.x1) - max(box.x0, other.x0)
+                down = min(box.y1, other.y1) - max(box.y0, other.y0)
+                assert across < 1 or down < 1, (figure.get_suptitle(), first, second)
+
+
+def test_a_strategy_keeps_its_colour_in_every_figure_and_selection(run):
+    styles = style.strategy_styles(run.strategies)
+    figure, _ = figures.waste_by_length(run)
+    for line in figure.axes[0].get_lines():
+        name = line.get_label().removesuffix(" (bound)")
+        assert to_hex(line.get_color()).upper() == styles[name][0].upper()
+    assert (
+        style.strategy_styles(["mine", "two_ended"])["two_ended"] == style.strategy_styles(["two_ended"])["two_ended"]
+    )
+    many = style.strategy_styles([*run.strategies, "mine", "yours", "theirs"])
+    assert len({color for color, _ in many.values()}) == len(many)
+
+
+def test_titles_name_ties_and_never_the_bound():
+    values = pd.Series({"byte_exact": 9.0, "a": 5.0, "b": 5.001, "c": 1.0})
+    assert contest(values, "{:.0f}".format, most_first=True) == "5 under a and b, 1 under c"
+    assert contest(values[["a", "b"]], "{:.0f}".format) == "5 under every strategy"
+    assert contest(values[["byte_exact"]], "{:.0f}".format) == "9 under byte_exact"
+
+
+def test_results_table_shades_the_best_competitors(run):
+    table = serving_table(
+        dataclasses.replace(run, results=run.results.assign(device="NVIDIA H100")), "inference", "chat"
+    )
+    rows = run.rows("inference").groupby("strategy")["output_tokens_per_s"].mean().drop("byte_exact")
+    column = table.headings.index("output tokens/s")
+    shaded = {name for name, cells in table.rows if cells[column][1]}
+    texts = rows.map(number_text)
+    assert shaded == (set() if texts.nunique() == 1 else set(texts.index[texts == texts[rows.idxmax()]]))
+    assert not any(best for name, cells in table.rows if name.startswith("byte_exact") for _, best in cells)
+    on_cpu = serving_table(run, "inference", "chat")
+    assert not any(cells[column][1] for _, cells in on_cpu.rows), "wall-clock times of a CPU are not ranked"
+
+
+def test_highlights_agree_with_the_results(run):
+    best, _ = highlights(run)
+    capacity = next(item for item in best if item.title == "capacity: most residents of 1 token")
+    rows = run.rows("capacity").query("workload == 'length=1' and strategy != 'byte_exact'")
+    most = rows["residents_peak"].max()
+    assert capacity.value == str(most)
+    assert capacity.strategies.split(", ") == rows[rows["residents_peak"] == most]["strategy"].tolist()
+
+
+def test_wall_clock_of_a_cpu_is_not_ranked(run, run_dir):
+    def titles(of):
+        return [item.title for item in highlights(of)[0]] + highlights(of)[1]
+
+    assert "inference, chat: highest output tokens/s" not in titles(run)
+    assert "inference, chat: highest utilization" in titles(run)
+    assert "simulation, chat: highest output tokens/s" in titles(run)
+    assert "Times of inference are not ranked" in (run_dir / "report.html").read_text()
+    on_gpu = dataclasses.replace(run, results=run.results.assign(device="NVIDIA H100"))
+    assert "inference, chat: highest output tokens/s" in titles(on_gpu)
+
+
+def test_a_shortfall_says_by_how_much_and_why(run):
+    assert shortfall(run, "inference", "chat") is None  # times of a CPU rank nothing
+    results = run.results.assign(device="a GPU")
+    chat = (results["phase"] == "inference") & (results["workload"] == "chat")
+    results.loc[chat, "output_tokens_per_s"] = 100.0
+    assert shortfall(dataclasses.replace(run, results=results), "inference", "chat") is None
+    results.loc[chat & (results["strategy"] == "padded_page"), ["output_tokens_per_s", "residents_peak"]] = [
+        112.5,
+        9999,
+    ]
+    results.loc[chat & (results["strategy"] == "byte_exact"), "output_tokens_per_s"] = 200.0
+    text = shortfall(dataclasses.replace(run, results=results), "inference", "chat")
+    assert text.startswith(
+        "padded_page serves 12.5% more tokens a second than shared_pool: residents, peak 9,999 against"
+    )
+
+
+def test_token_agreement_is_read_from_the_hashes(run):
+    assert "same tokens" in token_agreement(run, "inference", "chat")
+    assert token_agreement(run, "simulation", "chat") is None
+    results = run.results.copy()
+    results.loc[results["phase"] == "inference", "tokens_sha256"] = [
+        f"{i:064x}" for i in range(len(run.rows("inference")))
+    ]
+    changed = dataclasses.replace(run, results=results)
+    assert "did not all sample the same tokens" in token_agreement(changed, "inference", "chat")
+
+
+@pytest.mark.parametrize("phases", [("capacity",), ("inference",)])
+def test_a_run_of_one_phase_leaves_the_rest_out_and_says_so(tmp_path, phases):
+    path = write_run(tmp_path / "part", phases=phases, **SMALL)
+    page = write_report(path).read_text()
+    written = {file.stem for file in (path / "figures").glob("*.png")}
+    assert written == {
+        name for name in EXPECTED if (phases[0] in name) or (phases == ("capacity",) and "length" in name)
+    }
+    for phase in {"capacity", "simulation", "inference"} - set(phases):
+        assert f"figures of phase {phase}: this run has no such phase" in page
+        assert f'<section id="{phase}">' not in page
+
+
+def test_without_events_the_tables_remain_and_stale_figures_go(run_dir, tmp_path):
+    path = shutil.copytree(run_dir, tmp_path / "copy")
+    (path / "events.jsonl").unlink()
+    (path / "environment.json").unlink()
+    page = write_report(path).read_text()
+    assert {file.name for file in (path / "figures").iterdir()} == {
+        f"throughput_{phase}.{suffix}" for phase in ("simulation", "inference") for suffix in ("png", "csv")
+    }
+    assert "events.jsonl: not in the run directory" in page
+    assert "waste_by_length: no charge events" in page
+    assert "memory_inference_chat: no sample events of inference, chat" in page
+
+
+def test_one_strategy_and_one_request(tmp_path):
+    path = write_run(
+        tmp_path / "one",
+        strategies={"shared_pool": ("shared_pool", {})},
+        lengths=(12,),
+        **{**SMALL, "requests": 1},
+    )
+    page = write_report(path).read_text()
+    assert "Left out" not in page
+    assert "under shared_pool" in page
+
+
+def test_names_are_escaped_and_become_safe_file_names(tmp_path):
+    path = write_run(tmp_path / "odd", phases=("simulation",), **SMALL)
+    odd = '../<b>&"x'
+    for name in ("events.jsonl",):
+        lines = [json.loads(line) for line in (path / name).read_text().splitlines()]
+        (path / name).write_text("".join(json.dumps({**line, "workload": odd}) + "\n" for line in lines))
+    results = pd.read_parquet(path / "results.parquet")
+    results.assign(workload=odd).to_parquet(path / "results.parquet")
+    page = write_report(path).read_text()
+    assert "<b>" not in page
+    assert (path / "figures" / "memory_simulation_b_x.png").is_file()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def _break(path, what):
+    if what == "no results":
+        (path / "results.parquet").unlink()
+    elif what == "not parquet":
+        (path / "results.parquet").write_text("hello")
+    elif what == "no strategy":
+        pd.read_parquet(path / "results.parquet").drop(columns="strategy").to_parquet(path / "results.parquet")
+    elif what == "no rows":
+        pd.read_parquet(path / "results.parquet").head(0).to_parquet(path / "results.parquet")
+    elif what == "config":
+        (path / "config.yaml").write_text("a: [1")
+    elif what == "environment":
+        (path / "environment.json").write_text("[1]")
+    elif what == "events":
+        with (path / "events.jsonl").open("a") as file:
+            file.write('{"event": "sam')
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no results", "has no results.parquet"),
+        ("not parquet", "results.parquet: not a parquet table"),
+        ("no strategy", "lacks strategy"),
+        ("no rows", "holds no row"),
+        ("config", "config.yaml: does not parse"),
+        ("environment", "environment.json: expected a mapping"),
+        ("events", "events.jsonl, line "),
+    ],
+)
+def test_a_broken_run_is_named(run_dir, tmp_path, what, message):
+    path = shutil.copytree(run_dir, tmp_path / "broken")
+    _break(path, what)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_run(path)
+
+
+def test_command_line_writes_the_page_or_one_line_of_error(run_dir, tmp_path):
+    command = [sys.executable, "-m", "hybridcache.observe.report"]
+    done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: run_dir=")
+    assert done.stderr.count("\n") == 1
+    path = write_run(tmp_path / "cli", phases=("capacity",), **SMALL)
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(path / "report.html")
+    assert (path / "report.html").is_file()
