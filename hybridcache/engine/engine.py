@@ -1,24 +1,24 @@
 """Engine: requests in, tokens out. Continuous batching of one model over one strategy's memory."""
 
 import time
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
-from hybridcache.engine.packing import RowInput
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner
 from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
-from hybridcache.engine.sequence import Sequence, Status
-from hybridcache.engine.step import ScheduledTokens, Step
+from hybridcache.engine.sequence import Status
+from hybridcache.engine.step import Step
 from hybridcache.engine.step_output import HostTimes, StepOutput
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
-from hybridcache.observe.metrics import Recorder
+from hybridcache.observe.metrics import Observation, Recorder
 from hybridcache.strategies.base import Strategy
 
 
@@ -27,14 +27,12 @@ class _Launched(NamedTuple):
 
     flight: Flight
     step: Step
-    seqs: list[Sequence]
-    """Of the step's items."""
-    sampled: list[Sequence]
-    """Those that sample a token, in their order."""
-    ids: list[int]
-    """Of ``sampled``."""
-    stopping: list[tuple[int, frozenset[int]]]
-    """Places in ``sampled`` of those that a token can end, and which tokens."""
+    sampled: list[Request]
+    """Those of its requests that sample a token, in their order."""
+    started_s: float
+    """When its scheduling began."""
+    seen: Observation | None
+    """The memory that it runs in."""
 
 
 class Engine:
@@ -114,12 +112,11 @@ class Engine:
         self._vocabulary = model.config.vocab_size
         self._requests: dict[int, Request] = {}
         self._launched: _Launched | None = None
-        self._last: _Launched | None = None
-        """The step launched last, whether or not it is still on its way."""
         self._next_id = 0
         self._clock = clock
         self._origin: float | None = None
-        self._recorded = 0.0
+        self._ended_s = 0.0
+        """When the last step ended."""
 
     def _before_release(self, seq_id: int) -> None:
         if self._poison:
@@ -130,24 +127,25 @@ class Engine:
 
     def add_request(
         self, prompt_ids: npt.ArrayLike, params: SamplingParams | None = None, *, arrival_s: float | None = None
-    ) -> Sequence:
+    ) -> Request:
         """Queue a request. ``arrival_s`` (of :meth:`now`) counts its waiting from an earlier moment; None is now.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
         """
         params = params or SamplingParams()
-        prompt = checked_prompt(prompt_ids, self._vocabulary)
-        seq = Sequence(
-            seq_id=self._next_id,
-            prompt_len=len(prompt),
-            max_tokens=params.max_tokens,
+        request = Request.of(
+            self._next_id,
+            checked_prompt(prompt_ids, self._vocabulary),
+            params,
+            seed=self.seed,
+            eos_token_ids=self.eos_token_ids,
             arrival_s=self.now() if arrival_s is None else arrival_s,
         )
-        self.scheduler.submit(seq)
+        self.scheduler.submit(request)
         self._next_id += 1
-        self._requests[seq.seq_id] = Request.of(seq, prompt, params, self.seed, self.eos_token_ids)
-        return seq
+        self._requests[request.seq_id] = request
+        return request
 
     def abort(self, seq_id: int) -> None:
         """End a request now; its memory is free at once. A finished one stays as it is.
@@ -155,7 +153,7 @@ class Engine:
         Raises:
             UserError: no request of that id is known.
         """
-        self.scheduler.abort(self._request(seq_id).seq, self.now())
+        self.scheduler.abort(self._request(seq_id), self.now())
 
     def forget(self, seq_id: int) -> None:
         """Drop what is kept of a finished request.
@@ -163,7 +161,7 @@ class Engine:
         Raises:
             UserError: it has not finished, or is not known.
         """
-        if self._request(seq_id).seq.status is not Status.FINISHED:
+        if self._request(seq_id).status is not Status.FINISHED:
             raise bad("seq_id", seq_id, "has not finished; abort it first")
         del self._requests[seq_id]
 
@@ -171,9 +169,9 @@ class Engine:
         """Whether a request was added and not forgotten."""
         return seq_id in self._requests
 
-    def sequence(self, seq_id: int) -> Sequence:
+    def sequence(self, seq_id: int) -> Request:
         """A request that was added and not forgotten."""
-        return self._request(seq_id).seq
+        return self._request(seq_id)
 
     def error(self, seq_id: int) -> str | None:
         """Why a request ended with ``error``; None where it did not."""
@@ -186,9 +184,9 @@ class Engine:
             raise bad("seq_id", seq_id, "is no request of this engine") from None
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def sequences(self) -> list[Request]:
         """All requests that were added and not forgotten, in order of arrival at the engine."""
-        return [request.seq for request in self._requests.values()]
+        return list(self._requests.values())
 
     @property
     def failed_steps(self) -> int:
@@ -220,8 +218,8 @@ class Engine:
     def step(self) -> StepOutput:
         """Schedule and launch a step, and account for it; with overlap, for the one before it instead.
 
-        Whatever is raised here, an interrupt too, leaves all requests that have not ended waiting, to be recomputed from their
-        tokens.
+        Whatever is raised here, an interrupt at any line too, leaves all requests that have not ended waiting, to be recomputed
+        from their tokens, and the memory empty. The tokens that had arrived are in ``output_ids``.
         """
         started = self._clock()
         try:
@@ -234,86 +232,73 @@ class Engine:
         return output
 
     def _step(self) -> StepOutput:
-        started, output, failures = self.now(), StepOutput(), self._failures
+        started, output = self.now(), StepOutput()
         before, self._launched = self._launched, None
-        since = started if before is None else self._recorded
         step = self.scheduler.schedule()
-        groups = failures.groups(step, self._requests)
-        if len(groups) > 1 or not self.overlap:
-            # One at a time, each with all tokens known.
+        if self._failures.steps and len(groups := self._failures.groups(step)) > 1:
             self._settle(before, output)
-            before = None
-        unmoved = self._relocate() if groups else None
-        launched = None
-        for group in groups if unmoved is None else ():
-            self._settle(launched, output)
-            launched = self._launch(group, since if group is groups[-1] else None)
-        if not self._settle(before, output) and launched is not None:
-            # What the step before left is void, and with it what this one makes of it.
-            self.scheduler.requeue(launched.seqs)
-            launched = None
-        if unmoved is not None:
-            failures.not_moved(unmoved)
-            self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
-        if failures or not self.overlap or len(groups) > 1:
-            self._settle(launched, output)
-            launched = None
-        if failures:
+            self._step_apart(groups, started, output)
+        elif step and not self._relocate():
+            self._settle(before, output)
+            self._requeue_everybody()
+        else:
+            launched = self._launch(step, started) if step else None
+            if not self._settle(before, output) and launched is not None:
+                # What the step before left is void, and with it what this one makes of it.
+                self.scheduler.requeue(launched.step.seqs)
+                launched = None
+            if self._failures or not self.overlap:
+                self._settle(launched, output)
+                launched = None
+            self._launched = launched
+        if self._failures:
             self._answer_for_failures(output)
-        self._launched = launched
         return output
 
-    def _relocate(self) -> Exception | None:
-        """Execute pending moves."""
+    def _step_apart(self, groups: list[Step], started: float, output: StepOutput) -> None:
+        """Requests under suspicion in batches of their own: one at a time, each with all tokens known."""
+        if not self._relocate():
+            self._requeue_everybody()
+            return
+        for group in groups:
+            self._settle(self._launch(group, started), output)
+
+    def _requeue_everybody(self) -> None:
+        self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
+
+    def _relocate(self) -> bool:
+        """Execute pending moves. False where they failed: any request's bytes may be lost, so all are to be recomputed."""
         try:
             self.runner.relocate()
         except Exception as error:
-            return error
+            self._failures.not_moved(error)
+            return False
         self._failures.moved()
-        return None
+        return True
 
-    def _launch(self, step: Step, since: float | None) -> _Launched | None:
-        """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more. The
-        memory is observed for the time since ``since``, where that is given."""
-        seqs = self.scheduler.decoding(step)
-        if seqs is None:
+    def _launch(self, step: Step, started: float) -> _Launched | None:
+        """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more."""
+        if not self.scheduler.runs_again(step):
             items = [item for item in step.items if item.seq.status is Status.RUNNING]
             if not items:
                 return None
-            seqs = [item.seq for item in items]
             step = step if len(items) == len(step.items) else Step(items)
-        last = self._last
+        seen = None
+        if self.recorder is not None:
+            with self._off_the_clock():
+                running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+                seen = self.recorder.observe(started, self.strategy, running, waiting)
         try:
-            if last is not None and last.seqs == seqs and self.runner.can_repeat:
-                flight = self.runner.repeat()
-            else:
-                flight = self.runner.launch([self._row(item) for item in step.items])
+            flight = self.runner.launch(step)
             if not self.overlap:
                 self._wait(flight)
         except Exception as error:  # whatever a kernel raises, the other requests must go on
             self._failures.add(step.items, error)
             self.runner.reset()
+            self._record(started, seen)
             return None
-        finally:
-            if self.recorder is not None and since is not None:
-                self._record(self.recorder, since)
-        sampled = self.scheduler.advance(step)
-        if last is not None and last.sampled == sampled:
-            ids, stopping = last.ids, last.stopping
-        else:
-            ids = [seq.seq_id for seq in sampled]
-            stop_ids = (self._requests[seq_id].stop_ids for seq_id in ids)
-            stopping = [(i, tokens) for i, tokens in enumerate(stop_ids) if tokens]
-        self._last = _Launched(flight, step, seqs, sampled, ids, stopping)
-        return self._last
-
-    def _row(self, item: ScheduledTokens) -> RowInput:
-        seq, start, count = item
-        request = self._requests[seq.seq_id]
-        known = seq.prompt_len + seq.num_output
-        end = start + count
-        tokens = request.tokens(start, end) if end <= seq.prompt_len + seq.num_settled else None
-        return RowInput(seq.seq_id, start, count, tokens, request.sampling() if end == known else None)
+        sampled: list[Any] = self.scheduler.advance(step)
+        return _Launched(flight, step, sampled, started, seen)
 
     def _settle(self, launched: _Launched | None, output: StepOutput) -> bool:
         """Wait for a step, append its tokens and end what they end. False where the step turned out to have failed."""
@@ -324,22 +309,28 @@ class Engine:
         except Exception as error:
             self._failures.add(launched.step.items, error)
             return False
-        now, sampled = self.now(), launched.sampled
+        finally:
+            self._record(launched.started_s, launched.seen)
+        now, sampled, cohort = self.now(), launched.sampled, launched.step.cohort
         if min(tokens, default=0) < 0:
             self._end_not_finite(launched, tokens, now, output)
-        output.new_tokens.update(zip(launched.ids, tokens))
+        output.new_tokens.update(zip(cohort.ids if cohort is not None else [seq.seq_id for seq in sampled], tokens))
         for seq in sampled:
             if seq.status is Status.FINISHED:  # it ended while this step was on its way
                 output.new_tokens.pop(seq.seq_id)
-        stopped = {sampled[i].seq_id for i, stop_ids in launched.stopping if tokens[i] in stop_ids}
+        stopping = None if cohort is None else cohort.stopping
+        if stopping is None:
+            stopping = [(i, seq.stop_ids) for i, seq in enumerate(sampled) if seq.stop_ids]
+            if cohort is not None:
+                cohort.stopping = stopping
+        stopped = {sampled[i].seq_id for i, stop_ids in stopping if tokens[i] in stop_ids}
         output.finished += self.scheduler.settle(sampled, now, stopped, tokens)
         return True
 
     def _end_not_finite(self, launched: _Launched, tokens: list[int], now: float, output: StepOutput) -> None:
         for seq, token in zip(launched.sampled, tokens):
             if token == NOT_FINITE and seq.status is not Status.FINISHED:
-                last = seq.prompt_len + seq.num_settled - 1
-                self._requests[seq.seq_id].error = f"logits after position {last} are not finite"
+                seq.error = f"logits after position {seq.prompt_len + seq.num_settled - 1} are not finite"
                 self.scheduler.abort(seq, now, "error")
                 output.finished.append(seq)
 
@@ -352,7 +343,7 @@ class Engine:
 
     def _answer_for_failures(self, output: StepOutput) -> None:
         """Send the requests of failed batches back to be recomputed; end those that failed alone too often."""
-        again, ended = self._failures.judge(self._requests)
+        again, ended = self._failures.judge()
         for seq in ended:
             self.scheduler.abort(seq, self.now(), "error")
         output.finished += ended
@@ -363,14 +354,26 @@ class Engine:
         self._launched = None
         self._failures.forget()
         self.runner.reset()
-        self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending, *self.scheduler.waiting])
+        now = self.now()
+        for request in self._requests.values():
+            request.end_if_complete(now)
+        self.scheduler.restart(self._requests.values())
 
-    def _record(self, recorder: Recorder, since: float) -> None:
-        """Observe the memory that a step runs in, for the time since ``since``."""
-        now, before = self.now(), self._clock()
-        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        recorder.step(since, now - since, self.strategy, running, waiting)
+    def _record(self, started_s: float, seen: Observation | None) -> None:
+        """Observe a step that has ended, for its own time: since its scheduling began or the step before it ended, whichever
+        was later (with overlap, the device works on the one before until then)."""
+        now = self.now()
+        begin = max(started_s, self._ended_s)
+        self._ended_s = now
+        if self.recorder is not None and seen is not None:
+            with self._off_the_clock():
+                self.recorder.add(seen, now - begin)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Without overlap, the time that recording takes does not count: it depends on the strategy, and the device waits."""
+        before = self._clock()
+        yield
         if not self.overlap:
             assert self._origin is not None
             self._origin += self._clock() - before
-        self._recorded = now

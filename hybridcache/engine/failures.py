@@ -2,10 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping
 
 from hybridcache.engine.request import Request
-from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.sequence import Status
 from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import bad
 
@@ -43,30 +42,26 @@ class Failures:
         """Judge nobody for what has been added."""
         self._unjudged.clear()
 
-    def groups(self, step: Step, requests: Mapping[int, Request]) -> list[Step]:
+    def groups(self, step: Step) -> list[Step]:
         """The step's items in batches: one for all, and one each for those under suspicion."""
-        if not step:
-            return []
-        if not self.steps:
-            return [step]
-        alone = [item for item in step.items if item.start < requests[item.seq.seq_id].alone_until]
+        alone = [item for item in step.items if item.start < _request(item).alone_until]
         if not alone:
             return [step]
         together = [item for item in step.items if item not in alone]
         return ([Step(together)] if together else []) + [Step([item]) for item in alone]
 
-    def judge(self, requests: Mapping[int, Request]) -> tuple[list[Sequence], list[Sequence]]:
+    def judge(self) -> tuple[list[Request], list[Request]]:
         """Of the requests in batches that failed: those to recompute, and those that end, their error noted."""
         unjudged, self._unjudged = self._unjudged, []
-        again: list[Sequence] = []
-        ended: list[Sequence] = []
+        again: list[Request] = []
+        ended: list[Request] = []
         for items, error in unjudged:
             self.steps += 1
             _LOG.warning("a step of %d request(s) failed; they are recomputed or end", len(items), exc_info=error)
             for item in items:
-                if item.seq.status is Status.FINISHED or item.seq in ended:
+                request = _request(item)
+                if request.status is Status.FINISHED or request in ended:
                     continue
-                request = requests[item.seq.seq_id]
                 if len(items) == 1:
                     request.failures_alone += 1
                     request.alone_until = max(request.alone_until, item.end)
@@ -76,9 +71,9 @@ class Failures:
                     request.alone_until = item.end if request.failures_together <= self.max_retries else math.inf
                 if request.failures_alone > self.max_retries:
                     request.error = f"{type(error).__name__}: {error}"
-                    ended.append(item.seq)
+                    ended.append(request)
                 else:
-                    again.append(item.seq)
+                    again.append(request)
         return again, ended
 
     def moved(self) -> None:
@@ -91,3 +86,8 @@ class Failures:
         if self._relocations > self.max_retries:
             raise error
         _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=error)
+
+
+def _request(item: ScheduledTokens) -> Request:
+    assert isinstance(item.seq, Request)
+    return item.seq

@@ -14,11 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from hybridcache.engine.garbage import unswept
+from hybridcache.engine.step import Shape
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 
@@ -35,31 +36,6 @@ PREFILL_ROWS = (4, 16)
 """Of prefilling rows at least one is padding: tokens of nobody belong to it."""
 BESIDE_PREFILL = (0, 16, 64)
 """Decoding rows beside them; beyond these every multiple of the last."""
-
-
-class Shape(NamedTuple):
-    """What a graph holds."""
-
-    decode: int
-    """Rows of one token each."""
-    tokens: int = 0
-    """Of prefilling rows."""
-    prefill: int = 0
-    """Prefilling rows, behind those that decode."""
-
-    @property
-    def rows(self) -> int:
-        return self.decode + self.prefill
-
-    @property
-    def total_tokens(self) -> int:
-        return self.decode + self.tokens
-
-    def holds(self, decode: int, tokens: int, prefill: int) -> bool:
-        """Whether a step fits. One that prefills nothing takes only a graph for such steps."""
-        if prefill == 0 or self.prefill == 0:
-            return prefill == self.prefill and decode <= self.decode
-        return decode <= self.decode and tokens <= self.tokens and prefill < self.prefill
 
 
 class Replayable(Protocol):
@@ -115,7 +91,7 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, wai
     reason = None
     if device.type != "cuda":
         reason = f"needs a CUDA device, not {device}"
-    elif backend.name != "triton":
+    elif not backend.capturable:
         reason = f"decode of backend={backend.name} reads lengths on the host; choose backend=triton"
     elif waits is not None:
         reason = waits
@@ -156,12 +132,17 @@ class StepGraphs:
 
     def replay(self, shape: Shape) -> None:
         """Run the step of one of ``shapes``; it is captured now if it was not yet."""
-        if shape not in self._graphs:
-            self.capture([self.shapes[-1], shape])
+        self.make(shape)
         graph, counts = self._graphs[shape]
         graph.replay()
         self._launches.update(counts)
         self.replays += 1
+
+    def make(self, shape: Shape) -> None:
+        """Capture the graph of one of ``shapes`` if that has not been done (the largest first: the others fit into its
+        memory)."""
+        if shape not in self._graphs:
+            self.capture([self.shapes[-1], shape])
 
     def capture(self, shapes: Sequence[Shape] | None = None) -> None:
         """Capture these shapes, all by default, those that exist excepted."""

@@ -1,20 +1,24 @@
-"""StepInputs: the device memory of a step's inputs and of what it samples, at addresses that never change.
+"""StepInputs: what a step hands to the device, at addresses that never change, and how its rows are packed for that.
 
-All inputs of a step travel in one copy, from one of two pinned buffers that take turns, so that the next step can be
-packed while the last one's copy is under way. Sampled ids stay on the device, where the next step reads them: a token is named
-by its index into ``feed``, which holds the ids sampled last and, behind them, the ids that came with the step.
+All host arrays of a step travel in one copy from pinned memory: the fields of :class:`StepFields`, then the rows of the table
+that changed. Two staging buffers take turns, so that one can be packed while the other is still being copied.
 
-Shapes: T tokens, B rows, R most rows, L state layers, N table entries.
+Token ids are gathered on the device from ``feed``: ids sampled by the step before, which the host may not know yet, then those
+that came with the step.
+
+Shapes: T tokens, B rows of the step, R rows at most, P prefilling rows, L state layers, N table entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hybridcache.engine.graphs import Shape
+from hybridcache.engine.request import Request
+from hybridcache.engine.step import ScheduledTokens, Shape
 from hybridcache.kernels.batch import StepBatch
 
 ALIGNMENT = 16
@@ -80,6 +84,85 @@ def _padding(shape: Shape, feed_rows: int) -> np.ndarray:
     return packed
 
 
+def pack(
+    fields: StepFields,
+    items: Sequence[ScheduledTokens],
+    places: Sequence[int],
+    shape: Shape,
+    sampled: Mapping[int, int],
+    feed_rows: int,
+) -> None:
+    """Write a step's rows into host arrays.
+
+    Args:
+        fields: padding, for a step of ``shape``.
+        items: those that decode, then those that prefill, whose tokens follow one another.
+        places: the table row of each; prefilling rows follow at ``shape.decode``.
+        shape: as large as the step, or larger; where there are more tokens in prefilling rows, there is one more such row.
+        sampled: where in ``feed`` the token is that the last step sampled, by request.
+        feed_rows: places in ``feed`` before the tokens that come with the step.
+    """
+    decode = shape.decode
+    n = sum(place < decode for place in places)
+    at = list(places[:n])
+    starts = [start for _, start, _ in items[:n]]
+    fields.position[at] = starts
+    fields.context[at] = starts
+    fields.context[at] += 1
+    index = [sampled.get(seq.seq_id, -1) for seq, _, _ in items[:n]]
+    if min(index, default=0) < 0:
+        for i, place in enumerate(at):
+            if index[i] < 0:
+                index[i] = feed_rows + place
+                fields.token[place] = _known(items[i])[0]
+    fields.index[at] = index
+    last = decode
+    ends = [0] * (shape.prefill + 1)
+    for item, place in zip(items[n:], places[n:]):
+        _, start, count = item
+        number, first = place - decode, last
+        last = first + count
+        fields.token[first:last] = _known(item)
+        fields.position[first:last] = np.arange(start, start + count)
+        fields.row[first:last] = place
+        fields.context[place] = start + count
+        fields.start[number] = start
+        fields.logit[place] = last - 1
+        ends[number + 1] = last - decode
+    fields.cu_seqlens[:] = np.maximum.accumulate(ends)
+
+
+def _known(item: ScheduledTokens) -> np.ndarray:
+    """int64; the item's token ids, which the host knows."""
+    request, start, count = item
+    assert isinstance(request, Request)
+    assert start + count <= request.prompt_len + request.num_settled, f"request {request.seq_id}: a token is on its way"
+    return request.tokens(start, start + count)
+
+
+def pack_again(fields: StepFields, position_B: np.ndarray) -> None:
+    """Fast path of :func:`pack` for a repeated decode step: row i decodes what row i sampled last; only positions (int64)
+    advance."""
+    n = len(position_B)
+    fields.index[:n] = np.arange(n)
+    fields.position[:n] = position_B
+    fields.context[:n] = position_B
+    fields.context[:n] += 1
+
+
+def keep_sampling(fields: StepFields, samples: Sequence[bool], places: Sequence[int]) -> tuple[int, list[int]]:
+    """Move the logits' indices of rows that sample to the front.
+
+    Returns:
+        How many there are, and where among them the id of each row will be (of no meaning where it samples none).
+    """
+    by_place = np.zeros(len(places), dtype=bool)
+    by_place[places] = samples
+    wanted = fields.logit[: len(places)][by_place]
+    fields.logit[: len(wanted)] = wanted
+    return len(wanted), (np.cumsum(by_place) - 1)[places].tolist()
+
+
 class StepInputs:
     """See the module.
 
@@ -87,7 +170,7 @@ class StepInputs:
         max_rows: R.
         max_tokens: most tokens of a step.
         state_width: L.
-        max_entries: N, of the longest request.
+        max_entries: N, KV entries of the longest request.
         device: where the model is.
     """
 
@@ -97,12 +180,12 @@ class StepInputs:
         self.max_rows = max_rows
         self.device = device
         self.state_width = state_width
-        width = state_width + max_entries
+        width = 2 * state_width + max_entries
         packed = packed_bytes(max_rows, max_tokens, width)
         self.feed = torch.zeros(max_rows + packed // 8, dtype=torch.int64, device=device)
         """Ids sampled last (0 for one that is not a token), then the packed inputs, whose token ids come first."""
         self.table = torch.full((max_rows, width), -1, dtype=torch.int32, device=device)
-        """State table, then KV table of every row."""
+        """Of every row the entries that its states are written to, those that they are read from, then its KV entries."""
         self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """Ids that the step samples."""
         self._packed = self.feed[max_rows:].view(torch.uint8)
@@ -152,6 +235,17 @@ class StepInputs:
         for update in self._updates:
             update()
 
+    @contextmanager
+    def all_padding(self, shape: Shape) -> Iterator[torch.Tensor]:
+        """For a step of that shape that is nothing but padding (a warm-up): its table, with its other inputs in place. Staging
+        buffers, table and sampled ids are as before at the end."""
+        kept = self.sampled.clone(), self.feed[: self.max_rows].clone()
+        padding = torch.from_numpy(_padding(shape, self.max_rows))
+        self._packed[: padding.numel()].copy_(padding)
+        yield torch.full_like(self.table[: shape.rows], -1)
+        self.sampled.copy_(kept[0])
+        self.feed[: self.max_rows].copy_(kept[1])
+
     # -- on the device ---------------------------------------------------------------------------------------------
 
     def tokens(self, index_T: torch.Tensor) -> torch.Tensor:
@@ -165,18 +259,22 @@ class StepInputs:
         num_logits: int | None = None,
         max_prefill_len: int = 0,
         max_context_len: int = 0,
+        table: torch.Tensor | None = None,
     ) -> StepBatch:
         """A step of that shape from static memory, with as many entries of every row's KV table and as many logits, or all
-        (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context."""
+        (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context.
+        ``table`` stands in for the own one (warm-ups)."""
         fields = StepFields.cut(self._packed, shape, torch)
-        table, width = self.table[: shape.rows], self.state_width
+        table, width = (self.table if table is None else table)[: shape.rows], self.state_width
+        first = 2 * width
         every_token = shape.prefill == 0 and num_logits in (None, shape.decode)
         return StepBatch(
             token_ids_T=self.tokens(fields.index),
             position_T=fields.position,
             row_T=fields.row,
-            kv_table_BN=table[:, width : None if num_entries is None else width + num_entries],
-            state_table_BL=table[:, :width],
+            kv_table_BN=table[:, first : None if num_entries is None else first + num_entries],
+            state_read_BL=table[:, width:first],
+            state_write_BL=table[:, :width],
             context_len_B=fields.context,
             prefill_cu_seqlens=fields.cu_seqlens,
             prefill_start_P=fields.start,
@@ -218,7 +316,8 @@ def padding_batch(rows: int, tokens: int, table_RN: torch.Tensor) -> StepBatch:
         position_T=torch.zeros(tokens, dtype=torch.int64, device=device),
         row_T=row_T,
         kv_table_BN=empty,
-        state_table_BL=empty,
+        state_read_BL=empty,
+        state_write_BL=empty,
         context_len_B=length_P,
         prefill_cu_seqlens=offsets,
         prefill_start_P=torch.zeros(rows, dtype=torch.int32, device=device),

@@ -1,54 +1,85 @@
-"""Request: what the engine keeps of a request beyond its progress."""
+"""Request: a sequence of the engine, with its tokens and how they are sampled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from hybridcache.engine.sampling import GREEDY, SamplingParams, SamplingRow, request_key
-from hybridcache.engine.sequence import Sequence
+from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.errors import bad
+
+NO_TOKENS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(eq=False, slots=True)
-class Request:
-    """A sequence with its tokens, how it is sampled, and how it has failed."""
+class Request(Sequence):
+    """What the engine keeps of a request beyond its progress. Build it with :meth:`of`."""
 
-    seq: Sequence
-    params: SamplingParams
-    key: tuple[int, int]
-    stop_ids: frozenset[int]
-    _tokens: np.ndarray
-    """int64; prompt, then those sampled tokens that were asked for."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    key: tuple[int, int] = (0, 0)
+    stop_ids: frozenset[int] = frozenset()
     error: str | None = None
+    """Why it ended with ``error``."""
     failures_together: int = 0
     failures_alone: int = 0
     alone_until: float = 0
     """Positions below this are computed in a batch of its own: a step of several requests failed there."""
+    _tokens: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """int64; prompt, then those sampled tokens that were asked for."""
 
     @classmethod
     def of(
-        cls, seq: Sequence, prompt: np.ndarray, params: SamplingParams, seed: int, eos_token_ids: frozenset[int]
+        cls,
+        seq_id: int,
+        prompt: npt.ArrayLike,
+        params: SamplingParams,
+        *,
+        seed: int = 0,
+        eos_token_ids: frozenset[int] = frozenset(),
+        arrival_s: float = 0.0,
     ) -> "Request":
         """A new request; ``seed`` is the engine's, for one that has none of its own."""
-        tokens = np.empty(len(prompt) + params.max_tokens, dtype=np.int64)
-        tokens[: len(prompt)] = prompt
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
-        return cls(seq, params, request_key(params, seed, seq.seq_id), stop_ids, tokens)
+        ids = np.asarray(prompt, dtype=np.int64)
+        tokens = np.empty(len(ids) + params.max_tokens, dtype=np.int64)
+        tokens[: len(ids)] = ids
+        return cls(
+            seq_id=seq_id,
+            prompt_len=len(ids),
+            max_tokens=params.max_tokens,
+            arrival_s=arrival_s,
+            params=params,
+            key=request_key(params, seed, seq_id),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
+            _tokens=tokens,
+        )
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """int64; tokens ``start .. end - 1`` of the prompt and the sampled ids that have arrived."""
-        seq = self.seq
-        first, last = max(start, seq.prompt_len), min(end, seq.prompt_len + len(seq.output_ids))
+        first, last = max(start, self.prompt_len), min(end, self.prompt_len + len(self.output_ids))
         if last > first:
-            self._tokens[first:last] = seq.output_ids[first - seq.prompt_len : last - seq.prompt_len]
+            self._tokens[first:last] = self.output_ids[first - self.prompt_len : last - self.prompt_len]
         return self._tokens[start:end]
+
+    def end_if_complete(self, now_s: float) -> None:
+        """After an interrupt: count the tokens that have arrived, and end where the last one was."""
+        self.num_settled = self.num_output = len(self.output_ids)
+        if self.status is Status.FINISHED or not self.output_ids:
+            return
+        stopped = self.output_ids[-1] in self.stop_ids
+        if stopped or self.num_settled >= self.max_tokens:
+            self.status, self.finish_s, self.finish_reason = Status.FINISHED, now_s, "stop" if stopped else "length"
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """int64; the prompt."""
+        return self._tokens[: self.prompt_len]
 
     def sampling(self) -> SamplingRow:
         """How its next output token is sampled."""
         if self.params.temperature == 0.0:
             return GREEDY
-        return SamplingRow(self.params, self.key, self.seq.num_output)
+        return SamplingRow(self.params, self.key, self.num_output)
 
 
 def checked_prompt(prompt_ids: npt.ArrayLike, vocabulary: int) -> np.ndarray:

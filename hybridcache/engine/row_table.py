@@ -22,11 +22,12 @@ STALE = -2
 class RowTable:
     """See the module.
 
-    A row of ``entries`` is the request's state table, then its KV table, then -1. A padding row is all -1.
+    A row of ``entries`` holds the entries that the request's states are written to, those that they are read from, its KV
+    entries, then -1. A padding row is all -1.
 
     Args:
-        strategy: built with ``physical=True``. The tables of a resident request only gain entries, by growing, unless
-            ``drain_moves`` returned moves. Nobody else drains what gained some.
+        strategy: built with ``physical=True``. It tells whose tables change (``drain_changed``, which nobody else drains);
+            where memory is moved (``drain_moves``), all may have.
         max_rows: R.
         max_entries: N, of the longest request.
     """
@@ -34,7 +35,9 @@ class RowTable:
     def __init__(self, strategy: Strategy, max_rows: int, max_entries: int) -> None:
         self.strategy = strategy
         self.state_width = len(strategy.spec.state_layers)
-        self.entries = np.full((max_rows, self.state_width + max_entries), -1, dtype=np.int32)
+        self.first_kv = 2 * self.state_width
+        """Column of a row's first KV entry."""
+        self.entries = np.full((max_rows, self.first_kv + max_entries), -1, dtype=np.int32)
         self.num_entries = [0] * max_rows
         """KV entries of each row."""
         self.num_rows = 0
@@ -59,7 +62,7 @@ class RowTable:
         """What the device holds is unknown: all rows are to be sent again, at their full width."""
         self._row.clear()
         self._owner = [STALE] * len(self._owner)
-        self._sent = [self.entries.shape[1] - self.state_width] * len(self._owner)
+        self._sent = [self.entries.shape[1] - self.first_kv] * len(self._owner)
         self.num_rows = len(self._owner)
 
     def arrange(
@@ -107,12 +110,16 @@ class RowTable:
         return max(width, 1)
 
     def _refresh(self, owner: list[int], num_rows: int) -> list[int]:
-        before, gained = self._owner[: len(owner)], self.strategy.drain_gained()
+        before, altered = self._owner[: len(owner)], self.strategy.drain_changed()
         same = owner == before
         if same and not self._moved:
-            gaining = ((self._row.get(seq_id), seq_id) for seq_id in gained)
-            return [row for row, seq_id in gaining if row is not None and self._extend(row, seq_id)]
-        changed = []
+            rows = [(self._row.get(seq_id), seq_id) for seq_id in altered]
+            changed = [row for row, _ in rows if row is not None]
+            for row, seq_id in rows:
+                if row is not None:
+                    self._write(row, seq_id)
+            return changed
+        changed, altered = [], set(altered)
         for row, (now, then) in enumerate(zip(owner, before)):
             if now == NOBODY:
                 if then != NOBODY:
@@ -120,10 +127,10 @@ class RowTable:
                     changed.append(row)
             elif now != then or self._moved:
                 self._clear(row)
-                self.entries[row, : self.state_width] = self.strategy.state_table(now)
-                self._extend(row, now)
+                self._write(row, now)
                 changed.append(row)
-            elif gained and self._extend(row, now):
+            elif now in altered:
+                self._write(row, now)
                 changed.append(row)
         if not same:
             self._owner[: len(owner)] = owner
@@ -132,17 +139,17 @@ class RowTable:
         return changed
 
     def _clear(self, row: int) -> None:
-        self.entries[row, : self.state_width + self.num_entries[row]] = -1
+        self.entries[row, : self.first_kv + self.num_entries[row]] = -1
         self.num_entries[row] = 0
 
-    def _extend(self, row: int, seq_id: int) -> bool:
-        """Append a request's new entries to its row. Returns whether there were any."""
-        held = self.strategy.kv_table(seq_id)
-        count, known = len(held), self.num_entries[row]
-        if count == known:
-            return False
-        if self.state_width + count > self.entries.shape[1]:
-            raise ValueError(f"request {seq_id} holds {count} table entries; a row has {self.entries.shape[1]}")
-        self.entries[row, self.state_width + known : self.state_width + count] = held[known:]
+    def _write(self, row: int, seq_id: int) -> None:
+        """Bring a request's row up to date: its states' entries, and the KV entries that it has gained."""
+        held, known, first = self.strategy.kv_table(seq_id), self.num_entries[row], self.first_kv
+        count = len(held)
+        if first + count > self.entries.shape[1]:
+            raise ValueError(f"request {seq_id} holds {count} table entries; a row has {self.entries.shape[1] - first}")
+        values = self.entries[row]
+        values[: self.state_width] = self.strategy.state_write_table(seq_id)
+        values[self.state_width : first] = self.strategy.state_read_table(seq_id)
+        values[first + known : first + count] = held[known:]
         self.num_entries[row] = count
-        return True

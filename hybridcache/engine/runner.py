@@ -7,7 +7,7 @@ Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from hybridcache.engine.footprint import Memory
-from hybridcache.engine.graphs import Capture, Shape, StepGraphs, graph_sizes, prefill_shapes
-from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
-from hybridcache.engine.packing import RowInput, fill, fill_again, keep_sampling, shape_of
+from hybridcache.engine.graphs import Capture, StepGraphs, graph_sizes, prefill_shapes
+from hybridcache.engine.inputs import StepInputs, input_bytes, keep_sampling, pack, pack_again, padding_batch
 from hybridcache.engine.row_table import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
-from hybridcache.kernels.backend import Backend
+from hybridcache.engine.step import Shape, Step
+from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.memory.layout import Layout
 from hybridcache.memory.pool import CachePool
 from hybridcache.strategies.base import Strategy
 
@@ -52,9 +51,9 @@ class Model(Protocol):
         ``prefilling`` of them prefill."""
         ...
 
-    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
-        """Run the step; caches are read and written in ``buffer`` only. Returns logits ``[R, vocabulary]`` of the tokens
-        that ``batch.logit_index_R`` names, in the model's dtype or a wider one."""
+    def forward(self, batch: StepBatch, caches: Caches) -> torch.Tensor:
+        """Run the step; states and KV are read and written through ``caches`` only. Returns logits ``[R, vocabulary]`` of
+        the tokens that ``batch.logit_index_R`` names, in the model's dtype or a wider one."""
         ...
 
 
@@ -73,15 +72,15 @@ class Flight:
         return [ids[place] for place in self._places]
 
 
-class _Steady(NamedTuple):
-    """The step launched last, if it may be launched again one token further: a graph in which every row decodes greedily."""
+class Packed(NamedTuple):
+    """How a step of a cohort was packed, for the next one to be the same a token further: every row decodes greedily."""
 
     shape: Shape
-    """Of the graph."""
-    slots: list[int]
-    """Places of the rows, in the order given."""
-    position: np.ndarray
-    """By place."""
+    """Of the graph, or the exact one."""
+    places: list[int]
+    """Table row of each request, in the cohort's order."""
+    position_B: np.ndarray
+    """int64; by table row."""
 
 
 class ModelRunner:
@@ -125,24 +124,25 @@ class ModelRunner:
         """What this takes of the device at most."""
         self.memory.require(strategy.budget_bytes, model.device)
         self.pool = CachePool(self.layout, model.device, poison=poison)
+        self.caches = backend.bind(self.pool.buffer, self.layout)
         self.rows = RowTable(strategy, self.max_rows, self._max_entries)
-        self.inputs = self._make_inputs()
-        self._choose = _greedy_of(backend, model.dtype)
+        self.inputs = StepInputs(
+            self.max_rows, max_tokens, self.rows.state_width, self._max_entries, self.pool.buffer.device
+        )
         self.graphs: StepGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
-        self._places: dict[int, int] = {}
-        """Where in the step launched last each request's sampled id is."""
-        self._steady: _Steady | None = None
+        self._sampled: dict[int, int] = {}
+        """Where in ``feed`` the token is that the step launched last samples, by request."""
 
     def _plan_memory(self, graphs: bool) -> Memory:
         rows, tokens, vocabulary = self.max_rows, max(self.max_tokens, self.max_rows), self.model.config.vocab_size
-        width = len(self.strategy.spec.state_layers) + self._max_entries
+        width = 2 * len(self.strategy.spec.state_layers) + self._max_entries
         itemsize = self.model.dtype.itemsize
         return Memory(
             weight_bytes=self.model.weight_bytes,
             cache_bytes=self.layout.pool_bytes,
-            input_bytes=(2 if graphs else 1) * input_bytes(rows, self.max_tokens, width),
+            input_bytes=input_bytes(rows, self.max_tokens, width),
             logits_bytes=rows * vocabulary * itemsize if graphs else 0,
             graph_bytes=max(self.model.scratch_bytes(s.total_tokens, s.rows, s.prefill) for s in self._shapes)
             if graphs
@@ -150,36 +150,30 @@ class ModelRunner:
             step_bytes=max(self.model.scratch_bytes(tokens, rows, rows), sampling_bytes(rows, vocabulary, itemsize)),
         )
 
-    def _make_inputs(self) -> StepInputs:
-        width = len(self.strategy.spec.state_layers)
-        return StepInputs(self.max_rows, self.max_tokens, width, self._max_entries, self.pool.buffer.device)
-
     def _make_graphs(self, capture: Capture) -> StepGraphs:
-        padding = self._make_inputs()
         size = (self.max_rows, self.model.config.vocab_size)
         self._logits = torch.empty(size, dtype=self.model.dtype, device=self.pool.buffer.device)
-        return StepGraphs(
-            self._shapes,
-            lambda shape: self._compute(shape, self.inputs),
-            lambda shape: self._compute(shape, padding),
-            capture,
-            self.backend.launches,
-        )
+        return StepGraphs(self._shapes, self._compute, self._warm_up, capture, self.backend.launches)
 
-    def _compute(self, shape: Shape, inputs: StepInputs) -> None:
+    def _compute(self, shape: Shape, table: torch.Tensor | None = None) -> None:
         """A step from static memory to static memory."""
         with torch.inference_mode():
-            logits_RV = self._forward(inputs.batch(shape, max_prefill_len=shape.tokens))
+            logits_RV = self._forward(self.inputs.batch(shape, max_prefill_len=shape.tokens, table=table))
             self._logits[: shape.rows] = logits_RV
-            self._greedy(logits_RV, inputs)
+            self._greedy(logits_RV)
 
-    def _greedy(self, logits_RV: torch.Tensor, inputs: StepInputs) -> None:
+    def _warm_up(self, shape: Shape) -> None:
+        """The step of that shape on nothing but padding. What the last step sampled stays."""
+        with self.inputs.all_padding(shape) as table:
+            self._compute(shape, table)
+
+    def _greedy(self, logits_RV: torch.Tensor) -> None:
         """Each row's most likely token, kept for the next step and for the host."""
         count = logits_RV.shape[0]
-        self._choose(logits_RV, inputs.sampled[:count], inputs.feed[:count])
+        self.backend.greedy(logits_RV, self.inputs.sampled[:count], self.inputs.feed[:count])
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
-        return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
+        return self.model.forward(batch, self.caches)
 
     def prepare(self) -> None:
         """Capture all graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
@@ -206,107 +200,105 @@ class ModelRunner:
             self.rows.moved()
             self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
 
-    def launch(self, rows: Sequence[RowInput]) -> Flight:
-        """Compute the rows' tokens and sample.
+    def launch(self, step: Step) -> Flight:
+        """Compute a step's tokens and sample. Its requests are :class:`~hybridcache.engine.request.Request`.
 
-        The rows must be ordered decode first. At most one flight before this one may not have been waited for.
+        At most one flight before this one may not have been waited for.
         """
-        self._steady = None
-        exact = shape_of(rows)
-        graph = None if self.graphs is None else self.graphs.shape_for(*exact)
-        shape, ids = graph or exact, [row.seq_id for row in rows]
-        places, changed = self.rows.arrange(ids[: exact.decode], ids[exact.decode :], shape.decode)
+        cohort = step.cohort
         with torch.inference_mode(), self._on_device():
-            if graph is None:
-                logits_RV, slots = self._run(rows, places, changed, exact)
+            if cohort is not None and cohort.packed is not None:
+                packed = cohort.packed
+                slots, samples, count = self._launch_again(packed), packed.places, len(packed.places)
             else:
-                logits_RV, slots = self._replay(rows, places, changed, graph), places
-            self._sample(logits_RV, rows, slots)
-            samples = [slot for slot, row in zip(slots, rows) if row.sampling is not None]
-            self._places = dict(zip(ids, slots))
-            result, event = self.inputs.fetch(logits_RV.shape[0])
+                slots, samples, count = self._launch_anew(step)
+                self._sampled = {
+                    item.seq.seq_id: slot for item, slot in zip(step.items, slots) if item.end == item.seq.num_known
+                }
+            result, event = self.inputs.fetch(count)
             return Flight(result, samples, event)
 
-    @property
-    def can_repeat(self) -> bool:
-        """Whether the step launched last was one that :meth:`repeat` can launch again."""
-        return self._steady is not None
-
-    def repeat(self) -> Flight:
-        """What :meth:`launch` does where every row of the last step goes on with the token that it samples there: nothing but
-        positions, and tables that gained entries, is new."""
-        assert self._steady is not None
-        assert self.graphs is not None
-        shape, slots, position = self._steady
-        changed, n = self.rows.again(), len(slots)
-        with torch.inference_mode(), self._on_device():
-            position += 1
-            fill_again(self.inputs.begin(shape), position)
-            self._put_rows(changed)
-            self.inputs.send()
+    def _launch_again(self, packed: Packed) -> list[int]:
+        """The last step again: nothing but positions, and tables that have changed, is new."""
+        shape, places, position_B = packed
+        changed = self.rows.again()
+        position_B += 1
+        pack_again(self.inputs.begin(shape), position_B)
+        self._put_rows(changed)
+        self.inputs.send()
+        if self.graphs is not None:
             self.graphs.replay(shape)
-            result, event = self.inputs.fetch(n)
-            return Flight(result, slots, event)
+        else:
+            self._run(shape, len(places), 0, int(position_B.max()) + 1)
+        return places
 
-    def _sample(self, logits_RV: torch.Tensor, rows: Sequence[RowInput], slots: list[int]) -> None:
-        """Replace the greedy ids of rows that are to be drawn."""
-        if not any(row.sampling is not None and row.sampling.params.temperature > 0.0 for row in rows):
-            return
-        by_slot: list[SamplingRow | None] = [None] * logits_RV.shape[0]
-        for slot, row in zip(slots, rows):
-            if row.sampling is not None:
-                by_slot[slot] = row.sampling
-        sampled_R = self.inputs.sampled[: len(by_slot)]
-        draw(logits_RV, by_slot, sampled_R)
-        self.inputs.feed_sampled(len(by_slot))
-
-    def _replay(self, rows: Sequence[RowInput], places: list[int], changed: list[int], shape: Shape) -> torch.Tensor:
-        """A step as a graph. Every row has a place for its next token, whether it samples one or not."""
-        assert self.graphs is not None
+    def _launch_anew(self, step: Step) -> tuple[list[int], list[int], int]:
+        """Returns where each item's id will be (of no meaning where it samples none), those of the items that sample, and how
+        many ids there are."""
+        items, exact = step.items, step.shape
+        graph = None if self.graphs is None else self.graphs.shape_for(*exact)
+        if graph is not None and self.graphs is not None:
+            self.graphs.make(graph)
+        shape, ids = graph or exact, [item.seq.seq_id for item in items]
+        places, changed = self.rows.arrange(ids[: exact.decode], ids[exact.decode :], shape.decode)
         fields = self.inputs.begin(shape)
-        fill(fields, rows, places, shape, self._places, self.max_rows)
+        pack(fields, items, places, shape, self._sampled, self.max_rows)
+        sampling = [item.seq.sampling() if item.end == item.seq.num_known else None for item in items]
+        slots, count = places, shape.rows if shape.prefill else len(items)
+        if graph is None:
+            count, slots = keep_sampling(fields, [row is not None for row in sampling], places)
         self._put_rows(changed)
         self.inputs.send()
-        self.graphs.replay(shape)
-        if not shape.prefill and all(row.sampling is GREEDY for row in rows):
-            self._steady = _Steady(shape, places, fields.position[: len(rows)].copy())
-        return self._logits[: shape.rows if shape.prefill else len(rows)]
+        if graph is not None and self.graphs is not None:
+            self.graphs.replay(shape)
+            logits_RV = self._logits[:count]
+        else:
+            longest = max((item.num_tokens for item in items[shape.decode :]), default=0)
+            logits_RV = self._run(shape, count, longest, max(item.end for item in items))
+        self._draw(logits_RV, sampling, slots)
+        if step.cohort is not None and all(row is GREEDY for row in sampling):
+            step.cohort.packed = Packed(shape, places, fields.position[: len(items)].copy())
+        return slots, [slot for slot, row in zip(slots, sampling) if row is not None], count
 
-    def _run(
-        self, rows: Sequence[RowInput], places: list[int], changed: list[int], shape: Shape
-    ) -> tuple[torch.Tensor, list[int]]:
+    def _run(self, shape: Shape, count: int, max_prefill_len: int, max_context_len: int) -> torch.Tensor:
         """Any step, launched operation by operation, without padding."""
-        fields = self.inputs.begin(shape)
-        fill(fields, rows, places, shape, self._places, self.max_rows)
-        count, slots = keep_sampling(fields, rows, places)
-        self._put_rows(changed)
-        self.inputs.send()
         batch = self.inputs.batch(
             shape,
             num_entries=max(1, *self.rows.num_entries[: shape.rows]),
             num_logits=count,
-            max_prefill_len=max((row.num_tokens for row in rows[shape.decode :]), default=0),
-            max_context_len=max(row.start + row.num_tokens for row in rows),
+            max_prefill_len=max_prefill_len,
+            max_context_len=max_context_len,
         )
         logits_RV = self._forward(batch)
-        self._greedy(logits_RV, self.inputs)
-        return logits_RV, slots
+        self._greedy(logits_RV)
+        return logits_RV
+
+    def _draw(self, logits_RV: torch.Tensor, sampling: Sequence[SamplingRow | None], slots: list[int]) -> None:
+        """Replace the greedy ids of rows that are to be drawn."""
+        if all(row is None or row is GREEDY for row in sampling):
+            return
+        by_slot: list[SamplingRow | None] = [None] * logits_RV.shape[0]
+        for slot, row in zip(slots, sampling):
+            if row is not None:
+                by_slot[slot] = row
+        draw(logits_RV, by_slot, self.inputs.sampled[: len(by_slot)])
+        self.inputs.feed_sampled(len(by_slot))
 
     def _put_rows(self, changed: list[int]) -> None:
         """Pack the rows that changed, no wider than what they hold and what the device may still hold of them."""
         if changed:
-            width = self.rows.state_width + self.rows.sent_width(changed)
+            width = self.rows.first_kv + self.rows.sent_width(changed)
             self.inputs.put_rows(changed, self.rows.entries[:, :width])
 
     def forget(self, seq_id: int) -> None:
         """The request's memory is about to be returned."""
-        self._steady = None
+        self._sampled.pop(seq_id, None)
         self.rows.forget(seq_id)
 
     def reset(self) -> None:
         """After a launch that failed or was interrupted, at whatever point: nothing that the device was told counts."""
+        self._sampled = {}
         self.rows.reset()
-        self._steady = None
         if self.pool.buffer.device.type == "cuda":
             torch.cuda.synchronize(self.pool.buffer.device)
 
@@ -314,14 +306,3 @@ class ModelRunner:
         """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
         self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
-
-
-def _greedy_of(backend: Backend, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """Greedy choice in Triton where the backend's own kernels are Triton's, in PyTorch elsewhere and in float64."""
-    if backend.name.split("+")[0] == "triton" and dtype != torch.float64:
-        from hybridcache.kernels.greedy.triton import greedy
-
-        return greedy
-    from hybridcache.kernels.greedy import naive
-
-    return naive.greedy

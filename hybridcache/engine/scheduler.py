@@ -9,56 +9,15 @@ exists at those positions.
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from itertools import repeat
 
+import numpy as np
+
+from hybridcache.engine.policies import SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.engine.step import Cohort, ScheduledTokens, Step
 from hybridcache.errors import UserError, bad
 from hybridcache.strategies.base import Strategy
-
-ADMISSIONS = ("whole_prompt", "chunk")
-VICTIMS = ("last", "least_computed")
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Policies of the scheduler.
-
-    Args:
-        max_running: most requests that may be resident at once.
-        max_tokens_per_step: token budget of one step, prefill and decode together.
-        chunk_multiple: prompts are cut at multiples of this position.
-        admission: ``whole_prompt`` admits only what the strategy can hold as a whole prompt now (vLLM 0.25's rule, which
-            still allocates by chunk); ``chunk`` admits as soon as the first chunk fits.
-        victim: ``last`` preempts the most recently admitted request; ``least_computed`` the one with the fewest computed
-            tokens.
-        watermark: fraction of the budget that must stay free after an admission.
-    """
-
-    max_running: int = 256
-    max_tokens_per_step: int = 8192
-    chunk_multiple: int = 64
-    admission: str = "whole_prompt"
-    victim: str = "last"
-    watermark: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_running", "max_tokens_per_step", "chunk_multiple"):
-            if getattr(self, name) < 1:
-                raise bad(name, getattr(self, name), "give a positive whole number")
-        if self.max_tokens_per_step < self.chunk_multiple:
-            raise bad(
-                "max_tokens_per_step",
-                self.max_tokens_per_step,
-                f"must hold one chunk of chunk_multiple={self.chunk_multiple} tokens",
-            )
-        if self.admission not in ADMISSIONS:
-            raise bad("admission", self.admission, f"choose one of {', '.join(ADMISSIONS)}")
-        if self.victim not in VICTIMS:
-            raise bad("victim", self.victim, f"choose one of {', '.join(VICTIMS)}")
-        if not 0.0 <= self.watermark < 1.0:
-            raise bad("watermark", self.watermark, "give a fraction of the budget, from 0 to below 1")
 
 
 class Scheduler:
@@ -91,7 +50,10 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         """All running requests of a step in which all decoded."""
         self._cohort: Cohort | None = None
-        """Of the step scheduled last, as long as nobody joins, leaves or falls back."""
+        """The requests of the step scheduled last, as long as nobody joins, leaves or falls back."""
+        self._behind: Sequence | None = None
+        """A request that the last step had no tokens left for. The next one sets a chunk aside for it: without, prompts would
+        wait for as long as the others decode."""
 
     @property
     def has_work(self) -> bool:
@@ -119,7 +81,10 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step and take memory for it. Empty only where there is no work."""
-        step = self._schedule_again() or self._schedule_anew()
+        step = self._schedule_again() or self._schedule_anew([])
+        while not step and step.preempted and self.running:
+            # The one that tokens were set aside for lost its memory: the others go on.
+            step = self._schedule_anew(step.preempted)
         if not step and self.has_work:
             raise RuntimeError(
                 f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
@@ -131,14 +96,15 @@ class Scheduler:
         """The step before again, a token further for each; None where there is no such step, or one finds no memory (what
         was taken for the others stays taken)."""
         cohort, self._cohort = self._cohort, None
-        if cohort is None or cohort.pending:
+        if cohort is None or cohort.pending or self._behind is not None:
             return None
         cohort.advance()
-        for i in cohort.beyond_room():
-            if not self.strategy.grow(cohort.ids[i], int(cohort.totals[i])):
+        totals = cohort.totals
+        for i in np.flatnonzero(totals > cohort.room).tolist():
+            if not self.strategy.grow(cohort.ids[i], int(totals[i])):
                 return None
-            cohort.room[i] = max(self.strategy.room[cohort.ids[i]], cohort.totals[i])
-        self.strategy.fill(dict(zip(cohort.ids, cohort.totals.tolist())))
+            cohort.room[i] = max(self.strategy.room[cohort.ids[i]], totals[i])
+        self.strategy.fill(dict(zip(cohort.ids, totals.tolist())))
         step = Step(cohort=cohort)
         if self.waiting:
             admitted: dict[int, ScheduledTokens] = {}
@@ -148,9 +114,8 @@ class Scheduler:
         self._cohort = cohort
         return step
 
-    def _schedule_anew(self) -> Step:
+    def _schedule_anew(self, preempted: list[Sequence]) -> Step:
         cohort: Cohort | None = None
-        preempted: list[Sequence] = []
         chosen: dict[int, ScheduledTokens] = {}
         budget = self._grow_running(preempted, chosen)
         running = len(self.running)
@@ -158,11 +123,13 @@ class Scheduler:
             budget = self._admit_waiting(chosen, budget)
         items = list(chosen.values())
         if self.config.max_tokens_per_step - budget > len(items):
-            # Not one token each. (Where it is, a prompt of one token was admitted just now and is behind those that decode.)
+            # Some rows prefill: decodes come first. Where each row has one token, they do already: a prompt of one token was
+            # admitted just now and stands behind those that decode.
             items = [i for i in items if i.is_decode] + [i for i in items if not i.is_decode]
         elif items and len(items) == running == len(self.running):
-            # Everybody decodes. What takes a moment to set up is worth it from the second such step on.
-            if self._decoding == self.running:
+            # One token each. The second such step in a row is worth arrays, if every row samples: a prompt that was cut
+            # to one token does not.
+            if self._decoding == self.running and all(item.start and item.samples for item in items):
                 cohort = Cohort(self._decoding, self.strategy.room)
                 cohort.advance()
             else:
@@ -175,15 +142,34 @@ class Scheduler:
         multiple = self.config.chunk_multiple
         return max((seq.num_computed + budget) // multiple * multiple - seq.num_computed, 0)
 
+    def _set_aside(self) -> int:
+        """Tokens to keep for the request that was left behind, if it still runs or is next to be admitted."""
+        seq = self._behind
+        if seq is None or not (seq.status is Status.RUNNING or (self.waiting and self.waiting[0] is seq)):
+            self._behind = None
+            return 0
+        multiple = self.config.chunk_multiple
+        return min(seq.num_known - seq.num_computed, multiple - seq.num_computed % multiple)
+
     def _grow_running(self, preempted: list[Sequence], chosen: dict[int, ScheduledTokens]) -> int:
         # The hot loop of decoding: a few hundred requests in every step.
         budget, grow, running = self.config.max_tokens_per_step, self.strategy.grow, Status.RUNNING
         room, make = self.strategy.room, tuple.__new__
+        aside, first = self._set_aside(), self._behind
+        self._behind = None
+        if first is not None and first.status is Status.WAITING and not preempted:
+            budget -= aside - self._admit_waiting(chosen, aside, most=1)
+            aside = 0
+        budget -= aside
+        early = tuple(chosen)
         within: dict[int, int] = {}
         """Tokens in all of those that decode in the memory that they have."""
         for seq in tuple(self.running):
-            if seq.status is not running:
+            if seq.status is not running or seq.seq_id in chosen:
                 continue
+            if seq is first:
+                budget += aside
+                aside = 0
             start, seq_id = seq.num_computed, seq.seq_id
             tokens = seq.prompt_len + seq.num_output - start
             if tokens == 1 and budget and start < room[seq_id]:
@@ -194,8 +180,10 @@ class Scheduler:
             if tokens > budget:
                 tokens = self._cut(seq, budget)
                 if tokens == 0:
+                    self._left_behind(seq)
                     continue
-            while not grow(seq_id, start + tokens):
+            # More is held already where a step was scheduled and not run.
+            while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
                 victim = self._victim(seq)
                 lost = chosen.pop(victim.seq_id, None)
                 within.pop(victim.seq_id, None)
@@ -208,22 +196,34 @@ class Scheduler:
                 chosen[seq.seq_id] = ScheduledTokens(seq, start, tokens)
                 budget -= tokens
         self.strategy.fill(within)
-        return budget
+        for seq_id in early:  # behind those that decode
+            if seq_id in chosen:
+                chosen[seq_id] = chosen.pop(seq_id)
+        return budget + aside
 
-    def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int) -> int:
-        """Returns what is left of the token budget, as :meth:`_grow_running` does."""
-        while self.waiting and len(self.running) < self.config.max_running:
+    def _left_behind(self, seq: Sequence) -> None:
+        """The token budget had nothing for this request; of several, the one with the fewest computed tokens is next."""
+        if self._behind is None or seq.num_computed < self._behind.num_computed:
+            self._behind = seq
+
+    def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int, most: int | None = None) -> int:
+        """Admit waiting requests, ``most`` of them at most. Returns what is left of the token budget."""
+        while self.waiting and len(self.running) < self.config.max_running and most != 0:
             seq = self.waiting[0]
             tokens = seq.num_known - seq.num_computed
             if tokens > budget:
                 tokens = self._cut(seq, budget)
-            if tokens == 0 or not self._admit(seq, tokens):
+                if tokens == 0:
+                    self._left_behind(seq)
+                    break
+            if not self._admit(seq, tokens):
                 break
             self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
             chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
             budget -= tokens
+            most = None if most is None else most - 1
         return budget
 
     def _admit(self, seq: Sequence, tokens: int) -> bool:
@@ -244,6 +244,7 @@ class Scheduler:
         return self.running[-1]
 
     def _preempt(self, seq: Sequence) -> None:
+        seq.recomputed_tokens += seq.num_computed
         self._drop(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
@@ -256,12 +257,30 @@ class Scheduler:
             if seq.status is Status.WAITING:
                 seq.num_output = seq.num_settled
         for seq in reversed([seq for seq in self.running if seq in seqs]):
+            seq.recomputed_after_failure += seq.num_computed
             self._drop(seq)
             seq.num_output = seq.num_settled
         for seq in reversed([seq for seq in self.ending if seq in seqs]):
+            seq.recomputed_after_failure += seq.num_computed
             self.ending.remove(seq)
             self._wait_again(seq)
             seq.num_output = seq.num_settled
+
+    def restart(self, seqs: Iterable[Sequence]) -> None:
+        """After an interrupt at whatever line: nothing that was known of queue, running set and memory counts. The strategy is
+        emptied, and the requests that have not finished wait, in the order given."""
+        self.strategy.reset()
+        self._cohort, self._behind, self._decoding = None, None, []
+        self.running.clear()
+        self.ending.clear()
+        self.waiting.clear()
+        for seq in seqs:
+            if seq.status is Status.FINISHED:
+                continue
+            seq.recomputed_after_failure += seq.num_computed
+            seq.status, seq.num_computed = Status.WAITING, 0
+            seq.num_output = seq.num_settled
+            self.waiting.append(seq)
 
     def _drop(self, seq: Sequence) -> None:
         self._release(seq)
@@ -270,7 +289,6 @@ class Scheduler:
 
     def _wait_again(self, seq: Sequence) -> None:
         seq.status = Status.WAITING
-        seq.recomputed_tokens += seq.num_computed
         seq.num_computed = 0
         self.waiting.appendleft(seq)
 
@@ -284,9 +302,9 @@ class Scheduler:
         """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
         return self.settle(self.advance(step), now_s, stopped)
 
-    def decoding(self, step: Step) -> list[Sequence] | None:
-        """The requests of a step that is the last one again, as long as all of them run; None otherwise."""
-        return step.cohort.seqs if step.cohort is not None and step.cohort is self._cohort else None
+    def runs_again(self, step: Step) -> bool:
+        """Whether a step is the last one again and all its requests still run."""
+        return step.cohort is not None and step.cohort is self._cohort
 
     def advance(self, step: Step) -> list[Sequence]:
         """Count a step's tokens as computed. Returns the requests that sampled, in the step's order: each has one more known

@@ -1,11 +1,40 @@
-"""Step: which tokens of which requests run together; Cohort: the requests of a step in which all decode."""
+"""Step: which tokens of which requests run together. Cohort: the requests of a step in which all decode, again and again.
+
+A step changes its form twice on its way: the scheduler makes a :class:`Step`, the runner packs it into host arrays
+(``StepFields``), and the device reads those as a ``StepBatch``.
+"""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hybridcache.engine.sequence import Sequence
+
+
+class Shape(NamedTuple):
+    """Rows and tokens of a step, or of a graph that holds one."""
+
+    decode: int
+    """Rows of one token each."""
+    tokens: int = 0
+    """Tokens of the prefilling rows."""
+    prefill: int = 0
+    """Prefilling rows; they stand behind those that decode."""
+
+    @property
+    def rows(self) -> int:
+        return self.decode + self.prefill
+
+    @property
+    def total_tokens(self) -> int:
+        return self.decode + self.tokens
+
+    def holds(self, decode: int, tokens: int, prefill: int) -> bool:
+        """Whether a step fits. One that prefills nothing takes only a graph for such steps."""
+        if prefill == 0 or self.prefill == 0:
+            return prefill == self.prefill and decode <= self.decode
+        return decode <= self.decode and tokens <= self.tokens and prefill < self.prefill
 
 
 class ScheduledTokens(NamedTuple):
@@ -31,7 +60,11 @@ class ScheduledTokens(NamedTuple):
 
 
 class Cohort:
-    """Requests that decode one token each in every step, nobody else running: their progress as arrays.
+    """Requests that decode one token each in every step, nobody else running: "the same step again" as one object.
+
+    The scheduler makes it, keeps its progress as arrays, and drops it as soon as anybody joins, leaves, falls back or
+    shares its states. What engine and runner find out about the step, they keep here too, so that nothing of it has a life
+    of its own to be ended.
 
     Args:
         seqs: all running requests, none of which prefills, in order.
@@ -48,15 +81,15 @@ class Cohort:
         """Until one of them has all its tokens."""
         self.pending = False
         """Whether a step is scheduled that has not been counted."""
+        self.stopping: list[tuple[int, frozenset[int]]] | None = None
+        """Places of the requests that a token can end, and which tokens; the engine's."""
+        self.packed: Any = None
+        """How the runner packed the step that it launched last, if it can launch it again one token further."""
 
     def advance(self) -> None:
         """Schedule one token more of each."""
         self.totals += 1
         self.pending = True
-
-    def beyond_room(self) -> list[int]:
-        """Places of those that need more memory for that."""
-        return np.flatnonzero(self.totals > self.room).tolist()
 
 
 class Step:
@@ -87,12 +120,23 @@ class Step:
         return self._items
 
     @property
+    def seqs(self) -> list[Sequence]:
+        """The requests, in the order of ``items``."""
+        return self.cohort.seqs if self._items is None and self.cohort is not None else [i.seq for i in self.items]
+
+    @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.items)
 
     @property
     def num_decode(self) -> int:
         return sum(item.is_decode for item in self.items)
+
+    @property
+    def shape(self) -> Shape:
+        """Its rows and tokens, without padding."""
+        decode = self.num_decode
+        return Shape(decode, sum(item.num_tokens for item in self.items[decode:]), len(self.items) - decode)
 
     def __bool__(self) -> bool:
         return self._items is None or bool(self._items)

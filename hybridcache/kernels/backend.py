@@ -17,6 +17,11 @@ import torch
 from hybridcache.memory.layout import AttentionLayout, StateLayout
 
 
+class Caches:
+    def __init__(self, backend, buffer, layout):
+        self.backend, self.buffer, self.layout = backend, buffer, layout
+
+
 class Backend(Protocol):
     """One implementation of every cache operation. ``launches`` counts calls by ``operation[implementation]``, so that a
     result can say which code ran, for example ``{"paged_decode[triton]": 96, "paged_prefill[gluon]": 24}``."""

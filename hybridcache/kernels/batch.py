@@ -24,8 +24,10 @@ class StepBatch:
     """int32; table row of each token."""
     kv_table_BN: torch.Tensor
     """int32; -1 beyond a request's last entry."""
-    state_table_BL: torch.Tensor
-    """int32."""
+    state_read_BL: torch.Tensor
+    """int32; the entries that states are read from. Not read at position 0."""
+    state_write_BL: torch.Tensor
+    """int32; the entries that they are written to. Equal entries are an update in place."""
     context_len_B: torch.Tensor
     """int32; tokens of each request after this step (the new ones included)."""
     prefill_cu_seqlens: torch.Tensor

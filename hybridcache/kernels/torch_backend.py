@@ -16,6 +16,18 @@ class TorchBackend:
     """
 
     name = "torch"
+    capturable = False
+    fused = False
+
+    def bind(self, buffer, layout):
+        from hybridcache.kernels.backend import Caches
+
+        return Caches(self, buffer, layout)
+
+    def greedy(self, logits, sampled, feed):
+        from hybridcache.kernels.greedy import naive
+
+        naive.greedy(logits, sampled, feed)
 
     def __init__(self) -> None:
         self.launches: Counter[str] = Counter()

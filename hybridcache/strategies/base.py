@@ -15,7 +15,7 @@ rest. ``docs/metrics.md`` defines every metric.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -83,6 +83,13 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     supports_physical: ClassVar[bool] = False
+
+    _made_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **options: Any) -> "Strategy":
+        made = super().__new__(cls)
+        made._made_with = args, options
+        return made
 
     def __init__(self, spec: CacheSpec, budget_bytes: int, *, physical: bool = False) -> None:
         if not isinstance(budget_bytes, int) or budget_bytes <= 0:
@@ -267,6 +274,24 @@ class Strategy(ABC):
         """The state entries of one resident request: one for every state layer, or one that all of them share. Only with
         ``physical=True``."""
         return self._state_table(seq_id)
+
+    def drain_changed(self) -> Sequence[int]:
+        return self.drain_gained()
+
+    def state_write_table(self, seq_id):
+        return self.state_table(seq_id)
+
+    state_read_table = state_write_table
+
+    def reset(self) -> None:
+        """Forget everybody and everything: the strategy is as it was made. For a caller that was interrupted in the middle of
+        one of these calls."""
+        args, options = self._made_with
+        moved, appended = self.bytes_moved, self.table_entries_appended
+        self.__dict__.clear()
+        self._made_with = args, options
+        self.__init__(*args, **options)  # type: ignore[misc]
+        self.bytes_moved, self.table_entries_appended = moved, appended
 
     def drain_gained(self) -> Sequence[int]:
         """Residents whose KV tables have gained entries by growing since the last drain."""

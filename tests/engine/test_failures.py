@@ -5,32 +5,30 @@ import pytest
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.request import Request
 from hybridcache.engine.sampling import SamplingParams
-from hybridcache.engine.sequence import Sequence, Status
+from hybridcache.engine.sequence import Status
 from hybridcache.engine.step import ScheduledTokens, Step
 
 
 def make_requests(count: int) -> dict[int, Request]:
-    prompt = [1, 2, 3, 4]
-    seqs = [Sequence(seq_id=i, prompt_len=len(prompt), max_tokens=8, arrival_s=0.0) for i in range(count)]
-    return {seq.seq_id: Request.of(seq, prompt, SamplingParams(max_tokens=8), 0, frozenset()) for seq in seqs}
+    return {i: Request.of(i, [1, 2, 3, 4], SamplingParams(max_tokens=8)) for i in range(count)}
 
 
 def items_of(requests: dict[int, Request], *ids: int, start: int = 0) -> list[ScheduledTokens]:
-    return [ScheduledTokens(requests[i].seq, start, 4) for i in ids]
+    return [ScheduledTokens(requests[i], start, 4) for i in ids]
 
 
 def test_those_that_failed_together_are_computed_alone_up_to_where_they_failed():
     requests, failures = make_requests(3), Failures(max_retries=1)
     failures.add(items_of(requests, 0, 2), RuntimeError("broken"))
     assert failures
-    again, ended = failures.judge(requests)
+    again, ended = failures.judge()
     assert [seq.seq_id for seq in again] == [0, 2]
     assert not ended
     assert not failures
     step = Step(items_of(requests, 0, 1, 2))
-    assert [[item.seq.seq_id for item in group.items] for group in failures.groups(step, requests)] == [[1], [0], [2]]
+    assert [[item.seq.seq_id for item in group.items] for group in failures.groups(step)] == [[1], [0], [2]]
     beyond = Step(items_of(requests, 0, 1, 2, start=4))
-    assert failures.groups(beyond, requests) == [beyond]
+    assert failures.groups(beyond) == [beyond]
 
 
 @pytest.mark.parametrize("max_retries", [0, 1, 3])
@@ -38,7 +36,7 @@ def test_one_that_fails_alone_ends_after_its_retries(max_retries):
     requests, failures = make_requests(1), Failures(max_retries)
     for attempt in range(max_retries + 1):
         failures.add(items_of(requests, 0), RuntimeError("broken"))
-        again, ended = failures.judge(requests)
+        again, ended = failures.judge()
         assert bool(again) == (attempt < max_retries)
         assert bool(ended) == (attempt == max_retries)
     assert requests[0].error == "RuntimeError: broken"
@@ -47,13 +45,13 @@ def test_one_that_fails_alone_ends_after_its_retries(max_retries):
 
 def test_a_request_ends_once_however_many_of_its_batches_failed():
     requests, failures = make_requests(2), Failures(max_retries=0)
-    requests[1].seq.status = Status.FINISHED
+    requests[1].status = Status.FINISHED
     for _ in range(2):
         failures.add(items_of(requests, 0), RuntimeError("broken"))
         failures.add(items_of(requests, 1), RuntimeError("broken"))
-    again, ended = failures.judge(requests)
+    again, ended = failures.judge()
     assert not again
-    assert ended == [requests[0].seq]
+    assert ended == [requests[0]]
     assert requests[1].error is None
 
 
@@ -61,9 +59,9 @@ def test_one_that_fails_in_company_time_and_again_stays_alone():
     requests, failures = make_requests(2), Failures(max_retries=1)
     for _ in range(2):
         failures.add(items_of(requests, 0, 1), MemoryError("too many rows"))
-        failures.judge(requests)
+        failures.judge()
     far = Step(items_of(requests, 0, 1, start=10**6))
-    assert len(failures.groups(far, requests)) == 2
+    assert len(failures.groups(far)) == 2
 
 
 def test_moves_that_keep_failing_raise():
@@ -80,4 +78,4 @@ def test_what_is_forgotten_is_judged_by_nobody():
     failures.add(items_of(requests, 0), RuntimeError("broken"))
     failures.forget()
     assert not failures
-    assert failures.judge(requests) == ([], [])
+    assert failures.judge() == ([], [])

@@ -26,7 +26,7 @@ def test_static_inputs_are_counted_to_the_byte():
         inputs = StepInputs(rows, tokens, states, entries, torch.device("cpu"))
         taken = sum(tensor.nbytes for tensor in (inputs.feed, inputs.table, inputs.sampled))
         # Beside the rows' numbers, which are another array.
-        assert taken + 4 * rows <= input_bytes(rows, tokens, states + entries) <= taken + 16 * rows
+        assert taken + 4 * rows <= input_bytes(rows, tokens, 2 * states + entries) <= taken + 16 * rows
 
 
 def test_parts_add_up_and_more_than_there_is_is_refused(monkeypatch):

@@ -24,8 +24,8 @@ from hybridcache.kernels.backend import make_backend
 def engine_of(request):
     """Makes an overlapped engine, with and without graphs."""
 
-    def make(*args, **options) -> Engine:
-        engine = make_engine(*args, overlap=True, **options)
+    def make(*args, overlap=True, **options) -> Engine:
+        engine = make_engine(*args, overlap=overlap, **options)
         return with_graphs(engine) if request.param == "graphs" else engine
 
     return make
@@ -80,17 +80,17 @@ def test_random_streams_give_the_tokens_of_requests_run_alone(label, engine_of):
 
 @pytest.mark.parametrize("label", PHYSICAL)
 @pytest.mark.parametrize("overlap", [True, False])
-def test_steps_that_are_launched_again_give_the_same_tokens(label, overlap):
+def test_steps_that_are_launched_again_give_the_same_tokens(label, overlap, engine_of):
     """Greedy requests in a tight pool: most steps decode the same rows one token further; others admit, preempt, end."""
     requests = [
         (prompt, replace(params, temperature=0.0, top_k=0)) for prompt, params in stream(random.randrange(2**32))
     ]
-    engine = with_graphs(make_engine(label, tight(label, requests), CHUNKED, overlap=overlap, poison=True))
+    engine = engine_of(label, tight(label, requests), CHUNKED, overlap=overlap, poison=True)
     launched = Counter()
-    for name in ("launch", "repeat"):
+    for name in ("_launch_anew", "_launch_again"):
         setattr(engine.runner, name, counted(getattr(engine.runner, name), launched, name))
     assert run_all(engine, requests) == run_one_by_one(requests)
-    assert launched["repeat"] > launched["launch"] / 2, launched
+    assert launched["_launch_again"] > launched["_launch_anew"] / 2, launched
     assert engine.scheduler.num_preemptions
 
 
@@ -165,8 +165,8 @@ def test_a_step_that_fails_after_its_launch_voids_the_next_one(failing, engine_o
     engine = engine_of(budget=1 << 21, config=CHUNKED, poison=True)
     launch, calls = engine.runner.launch, iter(range(1000))
 
-    def launched(rows):
-        flight = launch(rows)
+    def launched(step):
+        flight = launch(step)
         if next(calls) == failing:
 
             def fail():
