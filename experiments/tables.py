@@ -40,7 +40,7 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
         return
     first = rows.iloc[0]
     title = (
-        f"{phase}: {first['workload']}, {first['model']}, {first['requests']} requests, "
+        f"{phase}: {first['workload']}, {first['model']}, {first['requests_served']:.0f} of {first['requests_offered']:.0f} requests, "
         f"{_bytes(first['budget_bytes'])} budget, {first['device']}"
     )
     if phase == "inference":
@@ -61,7 +61,7 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
             f"{100 * row.utilization_mean:.1f} %",
             f"{100 * row.held_bytes_mean / row.budget_bytes:.1f} %",
             f"{row.preemptions:.0f}",
-            f"{row.recomputed_tokens:,.0f}",
+            f"{row.recomputed_tokens_preemption + row.recomputed_tokens_failure:,.0f}",
             f"[bold]{rate}[/]" if row.output_tokens_per_s == best else rate,
             _seconds(row.ttft_p50_s),
             _seconds(row.ttft_p99_s),
@@ -85,7 +85,7 @@ def print_throughput(console: Console, results: pd.DataFrame) -> None:
     workloads = list(dict.fromkeys(results["workload"]))
     for workload in workloads:
         of_workload = results[results["workload"] == workload].iloc[0]
-        requests = int(of_workload["requests"])
+        requests = int(of_workload["requests_served"])
         prompt, output = (int(of_workload[f"{kind}_tokens"]) // requests for kind in ("prompt", "output"))
         table.add_column(f"{workload}\n{requests} x {prompt:,}/{output:,}", justify="right")
     columns = ["output_tokens_per_s", "residents_peak"]

@@ -58,7 +58,6 @@ def _row(label: str, length: int, count: int, usage: Usage) -> dict[str, Any]:
         "device": "accounting",
         "backend": None,
         "budget_bytes": usage.budget,
-        "requests": count,
         "residents_peak": count,
         "useful_bytes_mean": float(usage.useful),
         "held_bytes_mean": float(usage.held),

@@ -84,8 +84,8 @@ class InferencePhase(ModelPhase):
                     "repetition": repetition,
                 }
                 recorder = Recorder(labels, events)
-                engine, duration_s = self._run(choice, budget_bytes, workload, scheduler, recorder)
-                row = recorder.finish(engine.sequences, duration_s, engine.strategy)
+                engine = self._run(choice, budget_bytes, workload, scheduler, recorder)
+                row = recorder.finish(engine.sequences, engine.strategy)
                 yield {**row, **self.provenance(engine.backend.launches, engine.backend.name)}
 
     def _run(
@@ -95,15 +95,15 @@ class InferencePhase(ModelPhase):
         workload: Workload,
         scheduler: SchedulerConfig,
         recorder: Recorder | None,
-    ) -> tuple[Engine, float]:
-        """The engine after the stream, and the seconds it took."""
+    ) -> Engine:
+        """The engine after the stream."""
         engine = self.engine(choice, budget_bytes, scheduler, recorder)
         for request in workload.requests:
             assert request.prompt_ids is not None
             engine.add_request(
                 list(request.prompt_ids), SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
             )
-        duration_s = engine.run()
+        engine.run()
         engine.strategy.check_integrity()
         require_finished(choice.label, engine, engine.sequences)
-        return engine, duration_s
+        return engine

@@ -1,7 +1,6 @@
 """Serving phase: each workload at full speed through one engine a strategy, and a profile of its steps."""
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +151,11 @@ class ServingPhase(ModelPhase):
         launched = engine.backend.launches.copy()
         moved, appended = engine.strategy.bytes_moved, engine.strategy.table_entries_appended
         with compilations() as compiled:
-            sequences, duration_s = self._serve(choice.label, engine, workload)
+            sequences = self._serve(choice.label, engine, workload)
         engine.recorder = None
         if compiled:
             _LOG.warning("%s, %s: compiled while timed: %s", choice.label, workload.name, ", ".join(compiled))
-        row = recorder.finish(sequences, duration_s, engine.strategy)
+        row = recorder.finish(sequences, engine.strategy)
         row["bytes_moved"] -= moved
         row["table_entries_appended"] -= appended
         launches = engine.backend.launches - launched
@@ -172,20 +171,18 @@ class ServingPhase(ModelPhase):
         row["kernels_compiled"] = len(compiled)
         return {**row, **memory, **self.provenance(launches, engine.backend.name)}
 
-    def _serve(self, label: str, engine: Engine, workload: Workload) -> tuple[list[EngineSequence], float]:
-        """All requests at once; the finished sequences and the seconds by the wall clock, recording included."""
-        started = time.perf_counter()
+    def _serve(self, label: str, engine: Engine, workload: Workload) -> list[EngineSequence]:
+        """All requests at once; the finished sequences."""
         sequences = []
         for request in workload.requests:
             params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
             assert request.prompt_ids is not None
             sequences.append(engine.add_request(request.prompt_ids, params))
         engine.run()
-        duration_s = time.perf_counter() - started
         require_finished(f"{label}, {workload.name}", engine, sequences)
         for seq in sequences:
             engine.forget(seq.seq_id)
-        return sequences, duration_s
+        return sequences
 
     # -- profile ---------------------------------------------------------------------------------------------------
 

@@ -35,5 +35,5 @@ def simulation_rows(
             strategy = choice.build(spec, budget_bytes)
             recorder = Recorder(labels, events)
             result = simulate(workload, strategy, scheduler, cost_model, recorder)
-            row = recorder.finish(result.sequences, result.duration_s, strategy)
-            yield {**row, "device": f"cost model: {cost_model.label}", "backend": None, "refused": result.refused}
+            row = recorder.finish(result.sequences, strategy, result.refused_requests)
+            yield {**row, "device": f"cost model: {cost_model.label}", "backend": None}

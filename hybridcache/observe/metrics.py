@@ -1,22 +1,32 @@
 """Metrics: how a run is observed and what a row of results holds. ``docs/metrics.md`` defines each of them.
 
-A :class:`Recorder` watches one strategy on one workload, in simulation or real inference. It accumulates time-weighted
-means of every step and keeps a bounded number of samples and pool maps for the time series.
+A :class:`Recorder` watches one strategy on one workload, in simulation or real inference. Every step counts in the
+time-weighted means; the time series keep a bounded number of slices of time, with the peaks inside each.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from hybridcache.engine.sequence import Sequence
-from hybridcache.strategies.base import Kind, Strategy, Usage
+from hybridcache.observe.pool_map import pool_map
+from hybridcache.observe.time_series import TimeSeries
+from hybridcache.strategies.base import Strategy, Usage
+from hybridcache.workloads.base import Request
 
 MAX_SAMPLES = 400
-MAX_MAPS = 96
-MAP_CELLS = 160
+MAX_MAPS = 400
+
+BYTES = ("useful_bytes", "padding_bytes", "reserved_bytes", "cached_bytes", "free_bytes", "state_bytes", "kv_bytes")
+SAMPLED = (*BYTES, "running", "waiting")
+PEAKS = ("held_bytes", "running", "waiting")
+LEAST_WEIGHT_S = 1e-12
+"""Weight of a step without duration within its slice of time; slices of such steps alone get plain means."""
+SERVED = ("length", "stop")
+"""``finish_reason`` of a request that got all its tokens."""
 
 
 class EventSink(Protocol):
@@ -25,41 +35,49 @@ class EventSink(Protocol):
     def write(self, event: dict[str, Any]) -> None: ...
 
 
-def pool_map(strategy: Strategy, cells: int = MAP_CELLS) -> str:
-    """The budget cut into ``cells`` equal slices in address order: one digit each, the :class:`Kind` with most bytes."""
-    edges = np.linspace(0, strategy.budget_bytes, cells + 1)
-    covered = np.zeros((len(Kind), cells))
-    for kind, extents in strategy.extents().items():
-        if len(extents):
-            starts, lengths = extents[np.argsort(extents[:, 0])].T
-            total = np.cumsum(lengths)
-            x = np.stack([starts, starts + lengths], axis=1).ravel()
-            y = np.stack([total - lengths, total], axis=1).ravel()
-            covered[kind] = np.diff(np.interp(edges, x, y))
-    covered[Kind.FREE] = np.diff(edges) - covered.sum(axis=0)
-    return "".join(str(kind) for kind in covered.argmax(axis=0))
+class _Slice(NamedTuple):
+    """What was observed in one slice of time."""
+
+    time_s: float
+    step: int
+    """The first step in it."""
+    duration_s: float
+    weight: float
+    sums: np.ndarray
+    """Of :data:`SAMPLED`, weighted."""
+    peaks: np.ndarray
+    """Most of each of :data:`PEAKS`."""
+
+    def joined(self, later: "_Slice") -> "_Slice":
+        peaks = np.maximum(self.peaks, later.peaks)
+        duration, weight = self.duration_s + later.duration_s, self.weight + later.weight
+        return _Slice(self.time_s, self.step, duration, weight, self.sums + later.sums, peaks)
 
 
-class _Thinned:
-    """A time series of bounded length: when full, every other entry goes and the stride doubles."""
+class _Map(NamedTuple):
+    """The pool at one moment."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.stride = 1
-        self.entries: list[dict[str, Any]] = []
+    time_s: float
+    step: int
+    cells: dict[str, str]
 
-    def wants(self, step: int) -> bool:
-        return step % self.stride == 0
 
-    def add(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        if len(self.entries) > self.limit:
-            self.entries = self.entries[::2]
-            self.stride *= 2
+class Observation(NamedTuple):
+    """What a step found when it began: the memory it runs in."""
+
+    time_s: float
+    values: np.ndarray
+    """Of :data:`SAMPLED`."""
+    residents: int
+    cells: dict[str, str] | None
 
 
 class Recorder:
     """Observes one run of one strategy.
+
+    A step's memory counts with the step's own duration. Where the duration is known at once, call :meth:`step`. Where steps
+    overlap, call :meth:`observe` when a step is launched and :meth:`add` when it has ended: its duration is the time from its
+    launch, or from the end of the step before it where that is later, to its own end. Both ends are seen in ``wait()``.
 
     Args:
         labels: written into every event and the result row (``phase``, ``strategy``, ``workload``, ``repetition``, ...).
@@ -74,64 +92,106 @@ class Recorder:
         self.origin_s = origin_s
         self.steps = 0
         self.residents_peak = 0
-        self._weights = 0.0
-        self._sums = dict.fromkeys(("useful", "held", "reserved", "free", "utilization"), 0.0)
-        self._samples = _Thinned(MAX_SAMPLES)
-        self._maps = _Thinned(MAX_MAPS)
+        self._seconds = 0.0
+        self._sums = np.zeros(len(SAMPLED))
+        self._samples = TimeSeries(MAX_SAMPLES, _Slice.joined)
+        self._maps: TimeSeries[_Map] = TimeSeries(MAX_MAPS, lambda first, later: first)
 
     def step(self, time_s: float, duration_s: float, strategy: Strategy, running: int, waiting: int) -> None:
-        """Observe one step that began at ``time_s`` and lasted ``duration_s``, with the memory it ran in."""
-        usage = strategy.usage()
-        self.residents_peak = max(self.residents_peak, usage.residents)
-        self._weights += duration_s
-        for name in self._sums:
-            self._sums[name] += getattr(usage, name) * duration_s
-        if self._samples.wants(self.steps):
-            self._samples.add({**self._moment(time_s), **_usage_fields(usage), "running": running, "waiting": waiting})
-        if self._maps.wants(self.steps) and strategy.has_addresses:
-            self._maps.add({**self._moment(time_s), "cells": pool_map(strategy)})
+        """Observe a step that began at ``time_s`` and lasted ``duration_s``, with the memory that it ran in."""
+        self.add(self.observe(time_s, strategy, running, waiting), duration_s)
+
+    def observe(self, time_s: float, strategy: Strategy, running: int, waiting: int) -> Observation:
+        """Look at the memory in which a step that begins at ``time_s`` runs; it counts once :meth:`add` is called."""
+        usage, time_s = strategy.usage(), time_s - self.origin_s
+        wanted = strategy.has_addresses and self._maps.is_new(time_s)
+        return Observation(
+            time_s, _values(usage, running, waiting), usage.residents, pool_map(strategy) if wanted else None
+        )
+
+    def add(self, observed: Observation, duration_s: float) -> None:
+        """Count a step, which lasted ``duration_s``. Steps are added in the order in which they began."""
+        time_s, values, residents, cells = observed
+        self.residents_peak = max(self.residents_peak, residents)
+        self._seconds += duration_s
+        self._sums += values * duration_s
+        weight = max(duration_s, LEAST_WEIGHT_S)
+        peaks = np.array([values[0] + values[1], values[-2], values[-1]])
+        self._samples.add(_Slice(time_s, self.steps, duration_s, weight, values * weight, peaks))
+        if cells is not None:
+            self._maps.add(_Map(time_s, self.steps, cells))
         self.steps += 1
 
-    def _moment(self, time_s: float) -> dict[str, Any]:
-        return {"step": self.steps, "time_s": time_s - self.origin_s}
+    def finish(
+        self, sequences: Iterable[Sequence], strategy: Strategy, refused: Iterable[Request] = ()
+    ) -> dict[str, Any]:
+        """Write the events; return the result row (labels included).
 
-    def _mean(self, name: str) -> float:
-        return self._sums[name] / self._weights if self._weights else math.nan
-
-    def finish(self, sequences: Iterable[Sequence], duration_s: float, strategy: Strategy) -> dict[str, Any]:
-        """Write the events; return the result row (labels included)."""
-        done = sorted(sequences, key=lambda seq: seq.seq_id)
+        Args:
+            sequences: the requests that were taken, all of them ended.
+            refused: requests that the strategy could never hold and that were not taken.
+        """
+        done, refused = sorted(sequences, key=lambda seq: seq.seq_id), list(refused)
         if self.sink is not None:
-            for name, series in (("sample", self._samples), ("pool_map", self._maps)):
-                for entry in series.entries:
-                    self.sink.write({"event": name, **self.labels, **entry})
-            for seq in done:
-                self.sink.write({"event": "request", **self.labels, **_request_fields(seq, self.origin_s)})
-        output_tokens = sum(seq.num_output for seq in done)
+            for event in self._events(done, refused):
+                self.sink.write({**event, **self.labels})
+        means = self._sums / self._seconds if self._seconds else np.full(len(SAMPLED), math.nan)
+        mean = dict(zip(SAMPLED, means.tolist()))
+        output_tokens, duration_s = sum(seq.num_output for seq in done), _duration_s(done)
         return {
             **self.labels,
             "budget_bytes": strategy.budget_bytes,
-            "requests": len(done),
+            "requests_offered": len(done) + len(refused),
+            "requests_served": sum(seq.finish_reason in SERVED for seq in done),
+            "requests_refused": len(refused),
             "steps": self.steps,
             "duration_s": duration_s,
             "residents_peak": self.residents_peak,
-            "useful_bytes_mean": self._mean("useful"),
-            "held_bytes_mean": self._mean("held"),
-            "reserved_bytes_mean": self._mean("reserved"),
-            "free_bytes_mean": self._mean("free"),
-            "utilization_mean": self._mean("utilization"),
+            "running_mean": mean["running"],
+            "useful_bytes_mean": mean["useful_bytes"],
+            "held_bytes_mean": mean["useful_bytes"] + mean["padding_bytes"],
+            "reserved_bytes_mean": mean["reserved_bytes"],
+            "cached_bytes_mean": mean["cached_bytes"],
+            "free_bytes_mean": mean["free_bytes"],
+            "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes,
             "preemptions": sum(seq.num_preemptions for seq in done),
-            "recomputed_tokens": sum(seq.recomputed_tokens for seq in done),
+            "recomputed_tokens_preemption": sum(seq.recomputed_tokens for seq in done),
+            "recomputed_tokens_failure": sum(_after_failure(seq) for seq in done),
             "prompt_tokens": sum(seq.prompt_len for seq in done),
             "output_tokens": output_tokens,
             "output_tokens_per_s": output_tokens / duration_s if duration_s > 0 else math.nan,
-            "ttft_p50_s": _percentile([seq.ttft_s for seq in done], 50),
-            "ttft_p99_s": _percentile([seq.ttft_s for seq in done], 99),
-            "tpot_p50_s": _percentile([seq.tpot_s for seq in done], 50),
+            **_percentiles("ttft", [seq.ttft_s for seq in done]),
+            **_percentiles("tpot", [seq.tpot_s for seq in done]),
             "tokens_sha256": tokens_sha256(done),
             "bytes_moved": strategy.bytes_moved,
             "table_entries_appended": strategy.table_entries_appended,
         }
+
+    def _events(self, done: list[Sequence], refused: list[Request]) -> Iterable[dict[str, Any]]:
+        for at in self._samples.entries:
+            means = dict(zip(SAMPLED, (at.sums / at.weight).tolist()))
+            peaks = {f"{name}_max": value for name, value in zip(PEAKS, at.peaks.tolist())}
+            yield {
+                "event": "sample",
+                "step": at.step,
+                "time_s": at.time_s,
+                "duration_s": at.duration_s,
+                **means,
+                **peaks,
+            }
+        for moment in self._maps.entries:
+            yield {"event": "pool_map", "step": moment.step, "time_s": moment.time_s, **moment.cells}
+        first = min([seq.seq_id for seq in done] + [request.request_id for request in refused], default=0)
+        for seq in done:
+            yield {"event": "request", **_request_fields(seq, first, self.origin_s)}
+        for request in refused:
+            yield {
+                "event": "refused",
+                "seq_id": request.request_id - first,
+                "arrival_s": request.arrival_s - self.origin_s,
+                "prompt_tokens": request.prompt_tokens,
+                "output_tokens": request.output_tokens,
+            }
 
 
 def tokens_sha256(sequences: Iterable[Sequence]) -> str | None:
@@ -146,26 +206,33 @@ def tokens_sha256(sequences: Iterable[Sequence]) -> str | None:
     return digest.hexdigest() if any_tokens else None
 
 
-def _percentile(values: Iterable[float | None], q: float) -> float:
+def _duration_s(done: list[Sequence]) -> float:
+    """From the first arrival to the last finish; NaN where nothing finished."""
+    finished = [seq.finish_s for seq in done if seq.finish_s is not None]
+    return max(finished) - min(seq.arrival_s for seq in done) if finished else math.nan
+
+
+def _percentiles(name: str, values: Iterable[float | None]) -> dict[str, float]:
+    """p50, p90 and p99 of the values there are, interpolated linearly; NaN where there are none."""
     present = [value for value in values if value is not None]
-    return float(np.percentile(present, q)) if present else math.nan
+    return {f"{name}_p{q}_s": float(np.percentile(present, q)) if present else math.nan for q in (50, 90, 99)}
 
 
-def _usage_fields(usage: Usage) -> dict[str, int]:
-    return {
-        "useful_bytes": usage.useful,
-        "padding_bytes": usage.padding,
-        "reserved_bytes": usage.reserved,
-        "free_bytes": usage.free,
-        "state_bytes": usage.state_bytes,
-        "kv_bytes": usage.kv_bytes,
-    }
+def _after_failure(seq: Sequence) -> int:
+    return getattr(seq, "recomputed_after_failure", 0)
 
 
-def _request_fields(seq: Sequence, origin_s: float) -> dict[str, Any]:
+def _values(usage: Usage, running: int, waiting: int) -> np.ndarray:
+    """Values of :data:`SAMPLED`."""
+    cached = getattr(usage, "cached", 0)
+    parts = (usage.useful, usage.padding, usage.reserved, cached, usage.free, usage.state_bytes, usage.kv_bytes)
+    return np.array([*parts, running, waiting], dtype=np.float64)
+
+
+def _request_fields(seq: Sequence, first_id: int, origin_s: float) -> dict[str, Any]:
     latency = None if seq.finish_s is None else seq.finish_s - seq.arrival_s
     return {
-        "seq_id": seq.seq_id,
+        "seq_id": seq.seq_id - first_id,
         "arrival_s": seq.arrival_s - origin_s,
         "prompt_tokens": seq.prompt_len,
         "output_tokens": seq.num_output,
@@ -173,6 +240,7 @@ def _request_fields(seq: Sequence, origin_s: float) -> dict[str, Any]:
         "tpot_s": seq.tpot_s,
         "latency_s": latency,
         "preemptions": seq.num_preemptions,
-        "recomputed_tokens": seq.recomputed_tokens,
+        "recomputed_tokens_preemption": seq.recomputed_tokens,
+        "recomputed_tokens_failure": _after_failure(seq),
         "finish_reason": seq.finish_reason,
     }

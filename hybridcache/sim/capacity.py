@@ -32,3 +32,23 @@ def charge(strategy_factory: Callable[[], Strategy], length: int) -> Usage:
             f"budget_bytes={strategy.budget_bytes}; shorten it or raise the budget"
         )
     return strategy.usage()
+
+
+def waste_curve(strategy: Strategy, up_to: int) -> tuple[list[int], list[int]]:
+    """Bytes that one live request holds beyond its useful ones, while it grows from one token to ``up_to``.
+
+    Returns:
+        Lengths and bytes of the corners of the curve; it is linear between them. It ends early where memory does.
+    """
+    lengths: list[int] = []
+    waste: list[int] = []
+    for length in range(1, up_to + 1):
+        if not (strategy.grow(0, length) if lengths else strategy.admit(0, length)):
+            break
+        now = strategy.usage().padding
+        if len(lengths) > 1 and (now - waste[-1]) * (lengths[-1] - lengths[-2]) == waste[-1] - waste[-2]:
+            lengths[-1], waste[-1] = length, now  # on the line through the last two corners
+        else:
+            lengths.append(length)
+            waste.append(now)
+    return lengths, waste

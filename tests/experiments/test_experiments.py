@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 REQUIRED = [
     "experiment", "phase", "strategy", "workload", "repetition", "device", "model", "backend", "budget_bytes",
-    "residents_peak", "useful_bytes_mean", "held_bytes_mean", "utilization_mean", "preemptions", "recomputed_tokens",
+    "residents_peak", "useful_bytes_mean", "held_bytes_mean", "utilization_mean", "preemptions",
+    "recomputed_tokens_preemption", "recomputed_tokens_failure", "requests_offered", "requests_served", "requests_refused",
     "prompt_tokens", "output_tokens", "output_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tokens_sha256",
 ]  # fmt: skip
 PHYSICAL = ["shared_pool", "shared_pool_carve", "large_block", "padded_page", "static_split", "two_ended"]

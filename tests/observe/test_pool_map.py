@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybridcache.memory.free_list import merged_runs, runs
-from hybridcache.observe.metrics import pool_map
+from hybridcache.observe.pool_map import LEVELS, pool_map, shares
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import STRATEGIES, Strategy, build
 from hybridcache.strategies.base import Kind
@@ -53,23 +53,32 @@ def test_extents_are_the_bytes_of_the_spans(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "byte_exact"])
-def test_map_shows_the_kind_with_most_bytes_of_every_slice(name: str) -> None:
+def test_map_shows_the_share_of_every_kind_in_every_slice(name: str) -> None:
     seed = randrange(1 << 30)
     rng = Random(seed)
     strategy, cells = churned(name, rng), rng.randint(1, 40)
     kinds = held_bytes(strategy)
     edges = np.linspace(0, strategy.budget_bytes, cells + 1)
     drawn = pool_map(strategy, cells)
-    assert len(drawn) == cells
-    for cell, digit in enumerate(drawn):
-        inside = kinds[int(np.floor(edges[cell])) : int(np.ceil(edges[cell + 1]))]
-        counts = np.bincount(inside, minlength=len(Kind))
-        # Slices need not begin and end on a byte, so near-ties may fall either way.
-        assert counts[int(digit)] >= counts.max() - 2, (name, seed, cell)
+    assert set(drawn) == {kind.name.lower() for kind in Kind} - {"free"}
+    for kind in set(Kind) - {Kind.FREE}:
+        found = shares(drawn[kind.name.lower()])
+        assert len(found) == cells
+        covered = np.r_[0, np.cumsum(kinds == kind)]
+        # Slices need not begin and end on a byte: between two bytes the covered ones grow linearly.
+        expected = np.diff(np.interp(edges, np.arange(len(covered)), covered)) / np.diff(edges)
+        assert np.abs(found - expected).max() <= 0.5 / LEVELS + 1e-9, (name, seed, kind)
 
 
-def test_map_of_an_empty_pool() -> None:
-    assert pool_map(build("shared_pool", spec=SPEC, budget_bytes=200_000), 7) == "0" * 7
+def test_map_of_an_empty_pool_and_of_slices_that_hold_two_kinds() -> None:
+    empty = pool_map(build("shared_pool", spec=SPEC, budget_bytes=200_000), 7)
+    assert set(empty.values()) == {"a" * 7}
+    strategy = build("two_ended", spec=SPEC, budget_bytes=200_000)
+    strategy.admit(0, 40)
+    whole = pool_map(strategy, 1)
+    usage = strategy.usage()
+    assert shares(whole["state"])[0] == pytest.approx(usage.state_bytes / 200_000, abs=0.5 / LEVELS)
+    assert shares(whole["kv"])[0] == pytest.approx(usage.kv_bytes / 200_000, abs=0.5 / LEVELS)
 
 
 def test_runs() -> None:

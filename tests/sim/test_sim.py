@@ -102,7 +102,7 @@ def random_run(name: str, seed: int) -> tuple[Workload, SimulationResult, Strate
     )
     pool, recorder = strategy(name, budget=rng.randint(4, 12) * MIB), Recorder({})
     result = simulate(workload, pool, config, cost_model(), recorder)
-    return workload, result, pool, recorder.finish(result.sequences, result.duration_s, pool)
+    return workload, result, pool, recorder.finish(result.sequences, pool, result.refused_requests)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -148,7 +148,7 @@ def test_the_bound_holds_at_least_as_many_residents_and_wastes_nothing() -> None
         pool, recorder = strategy(name, budget=8 * MIB), Recorder({})
         result = simulate(workload, pool, SchedulerConfig(), cost_model(), recorder)
         assert result.refused == 0, name
-        rows[name] = recorder.finish(result.sequences, result.duration_s, pool)
+        rows[name] = recorder.finish(result.sequences, pool, result.refused_requests)
     bound = rows["byte_exact"]
     assert bound["useful_bytes_mean"] == bound["held_bytes_mean"]
     for name, row in rows.items():
@@ -167,7 +167,7 @@ def test_the_clock_jumps_over_idle_gaps() -> None:
     assert first.finish_s < 10
     assert second.first_token_s - 1000.0 == pytest.approx(first.first_token_s - 2.0)
     assert result.duration_s == second.finish_s
-    row = recorder.finish(result.sequences, result.duration_s, pool)
+    row = recorder.finish(result.sequences, pool, result.refused_requests)
     # Both requests run alone, so the means over steps are those of one resident, not diluted by the gap.
     assert SPEC.request_bytes(5) <= row["useful_bytes_mean"] <= SPEC.request_bytes(7)
 
