@@ -1,4 +1,4 @@
-"""What comes of prompts: whole outputs, and TokenStream, an iterator over tokens as they come."""
+"""Request outputs and token streams."""
 
 import signal
 import threading
@@ -6,21 +6,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 INCOMPLETE = "\ufffd"
-"""What a tokenizer gives for the first bytes of a character whose others have not come."""
+"""A tokenizer decodes the first bytes of a character to this while the character's other bytes have not come."""
 
 
 class Decoder(Protocol):
-    """What is needed of a tokenizer."""
+    """What a stream needs of a tokenizer."""
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What became of one prompt. Times are seconds since the LLM's first request."""
+    """The tokens of one finished prompt, and how it ran. Times are seconds since the LLM's first request."""
 
     prompt: str | None
     """None where the prompt was given as token ids."""
@@ -47,13 +47,25 @@ class StreamOutput:
     """One token of a stream, or a request's end."""
 
     index: int
-    """Which of the stream's prompts."""
+    """Index of the prompt among the stream's prompts."""
     token_id: int | None
-    """None where a request ended without another token (``abort``, ``error``)."""
+    """None where the request ended without another token (``abort``, ``error``)."""
     text: str | None
-    """What the token adds to the text: nothing while it is part of a character; None where the model has no tokenizer."""
+    """The piece that the token adds to the text. It is empty while the token is part of a character, and None where the
+    model has no tokenizer."""
     output: RequestOutput | None
-    """The whole output, once, with the request's last token or its end."""
+    """The request's whole output, given once, with its last token or its end."""
+
+
+class StreamedToken(NamedTuple):
+    """One entry of a stream's inbox."""
+
+    prompt_index: int
+    """Index of the prompt among the stream's prompts."""
+    token_id: int | None
+    """None where the request ended without another token."""
+    ended: bool
+    """Whether the request has ended."""
 
 
 class TextPieces:
@@ -63,12 +75,12 @@ class TextPieces:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._begin = 0
-        """First token that the next piece is decoded with: words are joined differently at a text's start."""
+        """The next piece is decoded from this token on, one piece early: words are joined differently at a text's start."""
         self._told = 0
-        """Tokens whose text is out."""
+        """Number of tokens whose text has been given."""
 
     def add(self, token_id: int | None, *, last: bool) -> str | None:
-        """The text that a token adds. What an unfinished character holds back comes with the rest of it, or at the end."""
+        """The text that a token adds. An unfinished character is held back until its last token, or the text's, comes."""
         if self._tokenizer is None:
             return None
         if token_id is not None:
@@ -82,29 +94,37 @@ class TextPieces:
 
 
 class TokenStream(Iterator[StreamOutput]):
-    """Iterates over tokens in the order in which steps give them. Several streams, and ``LLM.generate``, may run beside one
-    another: whichever is asked advances all, and each gets its own tokens.
+    """Iterates over tokens in the order in which steps give them. Several streams, and ``LLM.generate``, may run side by
+    side: each call advances all of them, and each stream gets its own tokens.
 
-    Closing it (or leaving its ``with`` block, dropping it, or an exception of :meth:`__next__`) ends its requests; their
-    memory is free.
+    A stream's requests end, and their memory is freed, when it is closed or dropped, when its ``with`` block ends, and
+    when :meth:`__next__` raises.
     """
 
     def __init__(
         self,
-        ids: Sequence[int],
-        inbox: deque[tuple[int, int | None, bool]],
+        num_prompts: int,
+        inbox: deque[StreamedToken],
         advance: Callable[[], object],
         abort: Callable[[int], object],
         output: Callable[[int], RequestOutput],
         drop: Callable[[], object],
         tokenizer: Decoder | None,
     ) -> None:
-        """``inbox`` is filled by ``advance`` with ``(index, token or None, whether the request has ended)``."""
-        self._ids = ids
+        """
+        Args:
+            num_prompts: the prompts are numbered from 0.
+            inbox: ``advance`` appends the stream's tokens to it.
+            advance: runs one step of the engine.
+            abort: ends the request of the prompt of that index.
+            output: gives the output of the ended prompt of that index.
+            drop: ends all requests and forgets them; may be called again.
+            tokenizer: None where tokens have no text.
+        """
         self._inbox = inbox
         self._advance, self._abort, self._output, self._drop = advance, abort, output, drop
-        self._texts = [TextPieces(tokenizer) for _ in ids]
-        self._open = set(range(len(ids)))
+        self._texts = [TextPieces(tokenizer) for _ in range(num_prompts)]
+        self._open = set(range(num_prompts))
 
     def __next__(self) -> StreamOutput:
         if not self._open:
@@ -126,13 +146,13 @@ class TokenStream(Iterator[StreamOutput]):
         return StreamOutput(index, token, text, output)
 
     def abort(self, index: int) -> None:
-        """End one request; what it has so far comes as its output. Nothing happens where it has ended."""
-        if index in self._open and not any(entry[0] == index and entry[2] for entry in self._inbox):
+        """End one request; its output holds the tokens that it has so far. A request that has ended stays as it is."""
+        if index in self._open and not any(token.prompt_index == index and token.ended for token in self._inbox):
             self._abort(index)
-            self._inbox.append((index, None, True))
+            self._inbox.append(StreamedToken(index, None, True))
 
     def close(self) -> None:
-        """End what has not ended."""
+        """End all requests that have not ended."""
         self._open.clear()
         self._inbox.clear()
         self._drop()
@@ -149,8 +169,8 @@ class TokenStream(Iterator[StreamOutput]):
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, so that it cannot fall into the middle of bookkeeping. A second one does not
-    wait. Elsewhere than in the main thread, or where the program handles it itself, nothing changes."""
+    """Delay Ctrl-C until the block ends, so that it cannot interrupt bookkeeping. A second Ctrl-C is not delayed. The
+    block changes nothing outside the main thread, nor where the program has a handler of its own."""
     held = (
         threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler

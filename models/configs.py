@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hybridcache.errors import bad
-from hybridcache.spec.architectures import transformers_config
+from hybridcache.spec.hf_config import transformers_config
 
 
 def shipped_names() -> list[str]:

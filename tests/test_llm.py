@@ -6,6 +6,7 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -74,6 +75,35 @@ def test_prompts_may_be_ids_and_may_stand_alone(llm, capsys):
     assert text.token_ids == ids.token_ids == both[0].token_ids
     assert both[1].token_ids == text.token_ids[:1]
     assert both[1].tpot_s is None
+
+
+def test_prompts_may_be_arrays_tensors_and_dicts(llm):
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    ids = [random.randrange(256) for _ in range(9)]
+    (expected,) = llm.generate([ids], params, progress=False)
+    forms = [np.array(ids), torch.tensor(ids), {"prompt_token_ids": ids}, {"prompt": "ab"}]
+    outputs = llm.generate(forms, params, progress=False)
+    assert [output.token_ids for output in outputs[:3]] == [expected.token_ids] * 3
+    assert [output.prompt_token_ids for output in outputs] == [*[ids] * 3, [97, 98]]
+    assert [output.prompt for output in outputs] == [None, None, None, "ab"]
+    assert llm.generate(torch.tensor([ids]), params, progress=False)[0].token_ids == expected.token_ids
+    tokens = [item.token_id for item in llm.stream(forms[2], params)]
+    assert tokens == expected.token_ids
+
+
+def test_a_preset_of_a_strategy_goes_by_its_name():
+    carve = LLM("tiny", "shared_pool_carve", cache_bytes=4 << 20, device="cpu")
+    assert carve.strategy.mode == "carve"
+    assert LLM("tiny", "shared_pool", cache_bytes=4 << 20, device="cpu").strategy.mode == "exclusive"
+
+
+def test_max_model_len_limits_prompt_and_output_together():
+    llm = LLM("tiny", cache_bytes=4 << 20, device="cpu", max_model_len=10)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    assert len(llm.generate([[1] * 6], params, progress=False)[0].token_ids) == 4
+    with pytest.raises(UserError, match=r"^prompts\[1\]: 7 tokens and max_tokens=4 exceed max_model_len=10; shorten"):
+        llm.generate([[1], [1] * 7], params, progress=False)
+    assert llm.engine.sequences == []
 
 
 def test_a_tight_pool_preempts_and_gives_the_same_tokens(llm):
@@ -163,6 +193,10 @@ def test_a_tokenizer_that_cannot_be_read_is_told(checkpoint, tmp_path):
         ({"cache_bytes": 1000}, "cache_bytes=1000: shared_pool cannot hold one request in it; give at least [0-9]+"),
         ({"cache_bytes": 0}, "cache_bytes=0: give a positive"),
         ({"cache_bytes": 1.5}, "cache_bytes=1.5: give a positive"),
+        ({"cache_bytes": True}, "cache_bytes=True: give a positive"),
+        ({"max_model_len": 1}, "max_model_len=1: give a number of tokens from 2 to the model's 8192, or None"),
+        ({"max_model_len": 8193}, "max_model_len=8193: give a number of tokens from 2 to the model's 8192, or None"),
+        ({"max_model_len": "long"}, "max_model_len='long': give a number of tokens"),
         ({"cache_bytes": 1 << 60}, "cache_bytes=1152921504606846976: takes .* at most [0-9]+ would fit"),
         ({"dtype": "int8"}, "dtype='int8': choose one of"),
         ({"kv_dtype": "int4"}, "kv_dtype='int4': choose one of"),
@@ -212,9 +246,14 @@ def test_weights_that_do_not_fit_are_refused():
         ("", None, r"prompts\[0\]='': is empty"),
         ([[1], []], None, r"prompts\[1\]=\[\]: is empty"),
         ([[1], [272]], None, r"prompts\[1\]: prompt_ids\[0\]=272: outside the model's vocabulary of 272 ids"),
+        (None, None, "prompts=None: give a text, or token ids"),
+        (["a", None], None, r"prompts\[1\]=None: give a text, or token ids"),
+        ([1, 2.5], None, r"prompts\[0\]=1: give a text"),
+        ({"text": "a"}, None, r"prompts\[0\]=\['text'\]: of a dict's keys only"),
         (["a", "b"], [SamplingParams()], "sampling_params='1 entries'"),
+        ("a", {"max_tokens": 4}, r"sampling_params={'max_tokens': 4}: give SamplingParams\(max_tokens=4\)"),
         ([[1] * 8000], None, r"prompts\[0\]: request .* holds at most [0-9]+ for one request in cache_bytes=4194304"),
-        ([[1] * 8190], None, "max_position_embeddings=8192"),
+        ([[1] * 8190], None, r"prompts\[0\]: 8190 tokens and max_tokens=16 exceed max_model_len=8192"),
     ],
 )
 def test_prompts_that_cannot_be_run_are_refused(llm, prompts, params, match):

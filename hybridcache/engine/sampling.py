@@ -185,7 +185,8 @@ def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow], restricted: bool
     ]
     packed = _to_device(torch.from_numpy(np.array([target, *columns])), logits_RV.device)
     target_R1, temperature_R1, min_p_R1, top_k_R1, top_p_R1 = packed.unsqueeze(2)
-    scaled = logits_RV.double() / temperature_R1
+    # Below the highest logit, so that no quotient overflows: a temperature of 1e-300 is greedy, not NaN.
+    scaled = (logits_RV.double() - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
     if not restricted:
         return _pick(_likely_enough(torch.softmax(scaled, dim=-1), min_p_R1), target_R1)
     # Stable, so that equal logits keep their order.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridcache.errors import bad
 from hybridcache.spec.dtypes import dtype_name, itemsize
+from hybridcache.spec.hf_config import Fields, given_fields, known_to_transformers, transformers_config
 from hybridcache.spec.layers import AttentionKV, LayerSpec, RecurrentState
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def read_layers(
         raise bad("tp_size", tp_size, "give the number of tensor-parallel ranks, 1 or more")
     config = text_config(hf_config)
     dtypes = Dtypes(kv=kv, recurrent=dtype_name(state_dtype, "state_dtype"), conv=conv)
-    caches = ARCHITECTURES[config.model_type](config, tp_size, dtypes)
+    fields = Fields(config, given_fields(hf_config, config))
+    try:
+        caches = ARCHITECTURES[config.model_type](fields, tp_size, dtypes)
+    finally:  # also where a default does not fit the fields that are given: the error to tell is that it is a default
+        fields.require_given()
     layers = []
     for index, kind in enumerate(caches.layer_types):
         if kind not in LAYER_KINDS:
@@ -97,34 +102,6 @@ def text_config(hf_config: Any) -> Any:
     return hf_config
 
 
-def transformers_config(fields: Mapping[str, Any]) -> Any:
-    """A Transformers config built from its fields.
-
-    Raises:
-        UserError: ``model_type`` is missing or unknown to the installed Transformers, or it refuses a field.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    model_type = str(fields.get("model_type"))
-    if not known_to_transformers(model_type):
-        raise bad("model_type", model_type, f"Transformers {transformers.__version__} has no such model; upgrade it")
-    rest = {key: value for key, value in fields.items() if key != "model_type"}
-    try:
-        return transformers.AutoConfig.for_model(model_type, **rest)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
-        # Transformers validates some fields and merely computes with others, so a bad value may surface as any of these.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise bad("hf_config", model_type, f"Transformers refuses these fields: {reason}") from error
-
-
-def known_to_transformers(model_type: str) -> bool:
-    """Whether the installed Transformers has a config of that type."""
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
-
-
 def _config_from_mapping(fields: Mapping[str, Any]) -> Any:
     _require_supported(fields.get("model_type"))
     if known_to_transformers(fields["model_type"]):
@@ -141,7 +118,7 @@ def _require_supported(model_type: str | None) -> None:
 # -- reading fields ----------------------------------------------------------------------------------------------------
 
 
-def _positive(config: Any, field: str) -> int:
+def _positive(config: Fields, field: str) -> int:
     value = getattr(config, field, None)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise bad(field, value, f"{config.model_type} needs a positive integer")
@@ -162,7 +139,7 @@ def _divide_or_replicate(field: str, value: int, tp_size: int) -> int:
     return max(value // tp_size, 1)
 
 
-def _layer_types(config: Any) -> Sequence[str]:
+def _layer_types(config: Fields) -> Sequence[str]:
     layer_types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if not layer_types:
         raise bad("layer_types", layer_types, f"{config.model_type} needs one layer type per layer")
@@ -172,7 +149,7 @@ def _layer_types(config: Any) -> Sequence[str]:
     return layer_types
 
 
-def _head_dim(config: Any) -> int:
+def _head_dim(config: Fields) -> int:
     if getattr(config, "head_dim", None) is not None:
         return _positive(config, "head_dim")
     hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
@@ -181,7 +158,7 @@ def _head_dim(config: Any) -> int:
     return hidden // heads
 
 
-def _attention(config: Any, tp_size: int, dtypes: Dtypes, head_dim: int | None = None) -> AttentionKV:
+def _attention(config: Fields, tp_size: int, dtypes: Dtypes, head_dim: int | None = None) -> AttentionKV:
     """Grouped-query attention: K and V of every KV head."""
     heads, kv_heads = _positive(config, "num_attention_heads"), _positive(config, "num_key_value_heads")
     if heads % kv_heads:
@@ -198,7 +175,7 @@ def _state(shape: tuple[int, ...], channels: int, kernel: int, dtypes: Dtypes) -
 # -- architectures -----------------------------------------------------------------------------------------------------
 
 
-def _gated_delta_net(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _gated_delta_net(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Qwen3-Next, Qwen3.5, OLMo-Hybrid: ``[value head, key dim, value dim]``, one convolution over q, k and v."""
     key_heads, value_heads = _positive(config, "linear_num_key_heads"), _positive(config, "linear_num_value_heads")
     if value_heads % key_heads:
@@ -212,7 +189,7 @@ def _gated_delta_net(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-def _kimi_delta_attention(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _kimi_delta_attention(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Kimi Linear: delta attention with as many key as value heads; MLA layers keep one latent and one rotary key."""
     _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size)
     latent = _positive(config, "kv_lora_rank") + _positive(config, "qk_rope_head_dim")
@@ -222,7 +199,7 @@ def _kimi_delta_attention(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(AttentionKV(1, latent, 0, dtypes.kv), state, _layer_types(config))
 
 
-def _width_per_head(config: Any, width: int, heads_field: str) -> int:
+def _width_per_head(config: Fields, width: int, heads_field: str) -> int:
     heads = _positive(config, heads_field)
     if width % heads:
         raise bad(heads_field, heads, f"does not divide the Mamba width {width}")
@@ -230,7 +207,7 @@ def _width_per_head(config: Any, width: int, heads_field: str) -> int:
 
 
 def _mamba2_state(
-    config: Any, tp_size: int, dtypes: Dtypes, *, heads: str, head_dim: int, groups: str, state_dim: str, kernel: str
+    config: Fields, tp_size: int, dtypes: Dtypes, *, heads: str, head_dim: int, groups: str, state_dim: str, kernel: str
 ) -> RecurrentState:
     """Mamba-2: ``[head, head dim, state dim]``, one convolution over x, B and C. The keywords name config fields."""
     num_heads, num_groups = _positive(config, heads), _positive(config, groups)
@@ -251,7 +228,7 @@ BAMBA_FIELDS = {
 }
 
 
-def _bamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _bamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Bamba, Granite 4.0 hybrid: every layer is Mamba-2 or attention."""
     width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     head_dim = _width_per_head(config, width, "mamba_n_heads")
@@ -259,7 +236,7 @@ def _bamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-def _falcon_h1(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _falcon_h1(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Falcon-H1: Mamba-2 and attention side by side in every layer (older Transformers call the layers "attention")."""
     if getattr(config, "mamba_d_ssm", None) is not None:
         width = _positive(config, "mamba_d_ssm")
@@ -270,7 +247,7 @@ def _falcon_h1(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(_attention(config, tp_size, dtypes), state, ["hybrid"] * _positive(config, "num_hidden_layers"))
 
 
-def _nemotron_h(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _nemotron_h(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts; the last two keep nothing."""
     state = _mamba2_state(
         config,
@@ -285,9 +262,9 @@ def _nemotron_h(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-def _zamba2(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _zamba2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Zamba2: Mamba-2 in every layer; hybrid layers add attention, whose weights are shared but not its KV, and whose
-    heads (``attention_head_dim``) span twice the hidden size."""
+    heads together span twice the hidden size."""
     width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     state = _mamba2_state(
         config,
@@ -299,11 +276,12 @@ def _zamba2(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
         state_dim="mamba_d_state",
         kernel="mamba_d_conv",
     )
-    attention = _attention(config, tp_size, dtypes, head_dim=_positive(config, "attention_head_dim"))
+    head_dim = 2 * _positive(config, "hidden_size") // _positive(config, "num_attention_heads")
+    attention = _attention(config, tp_size, dtypes, head_dim)
     return Caches(attention, state, _layer_types(config))
 
 
-def _jamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _jamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Jamba: Mamba-1, ``[channel, state dim]`` and a convolution over the same channels."""
     intermediate = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     channels = _divide("the Mamba channels", intermediate, tp_size)
@@ -311,21 +289,21 @@ def _jamba(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-def _lfm2(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _lfm2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """LFM2: short convolutions over the hidden size; no recurrent part."""
     channels = _divide("hidden_size", _positive(config, "hidden_size"), tp_size)
     state = _state((), channels, _positive(config, "conv_L_cache"), dtypes)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-def _minimax(config: Any, tp_size: int, dtypes: Dtypes) -> Caches:
+def _minimax(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """MiniMax: lightning attention keeps ``[query head, key dim, value dim]``; no convolution."""
     heads, dim = _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size), _head_dim(config)
     state = _state((heads, dim, dim), 0, 0, dtypes)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
-ARCHITECTURES: dict[str, Callable[[Any, int, Dtypes], Caches]] = {
+ARCHITECTURES: dict[str, Callable[[Fields, int, Dtypes], Caches]] = {
     "qwen3_next": _gated_delta_net,
     "qwen3_5": _gated_delta_net,
     "qwen3_5_text": _gated_delta_net,

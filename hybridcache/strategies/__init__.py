@@ -16,6 +16,8 @@ _CLASSES = {
     "lcm_carve": "LcmCarve",
     "byte_exact": "ByteExact",
 }
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"shared_pool_carve": ("shared_pool", {"mode": "carve"})}
+"""Names of a class with options, as in ``conf/strategy/``; options that are given beside the name replace the preset's."""
 STRATEGIES = tuple(_CLASSES)
 """Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
 
@@ -24,11 +26,14 @@ __all__ = ["STRATEGIES", "Kind", "Move", "Span", "Strategy", "Tables", "Usage", 
 
 def strategy_class(name: str) -> type[Strategy]:
     """The class of that name, or of that dotted path (``my_package.my_module.MyStrategy``)."""
+    name, _ = _PRESETS.get(name, (name, {}))
     if name in _CLASSES:
         return getattr(import_module(f"hybridcache.strategies.{name}"), _CLASSES[name])
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise bad("strategy", name, f"choose one of {', '.join(STRATEGIES)}, or give the dotted path of a class")
+        raise bad(
+            "strategy", name, f"choose one of {', '.join([*STRATEGIES, *_PRESETS])}, or give the dotted path of a class"
+        )
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -42,7 +47,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     """Make a strategy.
 
     Args:
-        name: one of :data:`STRATEGIES`, or the dotted path of a class.
+        name: a name of ``conf/strategy/``, or the dotted path of a class.
         spec: what the model stores.
         budget_bytes: the whole budget.
         physical: for real inference (see :class:`Strategy`).
@@ -51,7 +56,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     Raises:
         UserError: an unknown name or option, or a budget that cannot hold one request.
     """
-    cls = strategy_class(name)
+    cls, options = strategy_class(name), {**_PRESETS.get(name, (name, {}))[1], **options}
     try:
         return cls(spec, budget_bytes, physical=physical, **options)
     except TypeError as error:

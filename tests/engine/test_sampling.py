@@ -47,6 +47,18 @@ def test_frequencies_follow_the_softmax():
     assert (found - expected).abs().max() < 5 * (0.25 / draws) ** 0.5
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 1e-307, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_temperature_close_to_0_takes_the_largest_logit(temperature, top_k):
+    logits = torch.randn(64, 50) * 8
+    logits[:, 7] = logits.amax(-1) + 1.0  # the others are e^-1000 times as likely, or less
+    logits[32:] -= 40.0
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    assert sample(logits, rows_of(params, 64)) == [7] * 64
+    logits[:, 9] = logits[:, 7]  # of two that are equally likely either is drawn
+    assert set(sample(logits, rows_of(params, 64))) == {7, 9}
+
+
 def test_tokens_do_not_depend_on_the_batch():
     seed = random.randrange(2**32)
     generator = torch.Generator().manual_seed(seed)

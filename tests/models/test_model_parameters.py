@@ -9,10 +9,11 @@ from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import UserError
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters
 from hybridcache.spec import CacheSpec
+from models.configs import shipped_fields
 
 
 def qwen3_next(**changes: Any) -> dict[str, Any]:
-    return {"model_type": "qwen3_next", "num_hidden_layers": 48, **changes}
+    return {**shipped_fields("qwen3_next_80b_a3b"), **changes}
 
 
 def test_parameters_of_qwen3_next_80b() -> None:

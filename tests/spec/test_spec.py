@@ -1,5 +1,6 @@
 """CacheSpec: exact bytes of Qwen3-Next, every architecture against Transformers' own cache, and what is refused."""
 
+import re
 import subprocess
 import sys
 from math import prod
@@ -11,6 +12,7 @@ import transformers
 from hybridcache.errors import UserError
 from hybridcache.spec import CacheSpec
 from hybridcache.spec.architectures import ARCHITECTURES, text_config
+from hybridcache.spec.hf_config import LAYER_TYPES_FROM
 from models.configs import shipped_config, shipped_fields, shipped_names
 
 WIDTHS = {
@@ -25,6 +27,7 @@ WIDTHS = {
 }
 DELTA_NET = {
     "num_hidden_layers": 4,
+    "full_attention_interval": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -43,7 +46,7 @@ TINY = {
     "qwen3_next": {**DELTA_NET, **EXPERTS, "head_dim": 32},
     "qwen3_5_text": {**DELTA_NET, "head_dim": 32},
     "qwen3_5_moe_text": {**DELTA_NET, **EXPERTS, "head_dim": 32},
-    "olmo_hybrid": DELTA_NET,
+    "olmo_hybrid": {**DELTA_NET, "layer_types": [LINEAR, FULL, LINEAR, LINEAR]},
     "kimi_linear": {
         "num_hidden_layers": 5,
         "num_key_value_heads": 4,
@@ -54,6 +57,7 @@ TINY = {
         "linear_num_heads": 4,
         "linear_head_dim": 8,
         "linear_conv_kernel_dim": 3,
+        "layer_types": [LINEAR, LINEAR, LINEAR, LINEAR, FULL],
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
@@ -85,10 +89,20 @@ TINY = {
         "n_mamba_heads": 8,
         "mamba_ngroups": 2,
         "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
     },
-    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-    "lfm2": {"num_hidden_layers": 3, "full_attn_idxs": [1]},
-    "minimax": {"num_hidden_layers": 2, "num_local_experts": 2, "head_dim": 32},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_d_state": 16,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+    },
+    "lfm2": {"num_hidden_layers": 3, "full_attn_idxs": [1], "conv_L_cache": 3},
+    "minimax": {"num_hidden_layers": 2, "layer_types": [LINEAR, FULL], "num_local_experts": 2, "head_dim": 32},
 }
 """Small models of every architecture, with widths that differ wherever a mix-up could hide."""
 
@@ -286,9 +300,9 @@ def changed(model_type: str, **fields) -> dict:
             changed("qwen3_next", linear_key_head_dim="wide"),
             r"'qwen3_next': Transformers refuses .*linear_key_head_dim",
         ),
-        (changed("bamba", mamba_n_heads=0), r"'bamba': Transformers refuses these fields"),
+        (changed("bamba", mamba_n_heads=0), r"'bamba': Transformers refuses these fields, "),
         (changed("bamba", mamba_n_groups=3), r"^mamba_n_groups=3: does not divide mamba_n_heads=8"),
-        (changed("falcon_h1", mamba_n_heads=7), r"'falcon_h1': Transformers refuses these fields"),
+        (changed("falcon_h1", mamba_n_heads=7), r"'falcon_h1': Transformers refuses these fields, "),
         (changed("jamba", mamba_d_state=0), r"^mamba_d_state=0: "),
         (changed("lfm2", conv_L_cache=0), r"^conv_L_cache=0: "),
         (changed("minimax", num_attention_heads=-4), r"^num_attention_heads=-4: "),
@@ -297,6 +311,100 @@ def changed(model_type: str, **fields) -> dict:
 def test_impossible_configs_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         CacheSpec.from_config(config)
+
+
+def others(value) -> list:
+    """Values that a field might hold instead."""
+    if isinstance(value, int):
+        return [2 * value, 3 * value, value // 2, value - 1, value + 1]
+    if value and isinstance(value[0], int):
+        return [[index + 1 for index in value], [index - 1 for index in value]]
+    return [value[::-1], value[1:] + value[:1]]
+
+
+def depends(fields: dict, name: str) -> bool:
+    """Whether the caches are others with another value of the field."""
+    for value in others(fields[name]):
+        try:
+            if CacheSpec.from_config({**fields, name: value}) != CacheSpec.from_config(fields):
+                return True
+        except UserError:
+            continue
+    return False
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_mapping_without_a_field_of_the_caches_is_refused_by_name(model_type):
+    """Transformers fills such a field with another model's value: a cache would be computed, of the wrong size."""
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {model_type}")
+    fields = changed(model_type)
+    needed = [name for name in fields if name != "model_type" and depends(fields, name)]
+    if model_type == "minimax":  # without it, the heads share the hidden size, in Transformers too
+        needed.remove("head_dim")
+        without = {key: value for key, value in fields.items() if key != "head_dim"}
+        assert CacheSpec.from_config(without).attention.k_dim == fields["hidden_size"] // fields["num_attention_heads"]
+    assert len(needed) >= 3
+    refused_by_us = 0
+    for name in needed:
+        with pytest.raises(UserError) as refused:
+            CacheSpec.from_config({key: value for key, value in fields.items() if key != name})
+        told = str(refused.value)
+        assert "\n" not in told
+        if "Transformers refuses these fields, with its defaults for those that are not given" in told:
+            continue  # the default does not go with the fields that are given
+        makes_layers = name in ("layers_block_type", *LAYER_TYPES_FROM.get(model_type, ()))
+        shown = "layer_types" if makes_layers else name
+        assert re.match(rf"hf_config='{model_type}': gives no .*\b{shown}\b", told), told
+        refused_by_us += 1
+    assert refused_by_us >= 2
+    unused = fields.keys() - {*needed, "model_type", "num_hidden_layers"}
+    assert {"vocab_size", "bos_token_id"} <= unused
+    rest = {key: value for key, value in fields.items() if key not in {"vocab_size", "bos_token_id", "eos_token_id"}}
+    assert CacheSpec.from_config(rest) == CacheSpec.from_config(fields)
+
+
+def test_a_mapping_of_nothing_names_all_that_is_missing():
+    with pytest.raises(UserError) as refused:
+        CacheSpec.from_config({"model_type": "qwen3_next"})
+    assert str(refused.value) == (
+        "hf_config='qwen3_next': gives no linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, "
+        "linear_value_head_dim, linear_conv_kernel_dim, num_attention_heads, num_key_value_heads, head_dim, layer_types, "
+        "num_hidden_layers; add what its caches depend on"
+    )
+    with pytest.raises(UserError, match=r"^hf_config='qwen3_5_text': gives no linear_num_key_heads, "):
+        CacheSpec.from_config({**changed("qwen3_5_text"), "model_type": "qwen3_5"})  # fields belong in text_config
+    fields = changed("qwen3_next", linear_num_key_heads=3)  # 3 does not divide the default, 32, which nobody gave
+    del fields["linear_num_value_heads"]
+    with pytest.raises(UserError, match=r"^hf_config='qwen3_next': gives no linear_num_value_heads; "):
+        CacheSpec.from_config(fields)
+    assert CacheSpec.from_config(transformers.Qwen3NextConfig())  # a config was checked by whoever made it
+
+
+def test_other_names_of_fields_count_as_given():
+    kimi = changed("kimi_linear")
+    nested = {
+        "head_dim": kimi.pop("linear_head_dim"),
+        "num_heads": kimi.pop("linear_num_heads"),
+        "short_conv_kernel_size": kimi.pop("linear_conv_kernel_dim"),
+        "full_attn_layers": [5],
+        "kda_layers": [1, 2, 3, 4],
+    }
+    del kimi["layer_types"]
+    if "kimi_linear" in transformers.CONFIG_MAPPING:
+        published = CacheSpec.from_config({**kimi, "linear_attn_config": nested})
+        assert published == CacheSpec.from_config(changed("kimi_linear"))
+        with pytest.raises(UserError, match=r"^hf_config='kimi_linear': gives no linear_num_heads; "):
+            CacheSpec.from_config(
+                {**kimi, "linear_attn_config": {key: value for key, value in nested.items() if key != "num_heads"}}
+            )
+    nemotron = changed("nemotron_h")
+    older = {**nemotron, "mamba_n_groups": nemotron["n_groups"], "mamba_d_conv": nemotron["conv_kernel"]}
+    del older["n_groups"], older["conv_kernel"]
+    assert CacheSpec.from_config(older) == CacheSpec.from_config(nemotron)
+    older["hybrid_override_pattern"] = "M-*E"
+    del older["layers_block_type"]
+    assert CacheSpec.from_config(older) == CacheSpec.from_config(nemotron)
 
 
 def test_a_non_hybrid_transformers_config_is_refused():
@@ -341,7 +449,8 @@ def test_query_heads_must_divide():
 
 def test_a_mapping_is_read_as_it_is_where_transformers_is_too_old(monkeypatch):
     expected = CacheSpec.from_config(shipped_fields("kimi_linear_48b_a3b"))
-    monkeypatch.setattr("hybridcache.spec.architectures.known_to_transformers", lambda model_type: False)
+    for module in ("architectures", "hf_config"):
+        monkeypatch.setattr(f"hybridcache.spec.{module}.known_to_transformers", lambda model_type: False)
     fields = shipped_fields("kimi_linear_48b_a3b")
     assert CacheSpec.from_config(fields) == expected
     del fields["kv_lora_rank"]
