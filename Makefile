@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run test lint gpu-test clean
+.PHONY: run test lint docs-check gpu-test clean
 
 run: $(STAMP)
 	$(BIN)/python run.py +experiment=shared_pool $(ARGS)
@@ -21,6 +21,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs-check: $(STAMP)
+	$(BIN)/python -m benchmarks.checks.docs_figures
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -30,13 +30,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from hybridcache.bench.step_profile import summarize
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference
 from hybridcache.observe.environment import device_name
+from hybridcache.observe.step_profile import summarize
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from soak import Recorded
 
+from benchmarks.checks.soak import Recorded
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams

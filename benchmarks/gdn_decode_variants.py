@@ -36,8 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridcache.bench.ceilings import measure_copy
-from hybridcache.bench.timing import time_graph
+from benchmarks.timing import measure_copy, time_graph
 from hybridcache.kernels.gdn_decode import naive
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.triton import gdn_decode

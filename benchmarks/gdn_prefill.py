@@ -23,8 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridcache.bench.ceilings import measure_copy
-from hybridcache.bench.timing import time_graph
+from benchmarks.timing import measure_copy, time_graph
 from hybridcache.kernels.gdn_prefill.hopper_state import hopper_state_kernel
 from hybridcache.kernels.gdn_prefill.testing import (
     PrefillCase,

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from hybridcache.bench.no_device import NoDevice, no_device
+from benchmarks.no_device import NoDevice, no_device
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.kernels.triton_backend import TritonBackend
 from hybridcache.observe.environment import environment

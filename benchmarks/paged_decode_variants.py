@@ -37,10 +37,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hybridcache.bench.case import DECODE_LAYOUTS, QWEN3_NEXT_80B, Case
-from hybridcache.bench.ceilings import measure_copy
-from hybridcache.bench.precompile import DecodeLaunch, in_parallel, launch_decode
-from hybridcache.bench.timing import time_graph
+from benchmarks.attention import DecodeLaunch, launch_decode
+from benchmarks.case import DECODE_LAYOUTS, QWEN3_NEXT_80B, Case
+from benchmarks.processes import in_parallel
+from benchmarks.timing import measure_copy, time_graph
 from hybridcache.kernels.paged_decode import naive
 from hybridcache.kernels.paged_decode.tiles import Tuning
 from hybridcache.kernels.paged_decode.triton import paged_decode

@@ -1,7 +1,7 @@
-"""Keep a run: ``python benchmarks/record.py RUN_DIR --name shared_pool-h100``.
+"""Keep a run: ``python -m benchmarks.record RUN_DIR --name shared_pool-h100``.
 
 Writes ``benchmarks/results/NAME.json``: the run's environment (versions, device, commit, command) and its results, one row
-per phase x strategy x workload x repetition. Figures in README and docs name the record they come from.
+per phase x strategy x workload x repetition, without the columns that say nothing of it. Figures in README and docs name the record they come from.
 """
 
 import argparse
@@ -28,7 +28,10 @@ def main() -> None:
     rows = pd.read_parquet(args.run_dir / "results.parquet")
     record = {
         "environment": json.loads((args.run_dir / "environment.json").read_text()),
-        "results": json.loads(rows.to_json(orient="records")),
+        "results": [
+            {name: value for name, value in row.items() if value is not None}
+            for row in json.loads(rows.to_json(orient="records"))
+        ],
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{args.name}.json"

@@ -18,14 +18,13 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
+from benchmarks import block_size, block_size_figures
+from benchmarks.measure import Bench, Row, describe, failed
+from benchmarks.processes import each_in_parallel, in_parallel, isolated
+from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
+from benchmarks.tables import WAYS, measure_table
+from benchmarks.work import Setup
 from experiments.harness import CONSOLE, ProgressBar, write_results
-from hybridcache.bench import block_size, block_size_figures
-from hybridcache.bench.isolate import isolated
-from hybridcache.bench.measure import Bench, Row, describe, failed
-from hybridcache.bench.precompile import each_in_parallel, in_parallel
-from hybridcache.bench.resources import SHARED_MEMORY_LIMIT, Resources
-from hybridcache.bench.table_cost import WAYS, measure_table
-from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name

@@ -17,15 +17,15 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
+from benchmarks import peers
+from benchmarks.attention import decode_launches, launch_decode
+from benchmarks.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
+from benchmarks.figures import fraction_of_ceiling, relative_errors, row_label
+from benchmarks.measure import Bench, Row, failed
+from benchmarks.processes import in_parallel, isolated
+from benchmarks.timing import Ceilings, measure_ceilings
+from benchmarks.work import Setup
 from experiments.harness import CONSOLE, ProgressBar, write_results
-from hybridcache.bench import peers
-from hybridcache.bench.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
-from hybridcache.bench.ceilings import Ceilings, measure_ceilings
-from hybridcache.bench.figures import fraction_of_ceiling, relative_errors, row_label
-from hybridcache.bench.isolate import isolated
-from hybridcache.bench.measure import Bench, Row, failed
-from hybridcache.bench.precompile import decode_launches, in_parallel, launch_decode
-from hybridcache.bench.work import Setup
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name, environment

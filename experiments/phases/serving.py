@@ -11,15 +11,15 @@ import torch
 
 from experiments.phases.model_phase import ModelPhase, ModelSettings, require_finished
 from experiments.strategies import StrategyChoice
-from hybridcache.bench.compilations import compilations
-from hybridcache.bench.step_profile import StepProfile, profile_steps
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Sequence as EngineSequence
 from hybridcache.errors import bad
+from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
+from hybridcache.observe.step_profile import StepProfile, profile_steps
 from hybridcache.workloads import build_workload
 from hybridcache.workloads.base import Workload
 

@@ -14,15 +14,14 @@ import pytest
 import torch
 from isolated_deeds import deeds, refuse_odd
 
-from hybridcache.bench import measure, peers
-from hybridcache.bench.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
-from hybridcache.bench.ceilings import Ceilings
-from hybridcache.bench.isolate import isolated
-from hybridcache.bench.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, fraction
-from hybridcache.bench.precompile import decode_launches, in_parallel
-from hybridcache.bench.table_cost import WAYS, measure_table, table_width
-from hybridcache.bench.timing import summary, time_host
-from hybridcache.bench.work import Implementation, Setup, Work
+from benchmarks import measure, peers
+from benchmarks.attention import decode_launches
+from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
+from benchmarks.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, fraction
+from benchmarks.processes import in_parallel, isolated
+from benchmarks.tables import WAYS, measure_table, table_width
+from benchmarks.timing import Ceilings, summary, time_host
+from benchmarks.work import Implementation, Setup, Work
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from hybridcache.bench import block_size_figures, measure
-from hybridcache.bench.case import OPERATIONS, QWEN3_NEXT_80B, Case, cuda_cases
-from hybridcache.bench.figures import fraction_of_ceiling, relative_errors
-from hybridcache.bench.measure import blank
-from hybridcache.bench.work import Setup, Work
+from benchmarks import block_size_figures, measure
+from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, Case, cuda_cases
+from benchmarks.figures import fraction_of_ceiling, relative_errors
+from benchmarks.measure import blank
+from benchmarks.work import Setup, Work
 from hybridcache.errors import UserError
 from hybridcache.observe.report import style
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybridcache.bench.dispatch import dispatch_phases, unordered
+from benchmarks.checks.dispatch import dispatch_phases, unordered
 
 SOURCE = """@gluon.jit
 def kernel(pointer):

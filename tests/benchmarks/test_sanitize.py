@@ -1,8 +1,6 @@
 """The sanitizer's script: whose a finding is, what counts as clean, and what becomes of a tool that is absent or never ends."""
 
-import importlib.util
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -10,16 +8,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "sanitize.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("sanitize_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    from benchmarks.checks import sanitize
+
+    return sanitize
 
 
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -188,7 +182,7 @@ def test_hazards_in_the_dispatch_of_warps_need_a_proof(script, tmp_path):
 
 
 def test_every_cache_operation_is_launched():
-    from hybridcache.bench.once import KERNELS
+    from benchmarks.checks.once import KERNELS
     from hybridcache.kernels.triton_backend import IMPLEMENTATION
 
     for operation in (*IMPLEMENTATION, "page_tiled"):

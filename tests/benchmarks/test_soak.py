@@ -1,24 +1,16 @@
 """The soak, in short: random requests with aborts and preemptions, every feature on against everything off, in float64."""
 
-import importlib.util
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
+from benchmarks.checks import soak
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return soak
 
 
 @pytest.mark.parametrize("mode", ["exclusive", "carve"])

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
+from benchmarks import page_tiled as triton
 from hybridcache.errors import UserError
-from hybridcache.kernels.page_tiled import triton
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.testing import attention_case, rel_error

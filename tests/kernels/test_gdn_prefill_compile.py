@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from hybridcache.bench.dispatch import unordered  # noqa: E402
+from benchmarks.checks.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.gdn_prefill import hopper_state  # noqa: E402
 from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles  # noqa: E402
 from hybridcache.kernels.gdn_prefill.tiles import PROCESSORS, Tiles, constants, default_tiles, why_not_hopper  # noqa: E402

@@ -17,7 +17,7 @@ from test_kernels_compile import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from hybridcache.bench.dispatch import unordered  # noqa: E402
+from benchmarks.checks.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.paged_prefill import hopper, hopper_kernel  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
 from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tile  # noqa: E402

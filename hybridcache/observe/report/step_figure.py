@@ -23,7 +23,7 @@ PART_COLORS = {
     "device idle": "#DCDCDC",
     "Python": "#DCDCDC",
 }
-"""Colour by class of kernel (``hybridcache.bench.step_profile``), in drawing order."""
+"""Colour by class of kernel (``hybridcache.observe.step_profile``), in drawing order."""
 
 
 def step_profile(run: Run, phase: str) -> Drawn:

@@ -1,4 +1,4 @@
-"""Run the GPU tests and record the outcome: ``python benchmarks/gpu_tests.py --out benchmarks/results/gpu-tests.json``.
+"""Run the GPU tests and record the outcome: ``python -m benchmarks.checks.gpu_tests --out benchmarks/results/gpu-tests.json``.
 
 The record names device, versions and commit, and holds one line per test. Exit status is pytest's.
 """
@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from hybridcache.observe.environment import environment
 
-from hybridcache.observe.environment import environment  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Outcomes:

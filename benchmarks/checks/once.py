@@ -54,7 +54,7 @@ def paged_decode(splits: int, large_tiles: bool, generator: torch.Generator) -> 
 
 
 def page_tiled_decode(generator: torch.Generator) -> list[torch.Tensor]:
-    from hybridcache.kernels.page_tiled.triton import paged_decode
+    from benchmarks.page_tiled import paged_decode
 
     case = paged_case(generator, blocks=1)
     q_BHD = normal(generator, (4, HEADS, DIM), case.buffer.device, "bfloat16")
@@ -63,7 +63,7 @@ def page_tiled_decode(generator: torch.Generator) -> list[torch.Tensor]:
 
 
 def prefill(name: str, generator: torch.Generator) -> list[torch.Tensor]:
-    from hybridcache.kernels.page_tiled import triton as page_tiled
+    from benchmarks import page_tiled
     from hybridcache.kernels.paged_prefill import hopper
     from hybridcache.kernels.paged_prefill import triton as plain
 

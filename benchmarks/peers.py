@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from hybridcache.bench.case import Dims
-from hybridcache.bench.work import Implementation, Setup, worst
+from benchmarks.case import Dims
+from benchmarks.work import Implementation, Setup, worst
 from hybridcache.kernels.flash_attention_3 import FlashAttention3
 from hybridcache.kernels.testing import normal
 from hybridcache.spec.dtypes import torch_dtype

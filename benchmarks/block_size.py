@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from hybridcache.bench import attention
-from hybridcache.bench.case import QWEN3_NEXT_80B, Case
-from hybridcache.bench.measure import Bench, Row
-from hybridcache.bench.resources import Resources, measure_resources, pointer
-from hybridcache.bench.work import Setup, Work
+from benchmarks import attention
+from benchmarks.case import QWEN3_NEXT_80B, Case
+from benchmarks.measure import Bench, Row
+from benchmarks.resources import Resources, measure_resources, pointer
+from benchmarks.work import Setup, Work
 from hybridcache.kernels.testing import attention_case
 from hybridcache.memory.layout import AttentionLayout
 
@@ -72,7 +72,7 @@ def resources(kind: str, operation: str, kernel_block: int) -> Resources:
 def _compiled(kind: str, operation: str, layout: AttentionLayout) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
     """The kernel, its constants and its options, as its launcher would choose them for a long context."""
     if kind == "page_tiled":
-        from hybridcache.kernels.page_tiled import triton as page_tiled
+        from benchmarks import page_tiled
 
         if operation == "paged_decode":
             constants = page_tiled.decode_constants(layout, DIMS.heads, DTYPE, split=True)
@@ -140,7 +140,7 @@ def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:
 
 def _page_tiled() -> tuple[attention.Operation, attention.Operation]:
     """Page-tiled decode, whose splits give a multiprocessor four programs, and prefill."""
-    from hybridcache.kernels.page_tiled import triton as page_tiled
+    from benchmarks import page_tiled
     from hybridcache.kernels.paged_decode.tiles import Tuning, choose_splits
 
     def decode(

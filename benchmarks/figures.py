@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MultipleLocator
 
-from hybridcache.bench.measure import TOLERANCE
+from benchmarks.measure import TOLERANCE
 from hybridcache.observe.report import style
 
 STYLES = {

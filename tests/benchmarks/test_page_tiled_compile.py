@@ -9,8 +9,8 @@ import triton
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
 
-from hybridcache.bench.block_size import resources, tile_bytes
-from hybridcache.bench.resources import SHARED_MEMORY_LIMIT, measure_resources
+from benchmarks.block_size import resources, tile_bytes
+from benchmarks.resources import SHARED_MEMORY_LIMIT, measure_resources
 
 
 @pytest.mark.parametrize("operation", ["paged_decode", "paged_prefill"])

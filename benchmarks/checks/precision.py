@@ -1,6 +1,6 @@
 """How far logits in bfloat16 lie from float32's: this engine's, Transformers', and this engine's with parts in more precision.
 
-    python benchmarks/precision.py [--device cuda] [--models 2] [--lengths 9 65 500] [--out precision.json]
+    python -m benchmarks.checks.precision [--device cuda] [--models 2] [--lengths 9 65 500] [--out precision.json]
 
 Qwen3-Next cut to 4 layers, all other widths real, random bfloat16 weights. The reference is Transformers in float32 on the same
 weights; its choice of experts is forced on everybody, since near-ties flip experts even between two runs of one model. Figures
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
 
 import real_width  # noqa: E402
 

@@ -3,16 +3,17 @@
 Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tokens of one row, Q checked queries.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridcache.bench import peers
-from hybridcache.bench.case import Case
-from hybridcache.bench.work import Implementation, Setup, Work, worst
+from benchmarks import peers
+from benchmarks.case import Case
+from benchmarks.work import Implementation, Setup, Work, worst
 from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
@@ -20,6 +21,9 @@ from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
 from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.spec.dtypes import itemsize, torch_dtype
+
+if TYPE_CHECKING:
+    from hybridcache.kernels.paged_decode.tiles import Tuning
 
 Operation = Callable[..., torch.Tensor]
 
@@ -38,23 +42,26 @@ def _layers(case: Case, sets: int) -> list[int]:
     return [i * case.dims.attention_layers // sets for i in range(sets)]
 
 
-def _cache(case: Case, setup: Setup, generator: torch.Generator, layers: list[int]) -> AttentionCase:
+def _cache(
+    case: Case, device: torch.device, generator: torch.Generator, fill: list[int], layers: int | None = None
+) -> AttentionCase:
+    """The case's rows in a pool, of which some layers are filled with random values."""
     assert case.kernel_block
     assert case.layout
     return attention_case(
         generator,
         lengths=case.lengths,
         order=case.layout,
-        layers=case.dims.attention_layers,
+        layers=layers or case.dims.attention_layers,
         kernel_block_tokens=case.kernel_block,
         kernel_blocks=case.kernel_blocks,
         kv_heads=case.dims.kv_heads,
         k_dim=case.dims.head_dim,
         v_dim=case.dims.head_dim,
         dtype=case.dtype,
-        device=setup.device,
+        device=device,
         extra_entries=0,
-        fill=layers,
+        fill=fill,
     )
 
 
@@ -64,7 +71,7 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingProx
     footprint = sum(case.lengths) * _token_bytes(case)
     layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
     generator = setup.generator()
-    at = _cache(case, setup, generator, layers)
+    at = _cache(case, setup.device, generator, layers)
     q_BHD = normal(generator, (rows, dims.heads, dims.head_dim), at.buffer.device, case.dtype)
     scale, checked = dims.head_dim**-0.5, slice(0, CHECKED_ROWS)
     tables = (at.kv_table_BN, at.context_len_B)
@@ -107,7 +114,7 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingPro
     footprint = tokens * (_token_bytes(case) + 2 * dims.heads * dims.head_dim * element)
     layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
     generator = setup.generator()
-    at = _cache(case, setup, generator, layers)
+    at = _cache(case, setup.device, generator, layers)
     q_THD = normal(generator, (tokens, dims.heads, dims.head_dim), at.buffer.device, case.dtype)
     offsets = torch.tensor([0, *case.lengths]).cumsum(0).int().to(setup.device)
     longest = max(case.lengths)
@@ -217,7 +224,7 @@ def _destinations(
     """An empty cache, and each token's row and position: rows of one token come after 99 others."""
     decoding = max(case.lengths) == 1
     lengths = tuple(100 for _ in case.lengths) if decoding else case.lengths
-    at = _cache(Case(**{**vars(case), "lengths": lengths}), setup, generator, [])
+    at = _cache(Case(**{**vars(case), "lengths": lengths}), setup.device, generator, [])
     row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(case.lengths)).int()
     parts = [torch.arange(length) for length in case.lengths]
     position_T = torch.full((len(lengths),), 99) if decoding else torch.cat(parts)
@@ -273,3 +280,49 @@ def fused_store(case: Case, setup: Setup) -> Work:
     if case.with_torch:
         work.build["torch"] = lambda: implementation(TorchBackend().qk_norm_rope_store, False)
     return work
+
+
+# -- what is compiled beforehand -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """A paged decode as it is compiled: a case's layout and sizes, a tuning and the splits."""
+
+    case: Case
+    tuning: "Tuning"
+    splits: int
+
+    @classmethod
+    def of(cls, case: Case, multiprocessors: int, tuning: "Tuning | None" = None) -> "DecodeLaunch":
+        """What the library launches for a case of rows of one length; its own tuning where None. Cases that compile to the
+        same give equal launches."""
+        from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tuning
+
+        dims, dtype = case.dims, getattr(torch, case.dtype)
+        assert case.manager_block
+        programs, tokens = len(case.lengths) * dims.kv_heads, -(-max(case.lengths) // case.manager_block)
+        layout = _cache(
+            Case(**{**vars(case), "lengths": (0,)}), torch.device("cpu"), torch.Generator(), [], layers=1
+        ).layout
+        tuning = tuning or choose_tuning(layout, dims.heads, dtype, programs, multiprocessors)
+        splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tuning)
+        return cls(Case(**{**vars(case), "lengths": (300, 70)}), tuning, splits)
+
+
+def decode_launches(cases: Iterable[Case], multiprocessors: int) -> list[DecodeLaunch]:
+    """What the paged decodes among the cases compile, once each."""
+    chosen = (case for case in cases if case.operation == "paged_decode")
+    return list(dict.fromkeys(DecodeLaunch.of(case, multiprocessors) for case in chosen))
+
+
+def launch_decode(item: DecodeLaunch) -> None:
+    """Compile a paged decode by launching it on two short rows."""
+    from hybridcache.kernels.paged_decode.triton import paged_decode
+
+    dims = item.case.dims
+    at = _cache(item.case, torch.device("cuda"), torch.Generator(), [])
+    q_BHD = normal(torch.Generator(), (2, dims.heads, dims.head_dim), at.buffer.device, item.case.dtype)
+    inputs = (at.layout, 0, q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
+    paged_decode(at.buffer, *inputs, num_splits=item.splits, tuning=item.tuning)
+    torch.cuda.synchronize()

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from hybridcache.bench.resources import SHARED_MEMORY_LIMIT
+from benchmarks.resources import SHARED_MEMORY_LIMIT
 from hybridcache.observe.report import style
 from hybridcache.observe.report.words import bytes_text, seconds_text
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from hybridcache.bench import attention, copies, gated_delta_net
-from hybridcache.bench.case import Case
-from hybridcache.bench.ceilings import Ceilings
-from hybridcache.bench.table_expansion import expansions
-from hybridcache.bench.timing import Timing, time_launches
-from hybridcache.bench.work import Implementation, Setup, Work
+from benchmarks import attention, copies, gated_delta_net
+from benchmarks.case import Case
+from benchmarks.tables import expansions
+from benchmarks.timing import Ceilings, Timing, time_launches
+from benchmarks.work import Implementation, Setup, Work
 
 Row = dict[str, Any]
 

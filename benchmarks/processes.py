@@ -1,10 +1,16 @@
-"""Isolate: items of work in a process of their own, so that one which crashes or never ends costs only itself."""
+"""Processes: items of work in a process of their own, so that one which crashes or never ends costs only itself; and many at
+once, so that kernels are compiled side by side before they are timed one after another (Triton keeps what it compiles on disk).
+"""
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Row = dict[str, Any]
 Work = Callable[[Any], Iterator[Row]]
 
@@ -70,3 +76,38 @@ def _serve(work: Work, items: Sequence[Any], connection: Connection) -> None:
             connection.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"))
             return
         connection.send(("done", None))
+
+
+def each_in_parallel(
+    function: Callable[[Item], Found], items: Sequence[Item], workers: int | None = None
+) -> Iterator[Found | Exception]:
+    """``function(item)`` for every item, in new processes: what it returns or raises, in the items' order.
+
+    Args:
+        function: a module's function, or a ``partial`` of one.
+        workers: processes; most of the machine's cores where None.
+    """
+    workers = min(workers or max((os.cpu_count() or 1) - 2, 1), len(items))
+    if not items:
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(function, item) for item in items]:
+            try:
+                yield future.result()
+            except Exception as error:  # of one item, which must not hide the others
+                yield error
+
+
+def in_parallel(launch: Callable[[Item], None], items: Sequence[Item], workers: int | None = None) -> list[str]:
+    """``launch(item)`` for every item, in new processes. Returns what failed, one line each: a kernel that does not build
+    fails again where it is measured, and is reported there.
+
+    Args:
+        launch: compiles, best by launching on small inputs.
+        workers: as of :func:`each_in_parallel`.
+    """
+    return [
+        f"{item}: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        for item, error in zip(items, each_in_parallel(launch, items, workers))
+        if isinstance(error, Exception)
+    ]

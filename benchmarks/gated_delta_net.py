@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from hybridcache.bench import peers
-from hybridcache.bench.case import Case
-from hybridcache.bench.work import Implementation, Saved, Setup, Work, worst
+from benchmarks import peers
+from benchmarks.case import Case
+from benchmarks.work import Implementation, Saved, Setup, Work, worst
 from hybridcache.kernels.gdn_decode import naive as naive_decode
 from hybridcache.kernels.gdn_decode.naive import stored_state
 from hybridcache.kernels.gdn_prefill import naive as naive_prefill

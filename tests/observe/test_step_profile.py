@@ -10,10 +10,11 @@ import torch
 from synthetic_run import write_run
 
 import hybridcache
-from hybridcache.bench.step_profile import IDLE, OTHER, OURS, StepProfile, classify, profile_steps, summarize
+from benchmarks import page_tiled
 from hybridcache.observe.report.data import NoData
 from hybridcache.observe.report.load import load_run
 from hybridcache.observe.report.step_figure import PART_COLORS, step_profile
+from hybridcache.observe.step_profile import IDLE, OTHER, OURS, StepProfile, classify, profile_steps, summarize
 
 KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 
@@ -52,6 +53,7 @@ BY_FOLDER = {
 def test_every_kernel_of_the_project_has_the_class_of_its_operation() -> None:
     root = Path(hybridcache.__file__).parent / "kernels"
     found = {name: path.parent.name for path in root.rglob("*.py") for name in KERNEL.findall(path.read_text())}
+    found |= dict.fromkeys(KERNEL.findall(Path(page_tiled.__file__).read_text()), "page_tiled")
     assert len(found) > 20
     assert set(OURS) <= set(found), "a class for a kernel that does not exist"
     for name, folder in found.items():
@@ -96,7 +98,7 @@ def test_profile_of_a_step_on_the_cpu(tmp_path) -> None:
 
 
 def test_every_class_has_a_colour() -> None:
-    from hybridcache.bench.step_profile import CLASSES
+    from hybridcache.observe.step_profile import CLASSES
 
     assert {name for name, _ in CLASSES} | {OTHER, *IDLE.values()} == set(PART_COLORS)
 

@@ -1,6 +1,6 @@
 """Runs the kernels of every cache operation once on small shapes under NVIDIA's compute-sanitizer, and records what it finds.
 
-    python benchmarks/sanitize.py --out benchmarks/results/sanitize-h100.json
+    python -m benchmarks.checks.sanitize --out benchmarks/results/sanitize-h100.json
 
 Kernels are compiled first, in parallel and without the sanitizer, so that under it they are only launched. Then one process
 per tool launches them one after another: ``memcheck`` (accesses out of bounds, each tensor in an allocation of its own) and
@@ -10,7 +10,7 @@ running.
 
 Racecheck reports hazards in what Triton generates for ``gl.warp_specialize``: the dispatching warps' command bytes and captured
 arguments in shared memory, between the kernel's ``def`` line and the call. Findings on those lines alone are counted as
-``dispatch``. They are no failure where the very PTX that ran proves them false (``hybridcache.bench.dispatch``): a barrier of
+``dispatch``. They are no failure where the very PTX that ran proves them false (``benchmarks.checks.dispatch``): a barrier of
 all threads stands between every such write and read. Any location beside them is a failure, as is a proof that does not hold.
 
 Exit status 1: a finding, a kernel that did not finish, a report without a summary, or a planted fault that was not
@@ -35,14 +35,12 @@ from pathlib import Path
 import torch
 import triton
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks.checks.dispatch import unordered
+from benchmarks.checks.once import PLANTED, here, launch
+from benchmarks.processes import in_parallel
+from hybridcache.observe.environment import environment
 
-from hybridcache.bench.dispatch import unordered  # noqa: E402
-from hybridcache.bench.once import PLANTED, here, launch  # noqa: E402
-from hybridcache.bench.precompile import in_parallel  # noqa: E402
-from hybridcache.observe.environment import environment  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck")
 REST = "(unattributed)"
 MARK = "SANITIZE"
@@ -221,7 +219,7 @@ def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tup
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         names = [*names, PLANTED]
     options = ["--print-limit", "1000", "--report-api-errors", "no", "--target-processes", "application-only"]
-    child = [sys.executable, str(Path(__file__).resolve()), "--launch", *names]
+    child = [sys.executable, "-m", "benchmarks.checks.sanitize", "--launch", *names]
     text, failure = run_limited([sanitizer, "--tool", tool, *options, *child], limit_s, env)
     found = parse(text)
     for name in names:
