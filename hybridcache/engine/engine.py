@@ -19,6 +19,7 @@ from hybridcache.engine.step_output import HostTimes, StepOutput
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 from hybridcache.observe.metrics import Observation, Recorder
+from hybridcache.prefix.checkpoints import Checkpoints, check_positions
 from hybridcache.strategies.base import Strategy
 
 
@@ -92,7 +93,11 @@ class Engine:
         self.backend = backend
         self.recorder = recorder
         self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
-        self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release)
+        self.checkpoints = Checkpoints(strategy)
+        """States of prompts kept where requests asked for it (``SamplingParams.checkpoint_at``)."""
+        self.scheduler = Scheduler(
+            strategy, scheduler_config, before_release=self._before_release, checkpoints=self.checkpoints
+        )
         self.runner = ModelRunner(
             model,
             strategy,
@@ -134,9 +139,11 @@ class Engine:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
         """
         params = params or SamplingParams()
+        prompt = checked_prompt(prompt_ids, self._vocabulary)
+        check_positions(params.checkpoint_at, len(prompt))
         request = Request.of(
             self._next_id,
-            checked_prompt(prompt_ids, self._vocabulary),
+            prompt,
             params,
             seed=self.seed,
             eos_token_ids=self.eos_token_ids,
@@ -221,15 +228,15 @@ class Engine:
         Whatever is raised here, an interrupt at any line too, leaves all requests that have not ended waiting, to be recomputed
         from their tokens, and the memory empty. The tokens that had arrived are in ``output_ids``.
         """
-        started = self._clock()
         try:
+            started = self._clock()
             output = self._step()
+            self.times.steps += 1
+            self.times.total_s += self._clock() - started
+            return output
         except BaseException:
             self._abandon()
             raise
-        self.times.steps += 1
-        self.times.total_s += self._clock() - started
-        return output
 
     def _step(self) -> StepOutput:
         started, output = self.now(), StepOutput()
@@ -245,6 +252,7 @@ class Engine:
             launched = self._launch(step, started) if step else None
             if not self._settle(before, output) and launched is not None:
                 # What the step before left is void, and with it what this one makes of it.
+                self.scheduler.void(launched.step)
                 self.scheduler.requeue(launched.step.seqs)
                 launched = None
             if self._failures or not self.overlap:
@@ -282,7 +290,7 @@ class Engine:
             items = [item for item in step.items if item.seq.status is Status.RUNNING]
             if not items:
                 return None
-            step = step if len(items) == len(step.items) else Step(items)
+            step = step if len(items) == len(step.items) else step.only(items)
         seen = None
         if self.recorder is not None:
             with self._off_the_clock():
@@ -294,6 +302,7 @@ class Engine:
                 self._wait(flight)
         except Exception as error:  # whatever a kernel raises, the other requests must go on
             self._failures.add(step.items, error)
+            self.scheduler.void(step)
             self.runner.reset()
             self._record(started, seen)
             return None
@@ -308,6 +317,7 @@ class Engine:
             tokens = self._wait(launched.flight)
         except Exception as error:
             self._failures.add(launched.step.items, error)
+            self.scheduler.void(launched.step)
             return False
         finally:
             self._record(launched.started_s, launched.seen)

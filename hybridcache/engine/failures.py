@@ -48,7 +48,7 @@ class Failures:
         if not alone:
             return [step]
         together = [item for item in step.items if item not in alone]
-        return ([Step(together)] if together else []) + [Step([item]) for item in alone]
+        return ([step.only(together)] if together else []) + [step.only([item]) for item in alone]
 
     def judge(self) -> tuple[list[Request], list[Request]]:
         """Of the requests in batches that failed: those to recompute, and those that end, their error noted."""

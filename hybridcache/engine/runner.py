@@ -23,6 +23,7 @@ from hybridcache.engine.step import Shape, Step
 from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.pool import CachePool
+from hybridcache.prefix.checkpoints import POSITION_MULTIPLE, checkpoint_table
 from hybridcache.strategies.base import Strategy
 
 
@@ -236,7 +237,8 @@ class ModelRunner:
         """Returns where each item's id will be (of no meaning where it samples none), those of the items that sample, and how
         many ids there are."""
         items, exact = step.items, step.shape
-        graph = None if self.graphs is None else self.graphs.shape_for(*exact)
+        kept = checkpoint_table(step.checkpoints, items[exact.decode :], self.strategy, exact.prefill)
+        graph = None if self.graphs is None or kept is not None else self.graphs.shape_for(*exact)
         if graph is not None and self.graphs is not None:
             self.graphs.make(graph)
         shape, ids = graph or exact, [item.seq.seq_id for item in items]
@@ -254,13 +256,20 @@ class ModelRunner:
             logits_RV = self._logits[:count]
         else:
             longest = max((item.num_tokens for item in items[shape.decode :]), default=0)
-            logits_RV = self._run(shape, count, longest, max(item.end for item in items))
+            logits_RV = self._run(shape, count, longest, max(item.end for item in items), kept)
         self._draw(logits_RV, sampling, slots)
         if step.cohort is not None and all(row is GREEDY for row in sampling):
             step.cohort.packed = Packed(shape, places, fields.position[: len(items)].copy())
         return slots, [slot for slot, row in zip(slots, sampling) if row is not None], count
 
-    def _run(self, shape: Shape, count: int, max_prefill_len: int, max_context_len: int) -> torch.Tensor:
+    def _run(
+        self,
+        shape: Shape,
+        count: int,
+        max_prefill_len: int,
+        max_context_len: int,
+        checkpoint_table_PNL: np.ndarray | None = None,
+    ) -> torch.Tensor:
         """Any step, launched operation by operation, without padding."""
         batch = self.inputs.batch(
             shape,
@@ -269,6 +278,9 @@ class ModelRunner:
             max_prefill_len=max_prefill_len,
             max_context_len=max_context_len,
         )
+        if checkpoint_table_PNL is not None:
+            batch.checkpoint_table_PNL = torch.from_numpy(checkpoint_table_PNL).to(self.pool.buffer.device)
+            batch.checkpoint_interval = POSITION_MULTIPLE
         logits_RV = self._forward(batch)
         self._greedy(logits_RV)
         return logits_RV

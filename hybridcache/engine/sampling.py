@@ -60,6 +60,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    checkpoint_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not _is_int(self.max_tokens) or self.max_tokens < 1:
@@ -76,7 +77,12 @@ class SamplingParams:
             raise bad("seed", self.seed, "give a whole number from 0 to below 2**63, or None")
         if isinstance(self.stop_token_ids, str) or not all(_is_int(token) for token in self.stop_token_ids):
             raise bad("stop_token_ids", self.stop_token_ids, "give token ids")
+        if isinstance(self.checkpoint_at, str) or not all(_is_int(p) and p > 0 for p in self.checkpoint_at):
+            raise bad(
+                "checkpoint_at", self.checkpoint_at, "give positions in the prompt, counted in tokens from its start"
+            )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "checkpoint_at", tuple(sorted(set(self.checkpoint_at))))
 
     @property
     def restricted(self) -> bool:

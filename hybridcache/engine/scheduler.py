@@ -10,6 +10,7 @@ exists at those positions.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from itertools import repeat
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from hybridcache.engine.policies import SchedulerConfig
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.engine.step import Cohort, ScheduledTokens, Step
 from hybridcache.errors import UserError, bad
+from hybridcache.prefix.checkpoints import Checkpoint, Checkpoints
 from hybridcache.strategies.base import Strategy
 
 
@@ -31,6 +33,7 @@ class Scheduler:
         strategy: the memory.
         config: the policies.
         before_release: called with a request's id before its memory is returned (tests poison it there).
+        checkpoints: what prompts may resume from; None for none. Sequences are then requests of the engine.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class Scheduler:
         strategy: Strategy,
         config: SchedulerConfig | None = None,
         before_release: Callable[[int], None] | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.strategy = strategy
+        self.checkpoints = checkpoints
         self.config = config or SchedulerConfig()
         self.before_release = before_release
         self.waiting: deque[Sequence] = deque()
@@ -81,6 +86,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step and take memory for it. Empty only where there is no work."""
+        self.strategy.settle_states()
         step = self._schedule_again() or self._schedule_anew([])
         while not step and step.preempted and self.running:
             # The one that tokens were set aside for lost its memory: the others go on.
@@ -90,6 +96,8 @@ class Scheduler:
                 f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
                 f"{self.strategy.usage()})"
             )
+        if self.checkpoints is not None and step.cohort is None:
+            step.checkpoints = self.checkpoints.plan(step.items)
         return step
 
     def _schedule_again(self) -> Step | None:
@@ -137,10 +145,10 @@ class Scheduler:
         self._cohort = cohort
         return Step(items, preempted, cohort)
 
-    def _cut(self, seq: Sequence, budget: int) -> int:
-        """Tokens of a prompt longer than the budget that fit it, cut only where a prompt may be cut."""
+    def _cut(self, start: int, budget: int) -> int:
+        """Tokens from ``start`` of a prompt longer than the budget that fit it, cut only where a prompt may be cut."""
         multiple = self.config.chunk_multiple
-        return max((seq.num_computed + budget) // multiple * multiple - seq.num_computed, 0)
+        return max((start + budget) // multiple * multiple - start, 0)
 
     def _set_aside(self) -> int:
         """Tokens to keep for the request that was left behind, if it still runs or is next to be admitted."""
@@ -178,12 +186,14 @@ class Scheduler:
                 budget -= 1
                 continue
             if tokens > budget:
-                tokens = self._cut(seq, budget)
+                tokens = self._cut(start, budget)
                 if tokens == 0:
                     self._left_behind(seq)
                     continue
             # More is held already where a step was scheduled and not run.
             while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
+                if self.checkpoints is not None and self.checkpoints.drop_oldest():
+                    continue
                 victim = self._victim(seq)
                 lost = chosen.pop(victim.seq_id, None)
                 within.pop(victim.seq_id, None)
@@ -210,14 +220,19 @@ class Scheduler:
         """Admit waiting requests, ``most`` of them at most. Returns what is left of the token budget."""
         while self.waiting and len(self.running) < self.config.max_running and most != 0:
             seq = self.waiting[0]
-            tokens = seq.num_known - seq.num_computed
+            found = None if self.checkpoints is None else self.checkpoints.find(cast(Any, seq))
+            start = 0 if found is None else found.position
+            tokens = seq.num_known - start
             if tokens > budget:
-                tokens = self._cut(seq, budget)
+                tokens = self._cut(start, budget)
                 if tokens == 0:
                     self._left_behind(seq)
                     break
-            if not self._admit(seq, tokens):
+            if not self._admit(seq, start + tokens, found):
+                if self.checkpoints is not None and self.checkpoints.drop_oldest():
+                    continue
                 break
+            seq.num_computed = start
             self.waiting.popleft()
             seq.status = Status.RUNNING
             self.running.append(seq)
@@ -226,15 +241,23 @@ class Scheduler:
             most = None if most is None else most - 1
         return budget
 
-    def _admit(self, seq: Sequence, tokens: int) -> bool:
+    def _admit(self, seq: Sequence, tokens: int, found: Checkpoint | None) -> bool:
+        """Take memory for the first ``tokens`` tokens, those of the checkpoint ``found`` shared with it."""
         whole = seq.num_known if self.config.admission == "whole_prompt" else None
-        if not self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole):
+        if found is None:
+            admitted = self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
+        else:
+            admitted = self.strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole)
+        if not admitted:
             return False
         if self.config.watermark and self.running:
             free = self.strategy.usage().free
             if free < self.config.watermark * self.strategy.budget_bytes:
                 self._release(seq)
                 return False
+        if found is not None and self.checkpoints is not None:
+            self.checkpoints.used(found)
+            seq.hit_tokens += found.position
         return True
 
     def _victim(self, seq: Sequence) -> Sequence:
@@ -270,6 +293,8 @@ class Scheduler:
         """After an interrupt at whatever line: nothing that was known of queue, running set and memory counts. The strategy is
         emptied, and the requests that have not finished wait, in the order given."""
         self.strategy.reset()
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
         self._cohort, self._behind, self._decoding = None, None, []
         self.running.clear()
         self.ending.clear()
@@ -311,6 +336,7 @@ class Scheduler:
         token, whichever it turns out to be. One that has ``max_tokens`` now will not run again and returns its memory."""
         if step.cohort is not None and step.cohort is self._cohort:
             return self._advance_all(step.cohort)
+        self._keep(step)
         sampled = []
         for seq, start, num_tokens in step.items:
             seq.num_computed = computed = start + num_tokens
@@ -321,6 +347,18 @@ class Scheduler:
             if seq.num_output >= seq.max_tokens:
                 self._end(seq)
         return sampled
+
+    def _keep(self, step: Step) -> None:
+        """Make the checkpoints of a step that was launched. Whose states are shared by one writes its next ones elsewhere, so
+        the next step is not the same again."""
+        if self.checkpoints is not None and step.checkpoints:
+            self.checkpoints.keep(step.checkpoints)
+            self._cohort = None
+
+    def void(self, step: Step) -> None:
+        """A step failed: nobody may resume from the checkpoints that it made."""
+        if self.checkpoints is not None and step.checkpoints:
+            self.checkpoints.discard(step.checkpoints)
 
     def _advance_all(self, cohort: Cohort) -> list[Sequence]:
         cohort.pending = False

@@ -38,6 +38,8 @@ class Sequence:
     num_preemptions: int = 0
     recomputed_tokens: int = 0
     """Tokens whose cache was dropped at a preemption and had to be computed again."""
+    hit_tokens: int = 0
+    """Tokens that it did not have to compute: it resumed from a checkpoint of them."""
     recomputed_after_failure: int = 0
     """Tokens whose cache was dropped because a step failed or was interrupted, and had to be computed again."""
     first_token_s: float | None = None

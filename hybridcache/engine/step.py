@@ -106,6 +106,8 @@ class Step:
     ) -> None:
         self.preempted = preempted or []
         self.cohort = cohort
+        self.checkpoints: list[Any] = []
+        """Checkpoints that this step makes (:class:`~hybridcache.prefix.checkpoints.Planned`)."""
         self._items = items if items is not None or cohort is not None else []
         self._starts = None if cohort is None else cohort.totals - 1
 
@@ -123,6 +125,12 @@ class Step:
     def seqs(self) -> list[Sequence]:
         """The requests, in the order of ``items``."""
         return self.cohort.seqs if self._items is None and self.cohort is not None else [i.seq for i in self.items]
+
+    def only(self, items: list[ScheduledTokens]) -> "Step":
+        """A step of some of the items, with their checkpoints."""
+        part, ids = Step(items), {item.seq.seq_id for item in items}
+        part.checkpoints = [plan for plan in self.checkpoints if plan.request.seq_id in ids]
+        return part
 
     @property
     def num_tokens(self) -> int:

@@ -275,6 +275,9 @@ class Strategy(ABC):
         ``physical=True``."""
         return self._state_table(seq_id)
 
+    def settle_states(self) -> None:
+        pass
+
     def drain_changed(self) -> Sequence[int]:
         return self.drain_gained()
 

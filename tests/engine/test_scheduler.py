@@ -393,3 +393,42 @@ def test_random_streams_end_with_nothing_leaked(name, seed):
             assert seq.num_output == seq.max_tokens
             assert seq.num_computed == seq.max_stored_tokens
     assert sum(seq.num_preemptions for seq in everyone) == scheduler.num_preemptions
+
+
+def test_a_prompt_cut_to_one_token_is_not_taken_for_decoding():
+    """Three requests decode while a prompt gets one token a step: it is computed to its end, and everybody finishes."""
+    scheduler = scheduler_for(400, chunk_multiple=1, max_tokens_per_step=4)
+    seqs = submit(scheduler, (1, 40), (1, 40), (1, 40), (30, 6))
+    clock = Clock(scheduler)
+    for _ in range(200):
+        if scheduler.has_work:
+            clock.step()
+    assert [seq.finish_reason for seq in seqs] == ["length"] * 4
+    assert seqs[3].num_computed == 30 + 6 - 1
+
+
+@pytest.mark.parametrize("decoding", [1, 3, 64])
+def test_prompts_do_not_wait_for_those_that_decode(decoding):
+    """The token budget has no room for a chunk beside the decoding rows: prompts and decodes take turns."""
+    scheduler = scheduler_for(20_000, max_tokens_per_step=64, chunk_multiple=64, max_running=100)
+    seqs = submit(scheduler, *[(1, 300)] * decoding, (200, 3), (130, 2))
+    clock = Clock(scheduler)
+    steps = 0
+    while any(seq.num_output == 0 for seq in seqs[decoding:]):
+        clock.step()
+        steps += 1
+        assert steps < 60, [(seq.seq_id, seq.num_computed) for seq in seqs[decoding:]]
+    assert min(seq.num_output for seq in seqs[:decoding]) > 2, "the others go on meanwhile"
+    while scheduler.has_work:
+        clock.step()
+    assert all(seq.num_output == seq.max_tokens for seq in seqs)
+
+
+def test_rows_beyond_the_token_budget_take_turns():
+    """More requests decode than a step has tokens: all of them get on."""
+    scheduler = scheduler_for(20_000, max_tokens_per_step=4, chunk_multiple=1, max_running=12)
+    seqs = submit(scheduler, *[(1, 200)] * 12)
+    clock = Clock(scheduler)
+    for _ in range(150):
+        clock.step()
+    assert min(seq.num_output for seq in seqs) > 3, [seq.num_output for seq in seqs]
