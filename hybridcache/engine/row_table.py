@@ -107,7 +107,7 @@ class RowTable:
         return max(width, 1)
 
     def _refresh(self, owner: list[int], num_rows: int) -> list[int]:
-        before, gained = self._owner[: len(owner)], self.strategy.drain_gained()
+        before, gained = self._owner[: len(owner)], self.strategy.drain_changed()
         same = owner == before
         if same and not self._moved:
             gaining = ((self._row.get(seq_id), seq_id) for seq_id in gained)
@@ -120,7 +120,6 @@ class RowTable:
                     changed.append(row)
             elif now != then or self._moved:
                 self._clear(row)
-                self.entries[row, : self.state_width] = self.strategy.state_table(now)
                 self._extend(row, now)
                 changed.append(row)
             elif gained and self._extend(row, now):
@@ -137,6 +136,7 @@ class RowTable:
 
     def _extend(self, row: int, seq_id: int) -> bool:
         """Append a request's new entries to its row. Returns whether there were any."""
+        self.entries[row, : self.state_width] = self.strategy.state_write_table(seq_id)
         held = self.strategy.kv_table(seq_id)
         count, known = len(held), self.num_entries[row]
         if count == known:

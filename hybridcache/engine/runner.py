@@ -24,6 +24,7 @@ from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.layout import Layout
 from hybridcache.memory.pool import CachePool
+from hybridcache.memory.spans import Kind, Span
 from hybridcache.strategies.base import Strategy
 
 
@@ -311,9 +312,13 @@ class ModelRunner:
             torch.cuda.synchronize(self.pool.buffer.device)
 
     def poison(self, seq_id: int) -> None:
-        """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
+        """Overwrite everything that only this resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
-        self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
+        self.pool.poison(span for span in self.strategy.spans() if self._only(span, seq_id))
+
+    @staticmethod
+    def _only(span: Span, seq_id: int) -> bool:
+        return span.seq_id == seq_id and span.owners == 1 and span.kind is not Kind.CACHED
 
 
 def _greedy_of(backend: Backend, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
