@@ -100,7 +100,7 @@ class Loop:
             position_T=torch.cat([torch.arange(i, j) for i, j in zip(starts, ends)]),
             row_T=torch.arange(len(order), dtype=torch.int32).repeat_interleave(torch.tensor(counts)),
             kv_table_BN=torch.from_numpy(tables.kv),
-            state_table_BL=torch.from_numpy(tables.state),
+            state_table_BL=torch.from_numpy(tables.state_write),
             context_len_B=torch.tensor(ends, dtype=torch.int32),
             prefill_cu_seqlens=torch.tensor([0, *prefill], dtype=torch.int32).cumsum(0, dtype=torch.int32),
             prefill_start_P=torch.tensor(starts[num_decode:], dtype=torch.int32),

@@ -1,9 +1,12 @@
 """A model of what kernels keep in a physical pool: a stamp for every KV row and every state, in a numpy buffer.
 
-The addresses are computed here from the layout's documented formula and the block tables, not by the package's helpers.
+Every token that a step writes has a number of its own, and the state after it bears that number, so that owners that share a
+prefix must find the same stamps there. The addresses are computed here from the layout's documented formula and the block
+tables, not by the package's helpers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from random import Random
 
 import numpy as np
 
@@ -16,44 +19,84 @@ POISON = -1
 
 
 class Contents:
-    """The bytes of one pool, and what they must be."""
+    """The bytes of one pool, and what they must be. The caller tells what it did; ``rng`` orders the rows of a step."""
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, rng: Random | None = None) -> None:
         self.strategy = strategy
         self.layout = strategy.layout
-        assert self.layout.pool_bytes <= strategy.budget_bytes
+        self.rng = rng or Random(0)
+        assert self.layout.pool_bytes <= strategy.pool_bytes <= strategy.budget_bytes
         self.words = np.full(-(-self.layout.pool_bytes // WORD), POISON, dtype=np.int64)
-        self.written: dict[int, int] = {}
-        """Tokens of each resident that a step has written."""
-        self.serial: dict[int, int] = {}
-        """A number of its own for each admission."""
+        self.running: dict[int, list[int]] = {}
+        """Numbers of the tokens of each resident that a step has written."""
+        self.cached: dict[int, list[int]] = {}
+        """As much, of each cached owner."""
+        self.reserved: dict[int, tuple[int, int]] = {}
+        """Resident and position of cached owners whose states the next step writes."""
         self._next = 0
 
+    # -- what the caller did ---------------------------------------------------------------------------------------
+
     def admitted(self, seq_id: int) -> None:
-        self._next += 1
-        self.serial[seq_id] = self._next
-        self.written[seq_id] = 0
+        self.running[seq_id] = []
 
     def released(self, seq_id: int) -> None:
-        del self.serial[seq_id], self.written[seq_id]
+        del self.running[seq_id]
+        assert all(writer != seq_id for writer, _ in self.reserved.values()), "nobody writes what was reserved"
 
-    def step(self) -> int:
-        """What an engine does in a step: relocate, check all that was kept, write the new tokens and every state.
-        Returns the bytes relocated."""
+    def checkpointed(self, seq_id: int, key: int) -> None:
+        assert len(self.running[seq_id]) == self.strategy.num_tokens(seq_id)
+        self.cached[key] = list(self.running[seq_id])
+
+    def reserve(self, seq_id: int, key: int, position: int) -> None:
+        assert len(self.running[seq_id]) < position <= self.strategy.num_tokens(seq_id)
+        self.reserved[key] = (seq_id, position)
+
+    def restored(self, seq_id: int, key: int) -> None:
+        self.running[seq_id] = list(self.cached[key])
+
+    def forked(self, seq_id: int, child: int) -> None:
+        self.running[child] = list(self.running[seq_id])
+
+    def dropped(self, key: int) -> None:
+        self.cached.pop(key, None)
+        self.reserved.pop(key, None)
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self, launched: Collection[int] | None = None) -> int:
+        """What an engine does in a step: relocate, check all that was kept, and let the launched requests (all by default) read
+        their states, write their new tokens and their states, in any order. Returns the bytes relocated."""
         moved = self._relocate()
-        tables = self.strategy.tables(tuple(self.written))
-        self._check_tables(tables.kv, tables.state)
-        for row, seq_id in enumerate(self.written):
-            self._verify(seq_id, tables.kv[row], tables.state[row])
+        self._check_tables()
+        self._verify()
         self._poison_free_bytes()
-        for row, seq_id in enumerate(self.written):
-            start, stop = self.written[seq_id], self.strategy.num_tokens(seq_id)
-            self._put(self._kv(seq_id, tables.kv[row], start, stop))
-            self.written[seq_id] = stop
-            self._put(self._states(seq_id, tables.state[row]))
-        for row, seq_id in enumerate(self.written):
-            self._verify(seq_id, tables.kv[row], tables.state[row])
+        self._verify()
+        rows = [*(self.running if launched is None else launched)]
+        self.rng.shuffle(rows)
+        for seq_id in rows:
+            self._run(seq_id)
+        self.strategy.settle_states()
+        assert not self.strategy._reads
+        self._verify()
         return moved
+
+    def _run(self, seq_id: int) -> None:
+        tokens, total = self.running[seq_id], self.strategy.num_tokens(seq_id)
+        kv = self.strategy.kv_table(seq_id)
+        if tokens:
+            self._expect(self._states(tokens, self.strategy.state_read_table(seq_id)), f"state read by {seq_id}")
+            self._expect(self._kv(tokens, kv, 0), f"KV of request {seq_id}")
+        start = len(tokens)
+        tokens += range(self._next, self._next + total - start)
+        self._next += total - start
+        if total > start:
+            self._put(self._kv(tokens, kv, start))
+            self._put(self._states(tokens, self.strategy.state_write_table(seq_id)))
+        for key in [key for key, (writer, _) in self.reserved.items() if writer == seq_id]:
+            _, position = self.reserved.pop(key)
+            self.cached[key] = tokens[:position]
+            self._put(self._states(self.cached[key], self.strategy.checkpoint_table(key)))
 
     def _relocate(self) -> int:
         moved = 0
@@ -66,11 +109,13 @@ class Contents:
             moved += move.num_bytes
         return moved
 
-    def _check_tables(self, kv: np.ndarray, state: np.ndarray) -> None:
-        assert kv.dtype == state.dtype == np.int32
-        assert state.shape == (len(self.written), len(self.strategy.spec.state_layers))
-        assert state.size == 0 or state.min() >= 0
-        for row, seq_id in enumerate(self.written):
+    def _check_tables(self) -> None:
+        kv, *states = vars(self.strategy.tables(tuple(self.running))).values()
+        for state in states:
+            assert kv.dtype == state.dtype == np.int32
+            assert state.shape == (len(self.running), len(self.strategy.spec.state_layers))
+            assert state.size == 0 or state.min() >= 0
+        for row, seq_id in enumerate(self.running):
             entries = -(-self.strategy.num_tokens(seq_id) // self.layout.attention.tokens_per_entry)
             assert (kv[row, :entries] >= 0).all(), f"request {seq_id}: an entry below 0 in {kv[row]}"
             assert (kv[row, entries:] == -1).all(), f"request {seq_id}: more than {entries} entries in {kv[row]}"
@@ -82,22 +127,29 @@ class Contents:
             end = span.offset + span.num_bytes
         self.words[end // WORD :] = POISON
 
-    def _verify(self, seq_id: int, kv_row: np.ndarray, state_row: np.ndarray) -> None:
-        written = self.written[seq_id]
-        if written == 0:
-            return
-        for what, pieces in (("KV", self._kv(seq_id, kv_row, 0, written)), ("state", self._states(seq_id, state_row))):
-            for address, expected in pieces:
-                assert (self.words[address] == expected).all(), f"{what} of request {seq_id} was overwritten"
+    def _verify(self) -> None:
+        """Everything that was written and is owned is where the tables say."""
+        for seq_id, tokens in self.running.items():
+            if tokens:
+                self._expect(self._kv(tokens, self.strategy.kv_table(seq_id), 0), f"KV of request {seq_id}")
+                self._expect(self._states(tokens, self.strategy.state_read_table(seq_id)), f"state of request {seq_id}")
+        for key, tokens in self.cached.items():
+            self._expect(self._kv(tokens, key_entries(self.strategy, key), 0), f"KV of key {key}")
+            self._expect(self._states(tokens, self.strategy.checkpoint_table(key)), f"state of key {key}")
+
+    def _expect(self, pieces: Iterator[tuple[np.ndarray, np.ndarray]], what: str) -> None:
+        for address, expected in pieces:
+            assert (self.words[address] == expected).all(), f"{what} was overwritten"
 
     def _put(self, pieces: Iterator[tuple[np.ndarray, np.ndarray]]) -> None:
         for address, stamp in pieces:
             self.words[address] = stamp
 
-    def _kv(self, seq_id: int, row: np.ndarray, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _kv(self, tokens: list[int], row, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Word indices and stamps of rows ``[layer, position, head, word]``, first of K, then of V."""
-        at = self.layout.attention
-        p = np.arange(start, stop)[None, :, None, None]
+        at, row = self.layout.attention, np.array(row)
+        p = np.arange(start, len(tokens))[None, :, None, None]
+        number = np.array(tokens[start:])[None, :, None, None]
         layer = np.arange(len(at.base))[:, None, None, None]
         head = np.arange(at.num_kv_heads)[None, None, :, None]
         inside = p % at.tokens_per_entry
@@ -115,18 +167,24 @@ class Contents:
                 + head * at.head_stride[kv]
                 + word * WORD
             )
-            stamp = (((self.serial[seq_id] * 64 + layer) * 8192 + p) * 2 + kv) * 64 + head * 8 + word
+            stamp = ((number * 64 + layer) * 2 + kv) * 64 + head * 8 + word
             yield address // WORD, np.broadcast_to(stamp, address.shape)
 
-    def _states(self, seq_id: int, row: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _states(self, tokens: list[int], row) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Word indices and stamps ``[layer, word]`` of the recurrent parts and of the conv rings, which every step changes."""
         st, state = self.layout.state, self.strategy.spec.state
         assert state is not None
         layer = np.arange(len(st.base))[:, None]
-        start = np.array(st.base)[:, None] + row[:, None].astype(np.int64) * st.stride
+        entries = np.broadcast_to(np.array(row, dtype=np.int64), len(st.base))
+        start = np.array(st.base)[:, None] + entries[:, None] * st.stride
         assert (start % 128 == 0).all(), "a state starts off 128 bytes"
         for part, (offset, num_bytes) in enumerate(((0, state.recurrent_bytes), (st.conv_offset, state.ring_bytes))):
             word = np.arange(num_bytes // WORD)[None, :]
-            tokens = self.written[seq_id]
-            stamp = -2 - (((self.serial[seq_id] * 64 + layer) * 8192 + tokens) * 2 + part) * 8192 - word
+            stamp = -2 - ((tokens[-1] * 64 + layer) * 2 + part) * 8192 - word
             yield (start + offset) // WORD + word, stamp
+
+
+def key_entries(strategy: Strategy, key: int) -> list[int]:
+    """The KV entries of a cached owner, in order of position."""
+    path = [*strategy._checkpoints[key].kv.path()]
+    return [entry for segment in reversed(path) for entry in segment.entries]

@@ -23,6 +23,7 @@ from hybridcache.engine.step import Shape, Step
 from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.pool import CachePool
+from hybridcache.memory.spans import Kind
 from hybridcache.prefix.checkpoints import POSITION_MULTIPLE, checkpoint_table
 from hybridcache.strategies.base import Strategy
 
@@ -315,6 +316,10 @@ class ModelRunner:
             torch.cuda.synchronize(self.pool.buffer.device)
 
     def poison(self, seq_id: int) -> None:
-        """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
+        """Overwrite everything that only this resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
-        self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
+        self.pool.poison(
+            span
+            for span in self.strategy.spans()
+            if span.seq_id == seq_id and span.owners == 1 and span.kind is not Kind.CACHED
+        )

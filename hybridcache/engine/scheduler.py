@@ -86,7 +86,6 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step and take memory for it. Empty only where there is no work."""
-        self.strategy.settle_states()
         step = self._schedule_again() or self._schedule_anew([])
         while not step and step.preempted and self.running:
             # The one that tokens were set aside for lost its memory: the others go on.
@@ -336,6 +335,7 @@ class Scheduler:
         token, whichever it turns out to be. One that has ``max_tokens`` now will not run again and returns its memory."""
         if step.cohort is not None and step.cohort is self._cohort:
             return self._advance_all(step.cohort)
+        self.strategy.settle_states(item.seq.seq_id for item in step.items)
         self._keep(step)
         sampled = []
         for seq, start, num_tokens in step.items:

@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import Any
 
 from hybridcache.errors import bad
+from hybridcache.memory.spans import Kind, Move, Span, Units
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.base import Kind, Move, Span, Strategy, Tables, Usage
+from hybridcache.strategies.base import Cut, Strategy, Tables, Usage
+from hybridcache.strategies.options import options_of
 
 _CLASSES = {
     "shared_pool": "SharedPool",
@@ -21,7 +23,19 @@ _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"shared_pool_carve": ("shared
 STRATEGIES = tuple(_CLASSES)
 """Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
 
-__all__ = ["STRATEGIES", "Kind", "Move", "Span", "Strategy", "Tables", "Usage", "build", "strategy_class"]
+__all__ = [
+    "STRATEGIES",
+    "Cut",
+    "Kind",
+    "Move",
+    "Span",
+    "Strategy",
+    "Tables",
+    "Units",
+    "Usage",
+    "build",
+    "strategy_class",
+]
 
 
 def strategy_class(name: str) -> type[Strategy]:
@@ -56,10 +70,10 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     Raises:
         UserError: an unknown name or option, or a budget that cannot hold one request.
     """
-    cls, options = strategy_class(name), {**_PRESETS.get(name, (name, {}))[1], **options}
-    try:
-        return cls(spec, budget_bytes, physical=physical, **options)
-    except TypeError as error:
-        if "keyword argument" in str(error):
-            raise bad("options", sorted(options), f"{name}: {str(error).split(') ')[-1]}") from error
-        raise
+    cls = strategy_class(name)
+    given = {"physical": physical, **_PRESETS.get(name, (name, {}))[1], **options}
+    valid = options_of(cls)
+    for unknown in given:
+        if unknown not in valid:
+            raise bad(unknown, given[unknown], f"strategy {name} has no such option; it has {', '.join(valid)}")
+    return cls(spec, budget_bytes, **given)

@@ -1,14 +1,16 @@
 """byte_exact: the lower bound. Every byte of a request is useful; no real allocator can hold less.
 
 A request of ``L`` tokens holds ``S + t * L`` bytes of one budget. Nothing is placed, so it has no addresses and no
-physical form.
+physical form: units are counted, not numbered.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar
+from array import array
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.base import Held, Span, Strategy
+from hybridcache.strategies.base import Cut, Strategy
 
 
 class ByteExact(Strategy):
@@ -17,39 +19,42 @@ class ByteExact(Strategy):
     name: ClassVar[str] = "byte_exact"
     has_addresses: ClassVar[bool] = False
 
-    def __init__(self, spec: CacheSpec, budget_bytes: int, *, physical: bool = False) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
-        self._free = budget_bytes
-        self._require_one_request(spec.request_bytes(1))
+    def __init__(self, spec: CacheSpec, budget_bytes: int, **common: Any) -> None:
+        super().__init__(spec, budget_bytes, **common)
+        self._set_up()
 
-    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
-        if self.spec.request_bytes(prompt_tokens) > self._free:
-            return False
-        self._free -= self.spec.request_bytes(num_tokens)
-        return True
+    def _cut(self, pool_bytes: int) -> Cut:
+        self._free = pool_bytes
+        return Cut(
+            state=Units((0,), self.spec.state_bytes),
+            states_per_request=1,
+            kv=Units((0,), self.spec.kv_bytes_per_token),
+            entry_tokens=1,
+            least_bytes=self.spec.request_bytes(1),
+        )
 
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
-        more = (num_tokens - self._tokens[seq_id]) * self.spec.kv_bytes_per_token
-        if more > self._free:
-            return False
-        self._free -= more
-        return True
+    def _fits(self, entries: int, states: bool) -> bool:
+        return entries * self.spec.kv_bytes_per_token + states * self.spec.state_bytes <= self._free
 
-    def _release(self, seq_id: int) -> None:
-        self._free += self.spec.request_bytes(self._tokens[seq_id])
+    def _take_states(self) -> Sequence[int]:
+        self._free -= self.spec.state_bytes
+        return (0,)
 
-    def _held(self) -> Held:
-        state = len(self._tokens) * self.spec.state_bytes
-        return Held(state=state, kv=self.budget_bytes - self._free - state)
+    def _take_kv(self, entries: int, held: array) -> Sequence[int]:
+        self._free -= entries * self.spec.kv_bytes_per_token
+        return bytes(entries)
+
+    def _give_states(self, units: Sequence[int]) -> None:
+        self._free += len(units) * self.spec.state_bytes
+
+    def _give_kv(self, units: Sequence[int]) -> None:
+        self._free += len(units) * self.spec.kv_bytes_per_token
+
+    def _free_bytes(self) -> int:
+        return self._free
 
     def _reserved(self) -> int:
-        return 0
+        return self.budget_bytes - self.pool_bytes
 
     def _request_limit(self) -> int:
-        return max(self.budget_bytes - self.spec.state_bytes, 0) // self.spec.kv_bytes_per_token
-
-    def spans(self) -> Iterator[Span]:
-        return iter(())
-
-    def _check(self) -> None:
-        assert self._free == self.budget_bytes - sum(map(self.spec.request_bytes, self._tokens.values()))
+        return max(self.pool_bytes - self.spec.state_bytes, 0) // self.spec.kv_bytes_per_token

@@ -1,18 +1,20 @@
 """large_block: lmdeploy's manager block and kernel block (PR 4421), made large enough for a recurrent state.
 
-Layer-major, as lmdeploy keeps its cache: a manager block of ``block_size`` tokens is a page in the tensor of every attention
-layer. The page holds kernel blocks of a power of two of tokens, ``[kernel block][K|V][token][head][dim]``; with
-``block_size`` a multiple of the kernel block that holds one layer's state, a manager block holds the states of as many linear
-layers as there are attention layers. A plain block manager hands out the ids: no null block, and a watermark at admission.
+Layer-major, as lmdeploy keeps its cache: a manager block of ``manager_block_size`` tokens is a page in the tensor of every
+attention layer. The page holds kernel blocks of a power of two of tokens, ``[kernel block][K|V][token][head][dim]``; with
+``manager_block_size`` a multiple of the kernel block that holds one layer's state, a manager block holds the states of as
+many linear layers as there are attention layers. A plain block manager hands out the ids: no null block, and a watermark at
+admission.
 
 In lmdeploy 0.18.0 the states still live in slots of their own; this is what the pull request's decoupling makes possible.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybridcache.errors import bad
 from hybridcache.spec import CacheSpec, round_up
 from hybridcache.strategies.layer_major import LayerMajor
+from hybridcache.strategies.options import number
 
 MIN_KERNEL_BLOCK = 16
 
@@ -21,9 +23,10 @@ class LargeBlock(LayerMajor):
     """A manager block that holds a state, with smaller kernel blocks inside.
 
     Args:
-        block_size: tokens of a manager block, a multiple of ``kernel_block_size``; by default the least that holds a state.
+        manager_block_size: tokens of a manager block, a multiple of ``kernel_block_size``; by default the least that holds a
+            state. (Both names are the pull request's.)
         kernel_block_size: tokens of a kernel block, a power of two from 16.
-        watermark: fraction of the blocks that admission leaves free.
+        watermark: fraction of the blocks that admission leaves free; growth may take them.
         placement_seed: shuffle the free blocks first (tests).
     """
 
@@ -35,15 +38,18 @@ class LargeBlock(LayerMajor):
         spec: CacheSpec,
         budget_bytes: int,
         *,
-        physical: bool = False,
-        block_size: int | None = None,
+        manager_block_size: int | None = None,
         kernel_block_size: int = MIN_KERNEL_BLOCK,
         watermark: float = 0.0,
         placement_seed: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
-        self._cut(
-            block_tokens=_block_size(spec, block_size, kernel_block_size, physical),
+        super().__init__(spec, budget_bytes, **common)
+        fix = "give a fraction of the pool from 0 up to, not including, 1"
+        if not 0.0 <= number("watermark", watermark, fix) < 1.0:
+            raise bad("watermark", watermark, fix)
+        self._set_up_blocks(
+            block_tokens=_block_tokens(spec, manager_block_size, kernel_block_size, self.physical),
             kernel_block_tokens=kernel_block_size,
             group_size=len(spec.attention_layers),
             watermark=watermark,
@@ -51,7 +57,7 @@ class LargeBlock(LayerMajor):
         )
 
 
-def _block_size(spec: CacheSpec, asked: int | None, kernel: int, physical: bool) -> int:
+def _block_tokens(spec: CacheSpec, asked: int | None, kernel: int, physical: bool) -> int:
     """The manager block's tokens, checked."""
     if not isinstance(kernel, int) or kernel < MIN_KERNEL_BLOCK or kernel & (kernel - 1):
         raise bad("kernel_block_size", kernel, f"give a power of two from {MIN_KERNEL_BLOCK}")
@@ -60,7 +66,7 @@ def _block_size(spec: CacheSpec, asked: int | None, kernel: int, physical: bool)
     if asked is None:
         return least
     if not isinstance(asked, int) or asked < 1 or asked % kernel:
-        raise bad("block_size", asked, f"give a multiple of kernel_block_size={kernel}")
+        raise bad("manager_block_size", asked, f"give a multiple of kernel_block_size={kernel}")
     if asked < least:
-        raise bad("block_size", asked, f"a state of {state} B needs at least {least} tokens")
+        raise bad("manager_block_size", asked, f"a state of {state} B needs at least {least} tokens")
     return asked

@@ -7,57 +7,50 @@ groups is in group ``j % g`` and in tensor ``j // g``.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from typing import ClassVar
 
 from hybridcache.errors import bad
 from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
-from hybridcache.strategies.base import Held, Kind, Span, Strategy
-
-
-@dataclass
-class _Request:
-    states: list[int]
-    """One block id per group of linear layers."""
-    state_table: array
-    """The block id of every linear layer."""
-    kv: array = field(default_factory=lambda: array("i"))
-    """One block id per group of attention layers and ``block_tokens`` tokens."""
+from hybridcache.memory.spans import Units
+from hybridcache.strategies.base import Cut, Strategy
+from hybridcache.strategies.options import seed
 
 
 class LayerMajor(Strategy):
-    """See the module. A subclass calls :meth:`_cut` at the end of its constructor."""
+    """See the module. A subclass calls :meth:`_set_up_blocks` at the end of its constructor."""
 
-    def _cut(
+    null_blocks: ClassVar[int] = 0
+    """Blocks at the start that are never handed out."""
+
+    def _set_up_blocks(
         self,
         *,
         block_tokens: int,
         kernel_block_tokens: int,
         group_size: int,
-        null_blocks: int = 0,
         watermark: float = 0.0,
         placement_seed: int | None = None,
     ) -> None:
-        """Cut the budget into blocks.
+        """Cut the pool into blocks.
 
         Args:
             block_tokens: tokens of KV in one page.
             kernel_block_tokens: tokens of one kernel block; divides ``block_tokens``.
             group_size: tensors, ``G``.
-            null_blocks: blocks at the start that are never handed out.
             watermark: fraction of all blocks that stays free at admission.
             placement_seed: shuffle the free blocks first (tests).
         """
-        spec, budget_bytes = self.spec, self.budget_bytes
-        if not 0.0 <= watermark < 1.0:
-            raise bad("watermark", watermark, "give a fraction of the pool from 0 up to, not including, 1")
+        spec = self.spec
         self.block_tokens = block_tokens
         self.kernel_block_tokens = kernel_block_tokens
         self.page_bytes = block_tokens * spec.kv_bytes_per_token_per_layer
         self.group_size = group_size
         self.attention_groups = -(-len(spec.attention_layers) // group_size)
         self.state_groups = -(-len(spec.state_layers) // group_size)
+        self._watermark = watermark
+        self._placement_seed = seed("placement_seed", placement_seed)
         if self.physical and self.attention_groups > 1:
             raise bad(
                 "spec",
@@ -65,101 +58,77 @@ class LayerMajor(Strategy):
                 f"its {len(spec.attention_layers)} attention layers make {self.attention_groups} groups with a block table "
                 f"each, and kernels read one; build {self.name} with physical=False",
             )
-        self.num_blocks = budget_bytes // self.block_bytes
-        """All blocks, null blocks included."""
-        self._null_blocks = null_blocks
-        self._watermark_blocks = int(watermark * self.num_blocks)
-        usable = max(self.num_blocks - null_blocks, 0)
-        self._free = FreeList(usable, first=null_blocks, placement_seed=placement_seed)
-        self._requests: dict[int, _Request] = {}
-        self._state_blocks = 0
-        self._kv_blocks = 0
-        need = null_blocks + self.state_groups + self.attention_groups
-        self._require_one_request((int(need / (1.0 - watermark)) + 1 if watermark else need) * self.block_bytes)
+        self._set_up()
 
     @property
     def block_bytes(self) -> int:
         """Bytes that one block id names: a page in every tensor."""
         return self.group_size * self.page_bytes
 
-    def _entries(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens) * self.attention_groups
+    def _cut(self, pool_bytes: int) -> Cut:
+        self.num_blocks = pool_bytes // self.block_bytes
+        """All blocks, null blocks included."""
+        self._watermark_blocks = int(self._watermark * self.num_blocks)
+        usable = max(self.num_blocks - self.null_blocks, 0)
+        self._free = FreeList(usable, first=self.null_blocks, placement_seed=self._placement_seed)
+        need = self.null_blocks + self.state_groups + self.attention_groups
+        least = int(need / (1.0 - self._watermark)) + 1 if self._watermark else need
+        pages = Units(tuple(i * self.num_blocks * self.page_bytes for i in range(self.group_size)), self.page_bytes)
+        return Cut(
+            state=pages,
+            states_per_request=self.state_groups,
+            kv=pages,
+            entry_tokens=self.block_tokens,
+            kernel_tokens=self.kernel_block_tokens,
+            entry_units=self.attention_groups,
+            least_bytes=least * self.block_bytes,
+        )
 
-    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
-        if self._entries(prompt_tokens) + self.state_groups > len(self._free) - self._watermark_blocks:
-            return False
-        states = self._free.take(self.state_groups)
-        request = _Request(states, array("i", [states[j % len(states)] for j in range(len(self.spec.state_layers))]))
-        self._requests[seq_id] = request
-        self._state_blocks += self.state_groups
-        self._append(request, self._entries(num_tokens))
-        return True
+    def _fits(self, entries: int, states: bool) -> bool:
+        return entries + states * self.state_groups <= len(self._free)
 
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
-        request = self._requests[seq_id]
-        more = self._entries(num_tokens) - len(request.kv)
-        if more > len(self._free):
-            return False
-        self._append(request, more)
-        return True
+    def _admits(self, entries: int) -> bool:
+        return entries + self.state_groups <= len(self._free) - self._watermark_blocks
 
-    def _room(self, seq_id: int) -> int:
-        return len(self._requests[seq_id].kv) // self.attention_groups * self.block_tokens
+    def _take_states(self) -> Sequence[int]:
+        return self._free.take(self.state_groups)
 
-    def _append(self, request: _Request, blocks: int) -> None:
-        request.kv.extend(self._free.take(blocks))
-        self._kv_blocks += blocks
-        self.table_entries_appended += blocks
+    def _take_kv(self, entries: int, held: array) -> Sequence[int]:
+        return self._free.take(entries)
 
-    def _release(self, seq_id: int) -> None:
-        request = self._requests.pop(seq_id)
-        self._free.put_all(request.kv)
-        self._free.put_all(request.states)
-        self._kv_blocks -= len(request.kv)
-        self._state_blocks -= len(request.states)
+    def _give_states(self, units: Sequence[int]) -> None:
+        self._free.put_all(units)
 
-    def _held(self) -> Held:
-        return Held(state=self._state_blocks * self.block_bytes, kv=self._kv_blocks * self.block_bytes)
+    def _give_kv(self, units: Sequence[int]) -> None:
+        self._free.put_all(units)
+
+    def _free_bytes(self) -> int:
+        return len(self._free) * self.block_bytes
 
     def _reserved(self) -> int:
-        return self.budget_bytes - (self.num_blocks - self._null_blocks) * self.block_bytes
+        return self.budget_bytes - (self.num_blocks - self.null_blocks) * self.block_bytes
 
     def _request_limit(self) -> int:
-        blocks = self.num_blocks - self._null_blocks - self._watermark_blocks - self.state_groups
+        blocks = self.num_blocks - self.null_blocks - self._watermark_blocks - self.state_groups
         return max(blocks, 0) // self.attention_groups * self.block_tokens
 
-    def spans(self) -> Iterator[Span]:
-        tensor_bytes, page = self.num_blocks * self.page_bytes, self.page_bytes
-        for seq_id, request in self._requests.items():
-            for kind, blocks in ((Kind.STATE, request.states), (Kind.KV, request.kv)):
-                for block in blocks:
-                    for tensor in range(self.group_size):
-                        yield Span(tensor * tensor_bytes + block * page, page, kind, seq_id)
-
-    def _check(self) -> None:
-        held = [block for request in self._requests.values() for block in (*request.states, *request.kv)]
-        everything = held + list(self._free)
-        assert len(everything) == self.num_blocks - self._null_blocks, "a block is lost or has two owners"
-        assert set(everything) == set(range(self._null_blocks, self.num_blocks)), "a block is lost or has two owners"
-        for seq_id, request in self._requests.items():
-            assert len(request.kv) == self._entries(self._tokens[seq_id])
-            assert len(request.states) == self.state_groups
+    def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
+        everything = [*states, *kv, *self._free]
+        assert len(everything) == self.num_blocks - self.null_blocks, "a block is lost or held twice"
+        assert set(everything) == set(range(self.null_blocks, self.num_blocks)), "a block is lost or held twice"
 
     # -- physical memory -------------------------------------------------------------------------------------------
 
-    def _kv_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].kv
-
-    def _state_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].state_table
+    def _state_table(self, units: Sequence[int]) -> Sequence[int]:
+        return array("i", [units[j % len(units)] for j in range(len(self.spec.state_layers))])
 
     def _layout(self) -> Layout:
-        tensor_bytes = self.num_blocks * self.page_bytes
+        bases = self.cut.kv.bases
         return Layout(
-            pool_bytes=self.group_size * tensor_bytes,
+            pool_bytes=self.num_blocks * self.block_bytes,
             attention=attention_layout(
                 self.spec,
-                base=tuple(i * tensor_bytes for i in range(len(self.spec.attention_layers))),
+                base=bases[: len(self.spec.attention_layers)],
                 tokens_per_entry=self.block_tokens,
                 kernel_block_tokens=self.kernel_block_tokens,
                 manager_stride=self.page_bytes,
@@ -167,7 +136,7 @@ class LayerMajor(Strategy):
             ),
             state=state_layout(
                 self.spec,
-                base=tuple(j // self.state_groups * tensor_bytes for j in range(len(self.spec.state_layers))),
+                base=tuple(bases[j // self.state_groups] for j in range(len(self.spec.state_layers))),
                 stride=self.page_bytes,
             ),
         )

@@ -9,27 +9,18 @@ relocated. Where the next KV pages come from, without prefix caching:
 * ``jenga``: a large page that this request already uses, then an empty large page, then any other one.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import ClassVar
+from array import array
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from hybridcache.errors import bad
-from hybridcache.memory.free_list import FreeList, runs
+from hybridcache.memory.free_list import FreeList
+from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.base import Held, Kind, Span, Strategy
+from hybridcache.strategies.base import Cut, Strategy
+from hybridcache.strategies.options import choice, seed, whole
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")
-
-
-@dataclass
-class _Request:
-    state: int
-    """The large page of its state."""
-    pages: list[int] = field(default_factory=list)
-    """KV pages, numbered through all large pages."""
-    parents: dict[int, None] = field(default_factory=dict)
-    """Large pages of its KV pages, in order of first use."""
 
 
 class LcmCarve(Strategy):
@@ -48,88 +39,70 @@ class LcmCarve(Strategy):
         spec: CacheSpec,
         budget_bytes: int,
         *,
-        physical: bool = False,
         order: str = "fullest",
         page_size: int = 64,
         placement_seed: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
-        if order not in ORDERS:
-            raise bad("order", order, f"choose one of {', '.join(ORDERS)}")
-        if not isinstance(page_size, int) or page_size < 1:
-            raise bad("page_size", page_size, "give a whole number of tokens from 1")
-        self.order = order
-        self.page_size = page_size
+        super().__init__(spec, budget_bytes, **common)
+        self.order = choice("order", order, ORDERS)
+        self.page_size = whole("page_size", page_size)
         self.page_bytes = page_size * spec.kv_bytes_per_token
         self.children = -(-spec.state_bytes // self.page_bytes)
         """``K``: KV pages of one large page."""
         self.large_page_bytes = self.children * self.page_bytes
-        self.num_large_pages = budget_bytes // self.large_page_bytes
-        self._free = FreeList(self.num_large_pages, placement_seed=placement_seed)
+        self._placement_seed = seed("placement_seed", placement_seed)
+        self._set_up()
+
+    def _cut(self, pool_bytes: int) -> Cut:
+        self.num_large_pages = pool_bytes // self.large_page_bytes
+        self._free = FreeList(self.num_large_pages, placement_seed=self._placement_seed)
         self._parents = Parents(self.children)
-        self._requests: dict[int, _Request] = {}
-        self._kv_pages = 0
-        self._require_one_request(2 * self.large_page_bytes)
+        return Cut(
+            state=Units((0,), self.large_page_bytes),
+            states_per_request=1,
+            kv=Units((0,), self.page_bytes),
+            entry_tokens=self.page_size,
+            least_bytes=2 * self.large_page_bytes,
+        )
 
-    def _pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+    def _fits(self, entries: int, states: bool) -> bool:
+        empty = len(self._free) - states
+        return empty >= 0 and entries <= empty * self.children + self._parents.free_children
 
-    def _fits(self, pages: int, large_pages: int = 0) -> bool:
-        """Whether ``large_pages`` empty large pages and then ``pages`` KV pages can be had now."""
-        empty = len(self._free) - large_pages
-        return empty >= 0 and pages <= empty * self.children + self._parents.free_children
+    def _take_states(self) -> Sequence[int]:
+        return self._free.take(1)
 
-    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
-        if not self._fits(self._pages(prompt_tokens), 1):
-            return False
-        request = _Request(state=self._free.pop())
-        self._requests[seq_id] = request
-        self._append(request, self._pages(num_tokens))
-        return True
-
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
-        request = self._requests[seq_id]
-        more = self._pages(num_tokens) - len(request.pages)
-        if not self._fits(more):
-            return False
-        self._append(request, more)
-        return True
-
-    def _room(self, seq_id: int) -> int:
-        return len(self._requests[seq_id].pages) * self.page_size
-
-    def _append(self, request: _Request, pages: int) -> None:
-        self._kv_pages += pages
-        self.table_entries_appended += pages
-        while pages:
-            parent = self._next(request)
+    def _take_kv(self, entries: int, held: array) -> Sequence[int]:
+        used = dict.fromkeys(page // self.children for page in held) if self.order == "jenga" else {}
+        taken: list[int] = []
+        while (missing := entries - len(taken)) > 0:
+            parent = self._next(used)
             if parent is None:
                 parent = self._free.pop()
-                taken = self._parents.open(parent, min(pages, self.children))
+                taken += self._parents.open(parent, min(missing, self.children))
             else:
-                taken = self._parents.take(parent, pages)
-            request.parents[parent] = None
-            request.pages += taken
-            pages -= len(taken)
+                taken += self._parents.take(parent, missing)
+            used[parent] = None
+        return taken
 
-    def _next(self, request: _Request) -> int | None:
-        """The large page to take children of; None for an empty one."""
+    def _next(self, used: dict[int, None]) -> int | None:
+        """The large page to take children of, given those that the request uses; None for an empty one."""
         if self.order == "fullest":
             return self._parents.fullest()
-        own = self._parents.among(request.parents)
+        own = self._parents.among(used)
         return own if own is not None or len(self._free) else self._parents.fullest()
 
-    def _release(self, seq_id: int) -> None:
-        request = self._requests.pop(seq_id)
-        for page in request.pages:
-            emptied = self._parents.put(page)
+    def _give_states(self, units: Sequence[int]) -> None:
+        self._free.put_all(units)
+
+    def _give_kv(self, units: Sequence[int]) -> None:
+        for emptied in map(self._parents.put, units):
             if emptied is not None:
                 self._free.put(emptied)
-        self._free.put(request.state)
-        self._kv_pages -= len(request.pages)
 
-    def _held(self) -> Held:
-        return Held(state=len(self._requests) * self.large_page_bytes, kv=self._kv_pages * self.page_bytes)
+    def _free_bytes(self) -> int:
+        return len(self._free) * self.large_page_bytes + self._parents.free_children * self.page_bytes
 
     def _reserved(self) -> int:
         return self.budget_bytes - self.num_large_pages * self.large_page_bytes
@@ -137,19 +110,8 @@ class LcmCarve(Strategy):
     def _request_limit(self) -> int:
         return max(self.num_large_pages - 1, 0) * self.children * self.page_size
 
-    def spans(self) -> Iterator[Span]:
-        for seq_id, request in self._requests.items():
-            yield Span(request.state * self.large_page_bytes, self.large_page_bytes, Kind.STATE, seq_id)
-            for first, count in runs(request.pages):
-                yield Span(first * self.page_bytes, count * self.page_bytes, Kind.KV, seq_id)
-
-    def _check(self) -> None:
-        pages = [page for request in self._requests.values() for page in request.pages]
-        self._parents.check(pages)
-        bound = {page // self.children for page in pages}
-        everything = [request.state for request in self._requests.values()] + list(bound) + list(self._free)
+    def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
+        self._parents.check(kv)
+        everything = [*states, *{page // self.children for page in kv}, *self._free]
         assert len(everything) == self.num_large_pages, "a large page is lost or has two types"
         assert set(everything) == set(range(self.num_large_pages)), "a large page is lost or has two types"
-        for seq_id, request in self._requests.items():
-            assert len(request.pages) == self._pages(self._tokens[seq_id])
-            assert set(request.parents) == {page // self.children for page in request.pages}

@@ -11,7 +11,7 @@ A page is one kernel block, ``[K|V][A tokens][head][dim]``, as vLLM keeps it for
 for the last column of the conv ring, a physical pool grows ``A`` by 16.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.layer_major import LayerMajor
@@ -21,7 +21,7 @@ TOKENS = 16
 
 
 class PaddedPage(LayerMajor):
-    """vLLM 0.25.1 without prefix caching.
+    """vLLM 0.25.1's blocks.
 
     Args:
         placement_seed: shuffle the free blocks first (tests).
@@ -29,19 +29,17 @@ class PaddedPage(LayerMajor):
 
     name: ClassVar[str] = "padded_page"
     supports_physical: ClassVar[bool] = True
+    null_blocks: ClassVar[int] = 1
 
-    def __init__(
-        self, spec: CacheSpec, budget_bytes: int, *, physical: bool = False, placement_seed: int | None = None
-    ) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
+    def __init__(self, spec: CacheSpec, budget_bytes: int, *, placement_seed: int | None = None, **common: Any) -> None:
+        super().__init__(spec, budget_bytes, **common)
         block_tokens = padded_block_tokens(spec)
-        while physical and block_tokens * spec.kv_bytes_per_token_per_layer < spec.stored_state_bytes_per_layer:
+        while self.physical and block_tokens * spec.kv_bytes_per_token_per_layer < spec.stored_state_bytes_per_layer:
             block_tokens += TOKENS
-        self._cut(
+        self._set_up_blocks(
             block_tokens=block_tokens,
             kernel_block_tokens=block_tokens,
             group_size=group_size(spec),
-            null_blocks=1,
             placement_seed=placement_seed,
         )
 

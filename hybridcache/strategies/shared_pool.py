@@ -14,33 +14,21 @@ Modes:
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Sequence
 from math import gcd
-from typing import ClassVar
-
-import numpy as np
+from typing import Any, ClassVar
 
 from hybridcache.errors import bad
-from hybridcache.memory.free_list import FreeList, merged_runs, runs
+from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.geometry import Geometry, geometry, plan
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.base import Held, Kind, Span, Strategy
+from hybridcache.strategies.base import Cut, Strategy
+from hybridcache.strategies.options import choice, seed
 from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")
-EMPTY = np.empty(0, dtype=np.int32)
-
-
-@dataclass
-class _Request:
-    states: list[int]
-    """Manager blocks that hold this request's states."""
-    state_table: array
-    kv: array = field(default_factory=lambda: array("i"))
-    """Table entries: manager blocks (``exclusive``) or kernel blocks (``carve``)."""
 
 
 class SharedPool(Strategy):
@@ -61,50 +49,54 @@ class SharedPool(Strategy):
         spec: CacheSpec,
         budget_bytes: int,
         *,
-        physical: bool = False,
         mode: str = "exclusive",
         kernel_block_tokens: int | None = None,
         kernel_blocks_per_manager_block: int | None = None,
         states_per_manager_block: int | None = None,
         placement_seed: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
-        if mode not in MODES:
-            raise bad("mode", mode, f"choose one of {', '.join(MODES)}")
-        self.mode = mode
+        super().__init__(spec, budget_bytes, **common)
+        self.mode = choice("mode", mode, MODES)
+        self._carve = mode == "carve"
         self.geometry = _geometry(spec, kernel_block_tokens, kernel_blocks_per_manager_block, states_per_manager_block)
         self._block_bytes = self.geometry.manager_block_bytes
         self._children = self.geometry.kernel_blocks_per_manager_block
-        self._entry_tokens = (
-            self.geometry.manager_block_tokens if mode == "exclusive" else self.geometry.kernel_block_tokens
-        )
         self._slot_bytes, self._state_unit = _state_slots(spec, self.geometry)
-        self.num_blocks = budget_bytes // self._block_bytes
-        self._free = FreeList(self.num_blocks, placement_seed=placement_seed)
-        self._requests: dict[int, _Request] = {}
-        self._state_blocks = 0
-        self._kv_entries = 0
+        self._placement_seed = seed("placement_seed", placement_seed)
+        self._set_up()
+
+    def _cut(self, pool_bytes: int) -> Cut:
+        g = self.geometry
+        self.num_blocks = pool_bytes // self._block_bytes
+        self._free = FreeList(self.num_blocks, placement_seed=self._placement_seed)
         self._parents = Parents(self._children)
-        self._require_one_request((self.geometry.state_blocks_per_request + 1) * self._block_bytes)
+        return Cut(
+            state=Units((0,), self._block_bytes),
+            states_per_request=g.state_blocks_per_request,
+            kv=Units((0,), g.kernel_block_bytes if self._carve else self._block_bytes),
+            entry_tokens=g.kernel_block_tokens if self._carve else g.manager_block_tokens,
+            kernel_tokens=g.kernel_block_tokens,
+            least_bytes=(g.state_blocks_per_request + 1) * self._block_bytes,
+        )
 
-    # -- bookkeeping -----------------------------------------------------------------------------------------------
+    def _fits(self, entries: int, states: bool) -> bool:
+        free = len(self._free) - (self.geometry.state_blocks_per_request if states else 0)
+        if self._carve:
+            return free >= 0 and entries <= free * self._children + self._parents.free_children
+        return entries <= free
 
-    def _entries(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._entry_tokens)
+    def _take_states(self) -> Sequence[int]:
+        return self._free.take(self.geometry.state_blocks_per_request)
 
-    def _fits(self, entries: int, blocks: int = 0) -> bool:
-        """Whether ``blocks`` manager blocks and then ``entries`` table entries can be had now."""
-        free = len(self._free) - blocks
-        if self.mode == "exclusive":
-            return entries <= free
-        return free >= 0 and entries <= free * self._children + self._parents.free_children
-
-    def _take(self, entries: int) -> list[int]:
-        if self.mode == "exclusive":
+    def _take_kv(self, entries: int, held: array) -> Sequence[int]:
+        if not self._carve:
             return self._free.take(entries)
-        whole = min(entries // self._children, len(self._free))
+        # Decoding takes one at a time.
+        if entries == 1 and (child := self._parents.take_one()) is not None:
+            return (child,)
         taken: list[int] = []
-        for block in self._free.take(whole):
+        for block in self._free.take(min(entries // self._children, len(self._free))):
             taken += self._parents.open(block, self._children)
         while (missing := entries - len(taken)) > 0:
             parent = self._parents.fullest()
@@ -114,57 +106,19 @@ class SharedPool(Strategy):
                 taken += self._parents.take(parent, missing)
         return taken
 
-    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
-        states = self.geometry.state_blocks_per_request
-        if not self._fits(self._entries(prompt_tokens), states):
-            return False
-        blocks = self._free.take(states)
-        request = _Request(states=blocks, state_table=self._state_entries(blocks))
-        request.kv.extend(self._take(self._entries(num_tokens)))
-        self._requests[seq_id] = request
-        self._state_blocks += states
-        self._count(len(request.kv))
-        return True
+    def _give_states(self, units: Sequence[int]) -> None:
+        self._free.put_all(units)
 
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
-        request = self._requests[seq_id]
-        more = self._entries(num_tokens) - len(request.kv)
-        if more <= 0:
-            return True
-        # Decoding takes one at a time.
-        if more == 1 and self.mode == "carve" and (child := self._parents.take_one()) is not None:
-            request.kv.append(child)
-            self._count(1)
-            return True
-        if not self._fits(more):
-            return False
-        request.kv.extend(self._take(more))
-        self._count(more)
-        return True
+    def _give_kv(self, units: Sequence[int]) -> None:
+        if not self._carve:
+            self._free.put_all(units)
+            return
+        for emptied in map(self._parents.put, units):
+            if emptied is not None:
+                self._free.put(emptied)
 
-    def _room(self, seq_id: int) -> int:
-        return len(self._requests[seq_id].kv) * self._entry_tokens
-
-    def _count(self, entries: int) -> None:
-        self._kv_entries += entries
-        self.table_entries_appended += entries
-
-    def _release(self, seq_id: int) -> None:
-        request = self._requests.pop(seq_id)
-        if self.mode == "exclusive":
-            self._free.put_all(request.kv)
-        else:
-            for child in request.kv:
-                emptied = self._parents.put(child)
-                if emptied is not None:
-                    self._free.put(emptied)
-        self._free.put_all(request.states)
-        self._state_blocks -= len(request.states)
-        self._kv_entries -= len(request.kv)
-
-    def _held(self) -> Held:
-        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
-        return Held(state=self._state_blocks * self._block_bytes, kv=self._kv_entries * entry_bytes)
+    def _free_bytes(self) -> int:
+        return len(self._free) * self._block_bytes + self._parents.free_children * self.geometry.kernel_block_bytes
 
     def _reserved(self) -> int:
         return self.budget_bytes - self.num_blocks * self._block_bytes
@@ -172,53 +126,23 @@ class SharedPool(Strategy):
     def _request_limit(self) -> int:
         return max(self.num_blocks - self.geometry.state_blocks_per_request, 0) * self.geometry.manager_block_tokens
 
-    def spans(self) -> Iterator[Span]:
-        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
-        for seq_id, request in self._requests.items():
-            for block in request.states:
-                yield Span(block * self._block_bytes, self._block_bytes, Kind.STATE, seq_id)
-            for first, count in runs(request.kv):
-                yield Span(first * entry_bytes, count * entry_bytes, Kind.KV, seq_id)
-
-    def extents(self) -> dict[Kind, np.ndarray]:
-        requests = self._requests.values()
-        states = merged_runs(chain.from_iterable(request.states for request in requests))
-        # Tens of thousands of kernel blocks in carve mode: as arrays.
-        kv = merged_runs(np.concatenate([np.frombuffer(request.kv, dtype=np.int32) for request in requests] or [EMPTY]))
-        entry_bytes = self._entry_tokens * self.spec.kv_bytes_per_token
-        return {Kind.STATE: states * self._block_bytes, Kind.KV: kv * entry_bytes}
-
-    def _check(self) -> None:
-        used = {block for request in self._requests.values() for block in request.states}
-        kv = [entry for request in self._requests.values() for entry in request.kv]
-        parents = set(kv) if self.mode == "exclusive" else {entry // self._children for entry in kv}
-        free = list(self._free)
-        assert len(set(free)) == len(free), "a block is free twice"
-        assert not (used & parents), "a block holds states and KV"
-        assert not ((used | parents) & set(free)), "a held block is free"
-        assert len(used | parents) + len(free) == self.num_blocks, "a block is lost"
-        if self.mode == "carve":
-            self._parents.check(kv)
-        for seq_id, request in self._requests.items():
-            assert len(request.kv) == self._entries(self._tokens[seq_id])
+    def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
+        blocks = {entry // self._children for entry in kv} if self._carve else kv
+        everything = [*states, *blocks, *self._free]
+        assert len(everything) == self.num_blocks, "a block is lost, held twice, or holds states and KV"
+        assert set(everything) == set(range(self.num_blocks)), "a block is lost, held twice, or holds states and KV"
+        self._parents.check(kv if self._carve else ())
 
     # -- physical memory -------------------------------------------------------------------------------------------
 
-    def _state_entries(self, blocks: Sequence[int]) -> array:
+    def _state_table(self, units: Sequence[int]) -> Sequence[int]:
+        if not self.physical:
+            return ()
         n = self.geometry.states_per_manager_block
-        return array(
-            "i",
-            [
-                (blocks[i // n] * self._block_bytes + (i % n) * self._slot_bytes) // self._state_unit
-                for i in range(len(self.spec.state_layers) if self.physical else 0)
-            ],
+        places = (
+            units[i // n] * self._block_bytes + i % n * self._slot_bytes for i in range(len(self.spec.state_layers))
         )
-
-    def _kv_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].kv
-
-    def _state_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].state_table
+        return array("i", [place // self._state_unit for place in places])
 
     def _layout(self) -> Layout:
         kb, layers = self.geometry.kernel_block_tokens, len(self.spec.attention_layers)
@@ -228,10 +152,10 @@ class SharedPool(Strategy):
             attention=attention_layout(
                 self.spec,
                 base=tuple(i * layer_bytes for i in range(layers)),
-                tokens_per_entry=self._entry_tokens,
+                tokens_per_entry=self.cut.entry_tokens,
                 kernel_block_tokens=kb,
-                manager_stride=self._entry_tokens * self.spec.kv_bytes_per_token,
-                kernel_stride=kb * self.spec.kv_bytes_per_token,
+                manager_stride=self.cut.kv.stride,
+                kernel_stride=self.geometry.kernel_block_bytes,
             ),
             state=state_layout(self.spec, base=(0,) * len(self.spec.state_layers), stride=self._state_unit),
         )

@@ -12,26 +12,17 @@ up to 4,096 pages when the engine is idle; that only hides cost and is left out.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.errors import bad
-from hybridcache.memory.free_list import runs
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
+from hybridcache.memory.spans import Move, Units
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
-from hybridcache.strategies.base import Held, Kind, Move, Span, Strategy
-
-
-@dataclass(eq=False)
-class _Request:
-    slots: array = field(default_factory=lambda: array("i"))
-    """One number: where its states lie, counted from the low end."""
-    pages: array = field(default_factory=lambda: array("i"))
-    """Where its KV pages lie, counted from the far end."""
+from hybridcache.strategies.base import Cut, Strategy
+from hybridcache.strategies.options import whole
 
 
 class TwoEnded(Strategy):
@@ -44,91 +35,93 @@ class TwoEnded(Strategy):
     name: ClassVar[str] = "two_ended"
     supports_physical: ClassVar[bool] = True
 
-    def __init__(self, spec: CacheSpec, budget_bytes: int, *, physical: bool = False, page_size: int = 64) -> None:
-        super().__init__(spec, budget_bytes, physical=physical)
-        if not isinstance(page_size, int) or page_size < 1:
-            raise bad("page_size", page_size, "give a whole number of tokens from 1")
-        self.page_size = page_size
+    def __init__(self, spec: CacheSpec, budget_bytes: int, *, page_size: int = 64, **common: Any) -> None:
+        super().__init__(spec, budget_bytes, **common)
+        self.page_size = whole("page_size", page_size)
         self.page_bytes = page_size * spec.kv_bytes_per_token
-        self._state_bytes_per_layer = spec.stored_state_bytes_per_layer if physical else spec.state_bytes_per_layer
+        self._state_bytes_per_layer = spec.stored_state_bytes_per_layer if self.physical else spec.state_bytes_per_layer
         self.slot_bytes = self._state_bytes_per_layer * len(spec.state_layers)
         self.state_charge_tokens = -(-self.slot_bytes // spec.kv_bytes_per_token)
         """Tokens of KV that admission charges for one request's states."""
-        self._top = budget_bytes // STATE_ALIGNMENT * STATE_ALIGNMENT if physical else budget_bytes
+        self._set_up()
+
+    def _cut(self, pool_bytes: int) -> Cut:
+        self._top = pool_bytes // STATE_ALIGNMENT * STATE_ALIGNMENT if self.physical else pool_bytes
         self._num_pages = self._top // self.page_bytes
-        self._slots = _Side()
-        self._pages = _Side()
-        self._requests: dict[int, _Request] = {}
-        self._moves: list[Move] = []
-        need = self.slot_bytes + self.page_bytes + 2 * spec.kv_bytes_per_token
-        self._require_one_request(need + STATE_ALIGNMENT)
+        self._slots, self._pages = _Side(), _Side()
+        return Cut(
+            state=Units((0,), self.slot_bytes),
+            states_per_request=1,
+            kv=Units((self._top - self._num_pages * self.page_bytes,), self.page_bytes),
+            entry_tokens=self.page_size,
+            least_bytes=self.slot_bytes + self.page_bytes + 2 * self.spec.kv_bytes_per_token + STATE_ALIGNMENT,
+        )
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _count(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
-    def _unused_bytes(self) -> int:
+    def _free_bytes(self) -> int:
         """The gap and both sides' holes."""
         return self._top - self._slots.used * self.slot_bytes - self._pages.used * self.page_bytes
 
     def _gap(self) -> int:
         return self._top - self._slots.reach * self.slot_bytes - self._pages.reach * self.page_bytes
 
-    def _admit(self, seq_id: int, num_tokens: int, prompt_tokens: int) -> bool:
-        charge = self.state_charge_tokens + self._count(prompt_tokens) * self.page_size
-        if charge > self._unused_bytes() // self.spec.kv_bytes_per_token:
-            return False
-        request = _Request()
-        self._requests[seq_id] = request
+    def _fits(self, entries: int, states: bool) -> bool:
+        return entries * self.page_bytes + states * self.slot_bytes <= self._free_bytes()
+
+    def _admits(self, entries: int) -> bool:
+        charge = self.state_charge_tokens + entries * self.page_size
+        return charge <= self._free_bytes() // self.spec.kv_bytes_per_token
+
+    def _take_states(self) -> Sequence[int]:
         if self._slots.growth(1) * self.slot_bytes > self._gap():
             self._compact_pages()
-        self._slots.append(request.slots, 1)
-        self._append(request, self._count(num_tokens))
-        return True
+        return array("i", self._slots.take(1))
 
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
-        request = self._requests[seq_id]
-        more = self._count(num_tokens) - len(request.pages)
-        if more * self.page_bytes > self._unused_bytes():
-            return False
-        self._append(request, more)
-        return True
-
-    def _room(self, seq_id: int) -> int:
-        return len(self._requests[seq_id].pages) * self.page_size
-
-    def _append(self, request: _Request, pages: int) -> None:
-        """The caller has checked that the bytes are there, though perhaps not in one place."""
-        if self._pages.growth(pages) * self.page_bytes > self._gap():
+    def _take_kv(self, entries: int, held: array) -> Sequence[int]:
+        if self._pages.growth(entries) * self.page_bytes > self._gap():
             self._compact_slots()
-        self._pages.append(request.pages, pages)
-        self.table_entries_appended += pages
+        return [self._flipped(page) for page in self._pages.take(entries)]
 
-    def _release(self, seq_id: int) -> None:
-        request = self._requests.pop(seq_id)
-        self._pages.remove(request.pages)
-        self._slots.remove(request.slots)
+    def _give_states(self, units: Sequence[int]) -> None:
+        self._slots.give(units)
+
+    def _give_kv(self, units: Sequence[int]) -> None:
+        self._pages.give([self._flipped(entry) for entry in units])
+
+    def _flipped(self, page: int) -> int:
+        """Number from the lowest address of a page numbered from the far end, and the other way round."""
+        return self._num_pages - 1 - page
 
     def _compact_pages(self) -> None:
-        for src, dst in self._pages.compact():
-            self._move(self._page_offset(src), self._page_offset(dst), self.page_bytes)
+        moves = {self._flipped(src): self._flipped(dst) for src, dst in self._pages.compact()}
+        self._relocate(moves, self.cut.kv)
+        now_at = np.arange(self._num_pages, dtype=np.int32)
+        now_at[list(moves)] = list(moves.values())
+        for segment in {node for leaf in self._leaves() for node in leaf.path()}:
+            _renumber(segment.entries, now_at)
+        for seq_id, one in self._residents.items():
+            if _renumber(one.kv, now_at):
+                self._changed[seq_id] = None
 
     def _compact_slots(self) -> None:
-        for src, dst in self._slots.compact():
-            self._move(src * self.slot_bytes, dst * self.slot_bytes, self.slot_bytes)
+        moves = dict(self._slots.compact())
+        self._relocate(moves, self.cut.state)
+        holders = [(seq_id, one.states) for seq_id, one in self._residents.items()]
+        for seq_id, states in (*holders, *self._reads.items()):
+            if states.units[0] in moves:
+                states.units[0] = moves[states.units[0]]
+                self._changed[seq_id] = None
+        for point in self._checkpoints.values():
+            point.states.units[0] = moves.get(point.states.units[0], point.states.units[0])
 
-    def _move(self, src: int, dst: int, num_bytes: int) -> None:
-        self.bytes_moved += num_bytes
+    def _relocate(self, moves: dict[int, int], place: Units) -> None:
+        self.bytes_moved += len(moves) * place.stride
         if self.physical:
-            self._moves.append(Move(src, dst, num_bytes))
-
-    def _page_offset(self, page: int) -> int:
-        """Byte offset of a page counted from the far end."""
-        return self._top - (page + 1) * self.page_bytes
-
-    def _held(self) -> Held:
-        return Held(state=self._slots.used * self.slot_bytes, kv=self._pages.used * self.page_bytes)
+            at = place.bases[0]
+            self._moves += [
+                Move(at + src * place.stride, at + dst * place.stride, place.stride) for src, dst in moves.items()
+            ]
 
     def _reserved(self) -> int:
         return self.budget_bytes - self._top
@@ -137,35 +130,16 @@ class TwoEnded(Strategy):
         tokens = self._top // self.spec.kv_bytes_per_token - self.state_charge_tokens
         return max(tokens, 0) // self.page_size * self.page_size
 
-    def spans(self) -> Iterator[Span]:
-        for seq_id, request in self._requests.items():
-            yield Span(request.slots[0] * self.slot_bytes, self.slot_bytes, Kind.STATE, seq_id)
-            for first, count in runs(request.pages):
-                yield Span(self._page_offset(first + count - 1), count * self.page_bytes, Kind.KV, seq_id)
-
-    def _check(self) -> None:
+    def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
         assert self._gap() >= 0, "the two sides overlap"
-        self._slots.check([request.slots for request in self._requests.values()])
-        self._pages.check([request.pages for request in self._requests.values()])
-        for seq_id, request in self._requests.items():
-            assert len(request.slots) == 1
-            assert len(request.pages) == self._count(self._tokens[seq_id])
+        self._slots.check(states)
+        self._pages.check([self._flipped(entry) for entry in kv])
 
     # -- physical memory -------------------------------------------------------------------------------------------
 
-    def drain_moves(self) -> list[Move]:
-        moves, self._moves = self._moves, []
-        return moves
-
-    def _kv_table(self, seq_id: int) -> np.ndarray:
-        return self._num_pages - 1 - np.array(self._requests[seq_id].pages)
-
-    def _state_table(self, seq_id: int) -> Sequence[int]:
-        return self._requests[seq_id].slots
-
     def _layout(self) -> Layout:
         layer_bytes = self.page_size * self.spec.kv_bytes_per_token_per_layer
-        base = self._top - self._num_pages * self.page_bytes
+        base = self.cut.kv.bases[0]
         return Layout(
             pool_bytes=self._top,
             attention=attention_layout(
@@ -184,79 +158,81 @@ class TwoEnded(Strategy):
         )
 
 
+def _renumber(units: array, now_at: np.ndarray) -> bool:
+    """Replace unit numbers in place by where the units are now. Returns whether any moved."""
+    view = np.frombuffer(units, dtype=np.int32)
+    moved = now_at[view]
+    if np.array_equal(moved, view):
+        return False
+    view[:] = moved
+    return True
+
+
 class _Side:
     """Units of one side, numbered from its own end; units ``0 .. reach - 1`` are held or holes, the outermost is held."""
 
     def __init__(self) -> None:
         self.used = 0
-        self._owners: list[tuple[array, int] | None] = []
-        """For every unit the array that names it and the index there; None for a hole."""
+        self._held = bytearray()
+        """1 for every held unit, 0 for a hole."""
         self._holes: list[int] = []
         """Heap that contains every hole, and perhaps units that are none any more."""
 
     @property
     def reach(self) -> int:
-        return len(self._owners)
+        return len(self._held)
 
     def growth(self, count: int) -> int:
         """Units by which the side grows when ``count`` more are held."""
         return max(count - (self.reach - self.used), 0)
 
-    def append(self, held: array, count: int) -> None:
-        """Append ``count`` units to a request's array: holes first, then units beyond the reach."""
+    def take(self, count: int) -> list[int]:
+        """``count`` units: the holes nearest to the end first, then units beyond the reach."""
         grown = self.growth(count)
-        for _ in range(count - grown):
-            unit = self._hole()
-            self._owners[unit] = (held, len(held))
-            held.append(unit)
-        self._owners.extend((held, index) for index in range(len(held), len(held) + grown))
-        held.extend(range(self.reach - grown, self.reach))
+        taken = [self._hole() for _ in range(count - grown)]
+        taken.extend(range(self.reach, self.reach + grown))
+        self._held.extend(b"\1" * grown)
         self.used += count
         if self.used == self.reach:
             self._holes.clear()
+        return taken
 
     def _hole(self) -> int:
         """Take the hole nearest to the end; the caller knows that there is one."""
         while True:
             unit = heappop(self._holes)
-            if unit < self.reach and self._owners[unit] is None:
+            if unit < self.reach and not self._held[unit]:
+                self._held[unit] = 1
                 return unit
 
-    def remove(self, held: array) -> None:
-        """Give back all units of a request's array."""
-        for unit in held:
-            self._owners[unit] = None
-        self.used -= len(held)
-        while self._owners and self._owners[-1] is None:
-            self._owners.pop()
-        for unit in held:
+    def give(self, units: Sequence[int]) -> None:
+        """Take units back."""
+        for unit in units:
+            self._held[unit] = 0
+        self.used -= len(units)
+        self._trim()
+        for unit in units:
             if unit < self.reach:
                 heappush(self._holes, unit)
 
-    def compact(self) -> Iterator[tuple[int, int]]:
-        """Move the outermost units into the holes until none is left; yields ``(from, to)`` in order."""
+    def compact(self) -> list[tuple[int, int]]:
+        """Move the outermost units into the holes until none is left; ``(from, to)`` in order."""
+        moves = []
         while self.used < self.reach:
             hole = self._hole()
-            owner = self._owners.pop()
-            assert owner is not None
-            source = self.reach
-            held, index = owner
-            held[index] = hole
-            self._owners[hole] = owner
-            while self._owners and self._owners[-1] is None:
-                self._owners.pop()
-            yield source, hole
+            self._held.pop()
+            moves.append((self.reach, hole))
+            self._trim()
+        return moves
 
-    def check(self, lists: Sequence[array]) -> None:
-        """Every held unit names its owner, and every hole can be found."""
-        assert not self._owners or self._owners[-1] is not None, "the outermost unit is a hole"
-        assert sum(map(len, lists)) == self.used
-        for held in lists:
-            for index, unit in enumerate(held):
-                owner = self._owners[unit]
-                assert owner is not None, f"unit {unit} is held and a hole"
-                assert owner[0] is held, f"unit {unit} names another owner"
-                assert owner[1] == index
-        holes = {unit for unit, owner in enumerate(self._owners) if owner is None}
+    def _trim(self) -> None:
+        del self._held[self._held.rfind(1) + 1 :]
+
+    def check(self, held: Sequence[int]) -> None:
+        """Exactly these units are held, and every hole can be found."""
+        assert not self._held or self._held[-1], "the outermost unit is a hole"
+        assert len(held) == self.used
+        assert set(held) == {unit for unit, is_held in enumerate(self._held) if is_held}, "a unit is lost or held twice"
+        holes = {unit for unit, is_held in enumerate(self._held) if not is_held}
         assert len(holes) == self.reach - self.used
         assert holes <= set(self._holes), "a hole is lost"

@@ -173,7 +173,7 @@ def test_a_request_that_keeps_failing_ends_and_the_others_finish(max_retries):
     def state_of_three() -> int:
         if 3 not in engine.strategy.residents:
             return -1
-        return int(engine.strategy.tables([3]).state[0, 0])
+        return int(engine.strategy.tables([3]).state_write[0, 0])
 
     seqs = [engine.add_request(prompt, params) for prompt, params in requests]
     engine.run()

@@ -115,7 +115,7 @@ def test_rows_and_states_lie_inside_their_spans(name: str, seed: int) -> None:
             assert start % 16 == 0
             assert held[start : start + length].all()
         for layer in range(len(spec.state_layers)):
-            start = state.address(layer, int(tables.state[row, layer]))
+            start = state.address(layer, int(tables.state_write[row, layer]))
             assert start % 128 == 0
             assert start + spec.stored_state_bytes_per_layer <= layout.pool_bytes
             assert held[start : start + spec.stored_state_bytes_per_layer].all()
@@ -141,7 +141,7 @@ def test_entries_of_real_pools_are_int32(name: str, kv: str, state: str, layers:
     )
     assert top < layout.pool_bytes <= 60 * GIB
     for layer in range(len(spec.state_layers)):
-        end = layout.state.address(layer, int(tables.state[:, layer].max())) + spec.stored_state_bytes_per_layer
+        end = layout.state.address(layer, int(tables.state_write[:, layer].max())) + spec.stored_state_bytes_per_layer
         assert end <= layout.pool_bytes
 
 

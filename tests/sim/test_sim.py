@@ -213,9 +213,9 @@ def test_preemption_recomputes_and_still_delivers() -> None:
 class _Compacting(ByteExact):
     """byte_exact that claims to relocate 1,000 bytes at every growth."""
 
-    def _grow(self, seq_id: int, num_tokens: int) -> bool:
+    def grow(self, seq_id: int, num_tokens: int) -> bool:
         self.bytes_moved += 1000
-        return super()._grow(seq_id, num_tokens)
+        return super().grow(seq_id, num_tokens)
 
 
 def test_relocated_bytes_are_charged_once() -> None:

@@ -133,7 +133,7 @@ def test_large_block_sizes() -> None:
     assert LargeBlock(qwen3_next(), 20 * GIB).block_tokens == 1056
     assert LargeBlock(qwen3_next(), 20 * GIB, kernel_block_size=64).block_tokens == 1088
     assert LargeBlock(qwen3_next(state="bfloat16"), 20 * GIB).block_tokens == 544
-    assert LargeBlock(qwen3_next(), 20 * GIB, block_size=2112, kernel_block_size=32).page_bytes == 2 * 2_162_688
+    assert LargeBlock(qwen3_next(), 20 * GIB, manager_block_size=2112, kernel_block_size=32).page_bytes == 2 * 2_162_688
 
 
 def test_large_block_watermark_holds_back_admission_only() -> None:
@@ -191,8 +191,8 @@ def test_two_ended_charges_a_state_3144_tokens() -> None:
         ("shared_pool", {"kernel_block_tokens": 16}, "kernel_blocks_per_manager_block"),
         ("large_block", {"kernel_block_size": 8}, "kernel_block_size"),
         ("large_block", {"kernel_block_size": 48}, "kernel_block_size"),
-        ("large_block", {"block_size": 1060}, "block_size"),
-        ("large_block", {"block_size": 1040}, "block_size"),
+        ("large_block", {"manager_block_size": 1060}, "manager_block_size"),
+        ("large_block", {"manager_block_size": 1040}, "manager_block_size"),
         ("large_block", {"watermark": 1.0}, "watermark"),
         ("static_split", {"ratio": 0.0}, "ratio"),
         ("static_split", {"q": 0}, "q"),
@@ -205,7 +205,7 @@ def test_two_ended_charges_a_state_3144_tokens() -> None:
         ("lcm_carve", {"page_size": 0}, "page_size"),
         ("lcm_carve", {"physical": True}, "strategy"),
         ("byte_exact", {"physical": True}, "strategy"),
-        ("byte_exact", {"page_size": 4}, "options"),
+        ("byte_exact", {"page_size": 4}, "page_size"),
     ],
 )
 def test_bad_options_name_the_field(name: str, options: dict, field: str) -> None:

@@ -180,7 +180,13 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
         mixed[name] = ((cells == Kind.STATE).any(axis=1) & (cells == Kind.KV).any(axis=1)).mean()
         style.panel_title(axes, name, f"both in turn {mixed[name]:.0%}")
     figure.supylabel("address (% of the budget)", fontsize=9.5)
-    texts = {Kind.FREE: "free", Kind.STATE: "recurrent state", Kind.KV: "KV", Kind.RESERVED: "reserved"}
+    texts = {
+        Kind.FREE: "free",
+        Kind.STATE: "recurrent state",
+        Kind.KV: "KV",
+        Kind.RESERVED: "reserved",
+        Kind.CACHED: "cached",
+    }
     shown = sorted({int(cell) for text in data["cells"] for cell in set(text)})
     handles = [Patch(color=style.KIND_COLORS[Kind(kind)], label=texts[Kind(kind)]) for kind in shown]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -31,7 +31,13 @@ _MORE_COLORS = ("#882255", "#999933", "#44AA99", "#4B0055", "#6699CC", "#AA4466"
 _MARKERS = "osD^vPXh"
 
 MEMORY_COLORS = {"useful": "#2B8C83", "padding": "#E8A33D", "reserved": "#6B5B95", "free": "#DCDCDC"}
-KIND_COLORS = {Kind.FREE: "#DCDCDC", Kind.STATE: "#7B3294", Kind.KV: "#5AAE61", Kind.RESERVED: "#8A8A8A"}
+KIND_COLORS = {
+    Kind.FREE: "#DCDCDC",
+    Kind.STATE: "#7B3294",
+    Kind.KV: "#5AAE61",
+    Kind.RESERVED: "#8A8A8A",
+    Kind.CACHED: "#E8A33D",
+}
 
 RC = {
     "font.family": "DejaVu Sans",
