@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.caches import elements, row_strides
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_decode.triton import combine
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import torch_dtype

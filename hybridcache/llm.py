@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,12 +29,7 @@ from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
 from hybridcache.tokenizer import Tokenizer, eos_token_ids, read_tokenizer
 from models.configs import shipped_config, shipped_fields, shipped_names
-from models.qwen3_next import Qwen3Next, build_model, load_model
-from models.qwen3_next.config import check_config, compute_dtype
-from models.qwen3_next.weights import read_config
-
-INFERENCE = ("qwen3_next",)
-"""Architectures that inference runs; geometry and simulation take more."""
+from models.registry import MODELS, build_model, load_model, make_model, read_config
 
 
 class LLM:
@@ -254,7 +248,7 @@ class LLM:
 
 def load_for_inference(
     model: str | Path, *, dtype: str = "auto", device: str = "auto", seed: int = 0
-) -> tuple[Qwen3Next, Tokenizer | None]:
+) -> tuple[Any, Tokenizer | None]:
     """Load a model and its tokenizer from a checkpoint folder or a shipped config; the arguments are those of :class:`LLM`.
 
     Where the folder has no tokenizer, text is taken as bytes; the tokenizer is None where the model's vocabulary has no
@@ -279,7 +273,7 @@ def load_for_inference(
 
 
 def _shipped(name: str) -> Any:
-    known = [each for each in shipped_names() if shipped_fields(each)["model_type"] in INFERENCE]
+    known = [each for each in shipped_names() if shipped_fields(each)["model_type"] in MODELS]
     if name not in shipped_names():
         raise bad("model", name, f"no such folder and no such shipped config; choose one of {', '.join(known)}")
     if name not in known:
@@ -290,8 +284,7 @@ def _shipped(name: str) -> Any:
 
 def _weight_bytes(config: Any, dtype: str) -> int:
     """Bytes of the weights, counted on a model without memory."""
-    check_config(config)
-    return Qwen3Next(config, compute_dtype(dtype), torch.device("meta")).weight_bytes
+    return int(make_model(config, dtype, "meta").weight_bytes)
 
 
 def _max_model_len(given: int | None, longest: int) -> int:

@@ -78,7 +78,8 @@ class PoolModel:
                 int(batch.context_len_B[row]),
             )
             tables = (batch.state_read_BL[row].numpy(), batch.state_write_BL[row].numpy())
-            state_hash = self._recur(memory, layout, *tables, tokens[mine], positions[mine])
+            kept = self._kept(batch, row, positions[mine])
+            state_hash = self._recur(memory, layout, *tables, tokens[mine], positions[mine], kept)
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
         wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
         hashes = np.array([last.get(int(index), 0.0) for index in wanted])
@@ -125,6 +126,20 @@ class PoolModel:
         return total
 
     @staticmethod
+    def _kept(batch: StepBatch, row: int, positions: np.ndarray) -> dict[int, np.ndarray]:
+        """The state entries of the row's checkpoints inside this step, by position."""
+        table, interval = batch.checkpoint_table_PNL, batch.checkpoint_interval
+        if table is None or row < batch.num_decode:
+            return {}
+        first = positions[0] // interval + 1
+        entries = table[row - batch.num_decode].numpy()
+        return {
+            (first + n) * interval: entry
+            for n, entry in enumerate(entries)
+            if entry[0] >= 0 and (first + n) * interval <= positions[-1] + 1
+        }
+
+    @staticmethod
     def _rows(kv, layer: int, table: np.ndarray, positions: np.ndarray, which: int, head: int) -> np.ndarray:
         entries = table[positions // kv.tokens_per_entry].astype(np.int64)
         assert (entries >= 0).all(), "a token has no table entry"
@@ -146,6 +161,7 @@ class PoolModel:
         write: np.ndarray,
         tokens: np.ndarray,
         positions: np.ndarray,
+        kept: dict[int, np.ndarray],
     ) -> float:
         """Update each layer's running hash and ring, from where they are read to where they are written; hash what they hold
         then."""
@@ -164,6 +180,9 @@ class PoolModel:
                     memory[slot] = (previous * 31 + token + layer + 1) % PRIME
                 # The last channel of the column.
                 memory[ring + (position % st.conv_kernel + 1) * st.conv_channels - 1] = token + 1
+                if position + 1 in kept:
+                    copy = st.address(layer, int(kept[position + 1][layer])) // 8
+                    memory[copy : copy + size] = memory[base : base + size]
             seen = range(max(int(positions[-1]) - st.conv_kernel + 1, 0), int(positions[-1]) + 1)
             columns = sum(
                 (i + 1) * memory[ring + (p % st.conv_kernel + 1) * st.conv_channels - 1] for i, p in enumerate(seen)

@@ -361,6 +361,7 @@ class Scheduler:
             self.checkpoints.discard(step.checkpoints)
 
     def _advance_all(self, cohort: Cohort) -> list[Sequence]:
+        self.strategy.settle_states()
         cohort.pending = False
         for seq in cohort.seqs:
             seq.num_computed += 1
