@@ -255,11 +255,11 @@ class Engine:
                 self.scheduler.void(launched.step)
                 self.scheduler.requeue(launched.step.seqs)
                 launched = None
-            if self._failures or not self.overlap:
+            if self._failures.unjudged or not self.overlap:
                 self._settle(launched, output)
                 launched = None
             self._launched = launched
-        if self._failures:
+        if self._failures.unjudged:
             self._answer_for_failures(output)
         return output
 
@@ -281,7 +281,7 @@ class Engine:
         except Exception as error:
             self._failures.not_moved(error)
             return False
-        self._failures.moved()
+        self._failures.relocations = 0
         return True
 
     def _launch(self, step: Step, started: float) -> _Launched | None:

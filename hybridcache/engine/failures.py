@@ -27,20 +27,18 @@ class Failures:
         self.max_retries = max_retries
         self.steps = 0
         """Batches that raised."""
-        self._relocations = 0
-        self._unjudged: list[tuple[list[ScheduledTokens], Exception]] = []
-
-    def __bool__(self) -> bool:
-        """Whether a batch has failed since :meth:`judge`."""
-        return bool(self._unjudged)
+        self.relocations = 0
+        """Times in a row that moves of memory have failed."""
+        self.unjudged: list[tuple[list[ScheduledTokens], Exception]] = []
+        """Batches that have failed since :meth:`judge`."""
 
     def add(self, items: list[ScheduledTokens], error: Exception) -> None:
         """A batch raised."""
-        self._unjudged.append((items, error))
+        self.unjudged.append((items, error))
 
     def forget(self) -> None:
         """Judge nobody for what has been added."""
-        self._unjudged.clear()
+        self.unjudged.clear()
 
     def groups(self, step: Step) -> list[Step]:
         """The step's items in batches: one for all, and one each for those under suspicion."""
@@ -52,7 +50,7 @@ class Failures:
 
     def judge(self) -> tuple[list[Request], list[Request]]:
         """Of the requests in batches that failed: those to recompute, and those that end, their error noted."""
-        unjudged, self._unjudged = self._unjudged, []
+        unjudged, self.unjudged = self.unjudged, []
         again: list[Request] = []
         ended: list[Request] = []
         for items, error in unjudged:
@@ -76,14 +74,10 @@ class Failures:
                     again.append(request)
         return again, ended
 
-    def moved(self) -> None:
-        """Pending moves of memory were executed."""
-        self._relocations = 0
-
     def not_moved(self, error: Exception) -> None:
         """They raised: any request's bytes may be lost, so all are to be recomputed. Raised again after too many times."""
-        self._relocations += 1
-        if self._relocations > self.max_retries:
+        self.relocations += 1
+        if self.relocations > self.max_retries:
             raise error
         _LOG.warning("moving memory failed; all running requests are recomputed", exc_info=error)
 

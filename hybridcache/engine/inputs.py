@@ -194,6 +194,7 @@ class StepInputs:
         self._arrays = [staging.numpy() for staging in self._staging]
         self._results = [torch.empty(max_rows, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._cut = lru_cache(maxsize=512)(lambda turn, shape: StepFields.cut(self._arrays[turn], shape, np))
+        self._cut_on_device = lru_cache(maxsize=512)(lambda shape: StepFields.cut(self._packed, shape, torch))
         self._turn = 0
         self._cursor = 0
         self._updates: list[Callable[[], object]] = []
@@ -248,10 +249,6 @@ class StepInputs:
 
     # -- on the device ---------------------------------------------------------------------------------------------
 
-    def tokens(self, index_T: torch.Tensor) -> torch.Tensor:
-        """Token ids from their places in ``feed``."""
-        return self.feed.index_select(0, index_T)
-
     def batch(
         self,
         shape: Shape,
@@ -264,12 +261,12 @@ class StepInputs:
         """A step of that shape from static memory, with as many entries of every row's KV table and as many logits, or all
         (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context.
         ``table`` stands in for the own one (warm-ups)."""
-        fields = StepFields.cut(self._packed, shape, torch)
+        fields = self._cut_on_device(shape)
         table, width = (self.table if table is None else table)[: shape.rows], self.state_width
         first = 2 * width
         every_token = shape.prefill == 0 and num_logits in (None, shape.decode)
         return StepBatch(
-            token_ids_T=self.tokens(fields.index),
+            token_ids_T=self.feed.index_select(0, fields.index),
             position_T=fields.position,
             row_T=fields.row,
             kv_table_BN=table[:, first : None if num_entries is None else first + num_entries],

@@ -20,11 +20,11 @@ def items_of(requests: dict[int, Request], *ids: int, start: int = 0) -> list[Sc
 def test_those_that_failed_together_are_computed_alone_up_to_where_they_failed():
     requests, failures = make_requests(3), Failures(max_retries=1)
     failures.add(items_of(requests, 0, 2), RuntimeError("broken"))
-    assert failures
+    assert failures.unjudged
     again, ended = failures.judge()
     assert [seq.seq_id for seq in again] == [0, 2]
     assert not ended
-    assert not failures
+    assert not failures.unjudged
     step = Step(items_of(requests, 0, 1, 2))
     assert [[item.seq.seq_id for item in group.items] for group in failures.groups(step)] == [[1], [0], [2]]
     beyond = Step(items_of(requests, 0, 1, 2, start=4))
@@ -67,7 +67,7 @@ def test_one_that_fails_in_company_time_and_again_stays_alone():
 def test_moves_that_keep_failing_raise():
     failures, error = Failures(max_retries=1), RuntimeError("no copy")
     failures.not_moved(error)
-    failures.moved()
+    failures.relocations = 0
     failures.not_moved(error)
     with pytest.raises(RuntimeError, match="no copy"):
         failures.not_moved(error)
@@ -77,5 +77,5 @@ def test_what_is_forgotten_is_judged_by_nobody():
     requests, failures = make_requests(1), Failures(max_retries=0)
     failures.add(items_of(requests, 0), RuntimeError("broken"))
     failures.forget()
-    assert not failures
+    assert not failures.unjudged
     assert failures.judge() == ([], [])
