@@ -18,6 +18,8 @@ _CLASSES = {
     "lcm_carve": "LcmCarve",
     "byte_exact": "ByteExact",
 }
+_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"shared_pool_carve": ("shared_pool", {"mode": "carve"})}
+"""Names of ``conf/strategy`` that are a class with other options."""
 STRATEGIES = tuple(_CLASSES)
 """Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
 
@@ -38,11 +40,14 @@ __all__ = [
 
 def strategy_class(name: str) -> type[Strategy]:
     """The class of that name, or of that dotted path (``my_package.my_module.MyStrategy``)."""
+    name, _ = _PRESETS.get(name, (name, {}))
     if name in _CLASSES:
         return getattr(import_module(f"hybridcache.strategies.{name}"), _CLASSES[name])
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise bad("strategy", name, f"choose one of {', '.join(STRATEGIES)}, or give the dotted path of a class")
+        raise bad(
+            "strategy", name, f"choose one of {', '.join((*STRATEGIES, *_PRESETS))}, or give the dotted path of a class"
+        )
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -56,7 +61,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     """Make a strategy.
 
     Args:
-        name: one of :data:`STRATEGIES`, or the dotted path of a class.
+        name: one of :data:`STRATEGIES`, a file of ``conf/strategy``, or the dotted path of a class.
         spec: what the model stores.
         budget_bytes: the whole budget.
         physical: for real inference (see :class:`Strategy`).
@@ -65,7 +70,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     Raises:
         UserError: an unknown name or option, or a budget that cannot hold one request.
     """
-    cls, given = strategy_class(name), {"physical": physical, **options}
+    cls, given = strategy_class(name), {"physical": physical, **_PRESETS.get(name, (name, {}))[1], **options}
     valid = options_of(cls)
     for unknown in given:
         if unknown not in valid:
