@@ -119,9 +119,15 @@ def _operate(pool: Strategy, rng: Random, shares: bool, memory: Memory | None = 
                 memory.kept[number] = list(memory.written[seq_id])
         elif resident:
             within = total <= pool.room[seq_id]
-            done = pool.fill({seq_id: total}) is None if within and number % 2 else pool.grow(seq_id, total)
+            done = within and number % 2 == 1
+            if done:
+                pool.fill({seq_id: total})
+            else:
+                done = pool.grow(seq_id, total)
             assert done or not within, "refused to grow within its room"
-            assert not done or pool.num_tokens(seq_id) == total, f"grew to {pool.num_tokens(seq_id)} tokens, not {total}"
+            assert not done or pool.num_tokens(seq_id) == total, (
+                f"grew to {pool.num_tokens(seq_id)} tokens, not {total}"
+            )
             assert not within or pool.usage().held == before.held, "took memory to grow within its room"
             grown |= {seq_id} if done else set()
         elif key is not None and rng.random() < 0.3:
