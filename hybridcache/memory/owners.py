@@ -7,7 +7,7 @@ Counts lie on sets and segments, so memory that is not shared costs nothing to c
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 class StateSet:
     """The states of one sequence at one position."""
 
-    units: Sequence[int]
-    """What the strategy allotted."""
+    units: MutableSequence[int]
+    """What the strategy allotted; compaction renumbers them in place."""
     table: Sequence[int]
     """What kernels read: an entry for every state layer, or one that all of them share."""
     owners: int = 0

@@ -19,7 +19,7 @@ _CLASSES = {
     "byte_exact": "ByteExact",
 }
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"shared_pool_carve": ("shared_pool", {"mode": "carve"})}
-"""Names of a class with options, as in ``conf/strategy/``; options that are given beside the name replace the preset's."""
+"""Names of ``conf/strategy`` that are a class with other options."""
 STRATEGIES = tuple(_CLASSES)
 """Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
 
@@ -46,7 +46,7 @@ def strategy_class(name: str) -> type[Strategy]:
     module, _, attribute = name.rpartition(".")
     if not module:
         raise bad(
-            "strategy", name, f"choose one of {', '.join([*STRATEGIES, *_PRESETS])}, or give the dotted path of a class"
+            "strategy", name, f"choose one of {', '.join((*STRATEGIES, *_PRESETS))}, or give the dotted path of a class"
         )
     try:
         found = getattr(import_module(module), attribute)
@@ -61,7 +61,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     """Make a strategy.
 
     Args:
-        name: a name of ``conf/strategy/``, or the dotted path of a class.
+        name: one of :data:`STRATEGIES`, a file of ``conf/strategy``, or the dotted path of a class.
         spec: what the model stores.
         budget_bytes: the whole budget.
         physical: for real inference (see :class:`Strategy`).
@@ -70,8 +70,7 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     Raises:
         UserError: an unknown name or option, or a budget that cannot hold one request.
     """
-    cls = strategy_class(name)
-    given = {"physical": physical, **_PRESETS.get(name, (name, {}))[1], **options}
+    cls, given = strategy_class(name), {"physical": physical, **_PRESETS.get(name, (name, {}))[1], **options}
     valid = options_of(cls)
     for unknown in given:
         if unknown not in valid:

@@ -5,12 +5,14 @@ physical form: units are counted, not numbered.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any, ClassVar
 
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
+
+ONE = array("i", [0])
 
 
 class ByteExact(Strategy):
@@ -36,13 +38,13 @@ class ByteExact(Strategy):
     def _fits(self, entries: int, states: bool) -> bool:
         return entries * self.spec.kv_bytes_per_token + states * self.spec.state_bytes <= self._free
 
-    def _take_states(self) -> Sequence[int]:
+    def _take_states(self) -> MutableSequence[int]:
         self._free -= self.spec.state_bytes
-        return (0,)
+        return [0]
 
     def _take_kv(self, entries: int, held: array) -> Sequence[int]:
         self._free -= entries * self.spec.kv_bytes_per_token
-        return bytes(entries)
+        return ONE if entries == 1 else array("i", bytes(4 * entries))
 
     def _give_states(self, units: Sequence[int]) -> None:
         self._free += len(units) * self.spec.state_bytes

@@ -11,11 +11,11 @@ from hybridcache.memory.owners import Segment, StateSet
 from hybridcache.memory.spans import Kind
 
 if TYPE_CHECKING:
-    from hybridcache.strategies.base import Strategy
+    from hybridcache.strategies.accounts import Accounts
 
 
-def check(pool: "Strategy") -> None:
-    """Raise AssertionError where anything does not add up (see :meth:`Strategy.check_integrity`)."""
+def check(pool: "Accounts") -> None:
+    """Raise AssertionError where anything does not add up (see :meth:`Accounts.check_integrity`)."""
     residents, points, cut = pool._residents, pool._checkpoints, pool.cut
     assert list(residents) == list(pool._tokens) == list(pool.room)
     assert pool._total_tokens == sum(pool._tokens.values())
@@ -58,9 +58,11 @@ def check(pool: "Strategy") -> None:
     _check_spans(pool)
 
 
-def _check_states(pool: "Strategy") -> list[StateSet]:
+def _check_states(pool: "Accounts") -> list[StateSet]:
     """Every set of states once; its owners are those that name it."""
-    sets, owners, runs = {}, Counter(), Counter()
+    sets: dict[int, StateSet] = {}
+    owners: Counter[int] = Counter()
+    runs: Counter[int] = Counter()
     for seq_id, one in pool._residents.items():
         for states in [one.states, pool._reads.get(seq_id)]:
             if states is not None:
@@ -80,9 +82,11 @@ def _check_states(pool: "Strategy") -> list[StateSet]:
     return list(sets.values())
 
 
-def _check_segments(pool: "Strategy") -> list[Segment]:
+def _check_segments(pool: "Accounts") -> list[Segment]:
     """Every segment once; its holders are the owners that end there and the segments that follow."""
-    segments, runs, holders = {}, Counter(), Counter()
+    segments: dict[int, Segment] = {}
+    holders: Counter[int] = Counter()
+    runs: Counter[int] = Counter()
     leaves = [one.prefix for one in pool._residents.values() if one.prefix is not None]
     for leaf in (*leaves, *(point.kv for point in pool._checkpoints.values())):
         holders[id(leaf)] += 1
@@ -104,8 +108,9 @@ def _check_segments(pool: "Strategy") -> list[Segment]:
     return list(segments.values())
 
 
-def _check_spans(pool: "Strategy") -> None:
-    usage, end, by_kind = pool.usage(), 0, Counter()
+def _check_spans(pool: "Accounts") -> None:
+    usage, end = pool.usage(), 0
+    by_kind: Counter[Kind] = Counter()
     for span in sorted(pool.spans()):
         assert span.num_bytes > 0, span
         assert span.offset >= end, f"{span} overlaps a span that ends at {end}"

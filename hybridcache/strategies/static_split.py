@@ -11,7 +11,7 @@ the cap keeps from any request are *reserved*: they can only ever hold checkpoin
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from math import ceil
 from typing import Any, ClassVar
 
@@ -113,7 +113,7 @@ class StaticSplit(Strategy):
             return False
         return entries <= len(self._free_pages) and self._slots_held <= len(self._free_slots)
 
-    def _take_states(self) -> Sequence[int]:
+    def _take_states(self) -> MutableSequence[int]:
         return self._free_slots.take(1)
 
     def _extra_states(self) -> Sequence[int]:

@@ -12,7 +12,7 @@ up to 4,096 pages when the engine is idle; that only hides cost and is left out.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from heapq import heappop, heappush
 from typing import Any, ClassVar
 
@@ -73,7 +73,7 @@ class TwoEnded(Strategy):
         charge = self.state_charge_tokens + entries * self.page_size
         return charge <= self._free_bytes() // self.spec.kv_bytes_per_token
 
-    def _take_states(self) -> Sequence[int]:
+    def _take_states(self) -> MutableSequence[int]:
         if self._slots.growth(1) * self.slot_bytes > self._gap():
             self._compact_pages()
         return array("i", self._slots.take(1))

@@ -1,17 +1,22 @@
 """docs/strategies.md: its table is recomputed, and its example of a user's own strategy is built and run as written."""
 
 import importlib
-import random
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from pool_model import PoolModel, pool_spec
 from strategies_specs import GIB, MIB, qwen3_next
 
+from hybridcache.engine.engine import Engine
+from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import UserError
+from hybridcache.kernels.backend import make_backend
 from hybridcache.strategies import Kind, Strategy, build, strategy_class
+from hybridcache.strategies.check import PROPERTIES, check
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "strategies.md").read_text()
@@ -25,11 +30,11 @@ def block(language: str) -> str:
 
 
 @pytest.fixture
-def max_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+def regions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The example's module on the import path; its YAML, loaded."""
-    (tmp_path / "max_length.py").write_text(block("python"))
+    (tmp_path / "regions.py").write_text(block("python"))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "max_length", raising=False)
+    monkeypatch.delitem(sys.modules, "regions", raising=False)
     importlib.invalidate_caches()
     return yaml.safe_load(block("yaml"))
 
@@ -65,10 +70,10 @@ def test_every_file_builds_its_class(path: Path) -> None:
     strategy.check_integrity()
 
 
-def test_a_class_of_your_own_builds_by_dotted_path(max_length: dict) -> None:
-    assert max_length.pop("_target_") == "max_length.MaxLength"
-    strategy = build("max_length.MaxLength", spec=qwen3_next(), budget_bytes=20 * GIB, **max_length)
-    assert strategy.name == "max_length"
+def test_a_class_of_your_own_builds_by_dotted_path(regions: dict) -> None:
+    assert regions.pop("_target_") == "regions.Regions"
+    strategy = build("regions.Regions", spec=qwen3_next(), budget_bytes=20 * GIB, **regions)
+    assert strategy.name == "regions"
     assert strategy.admit(0, 12)
     assert strategy.usage().held / MIB == pytest.approx(841.7, abs=0.05)
     residents = 1
@@ -79,39 +84,54 @@ def test_a_class_of_your_own_builds_by_dotted_path(max_length: dict) -> None:
     strategy.check_integrity()
 
 
-def test_a_class_of_your_own_keeps_the_contract(max_length: dict) -> None:
-    strategy = build("max_length.MaxLength", spec=qwen3_next(), budget_bytes=GIB, max_tokens=2000)
-    seed = random.randrange(1 << 32)
-    print(f"seed={seed}")
-    rng, empty = random.Random(seed), strategy.usage()
-    for _ in range(300):
-        seq_id = rng.randrange(12)
-        if seq_id not in strategy.residents:
-            strategy.admit(seq_id, rng.randint(1, 2500))
-        elif rng.random() < 0.5:
-            strategy.release(seq_id)
-        else:
-            strategy.grow(seq_id, strategy.num_tokens(seq_id) + rng.randint(0, 900))
+def test_a_class_of_your_own_keeps_the_contract(regions: dict) -> None:
+    found = check("regions.Regions", region_tokens=64)
+    assert len(found) == len(PROPERTIES)
+    assert [why for _, why in found] == [None] * len(found)
+
+
+@pytest.mark.parametrize("prompt_tokens", [20, 200])
+def test_a_class_of_your_own_runs_inference(regions: dict, prompt_tokens: int) -> None:
+    """The tokens that an engine samples under it are those under shared_pool; several requests run at once."""
+    spec, found = pool_spec(), []
+    for name, options in (("regions.Regions", {"region_tokens": 64}), ("shared_pool", {})):
+        strategy = build(name, spec=spec, budget_bytes=1 << 20, physical=True, **options)
+        engine = Engine(
+            PoolModel(), strategy, SchedulerConfig(max_running=3), make_backend("torch", "cpu"), poison=True
+        )
+        prompts = [[(7 * i + 3 * j) % 101 for j in range(prompt_tokens + i)] for i in range(5)]
+        seqs = [engine.add_request(prompt, SamplingParams(max_tokens=70)) for prompt in prompts]
+        engine.run()
         strategy.check_integrity()
-    for seq_id in strategy.residents:
-        strategy.release(seq_id)
-    assert strategy.usage() == empty
+        found.append([seq.output_ids for seq in seqs])
+    assert found[0] == found[1]
+    assert [len(output) for output in found[0]] == [70] * 5
 
 
-def test_its_errors_are_the_users(max_length: dict) -> None:
+def test_its_errors_are_the_users(regions: dict) -> None:
     spec = qwen3_next()
-    with pytest.raises(UserError, match="max_tokens=0"):
-        build("max_length.MaxLength", spec=spec, budget_bytes=GIB, max_tokens=0)
-    with pytest.raises(UserError, match="accounting only"):
-        build("max_length.MaxLength", spec=spec, budget_bytes=GIB, physical=True)
-    with pytest.raises(UserError, match=r"unexpected keyword argument 'length'"):
-        build("max_length.MaxLength", spec=spec, budget_bytes=GIB, length=5)
+    with pytest.raises(UserError, match="region_tokens=0"):
+        build("regions.Regions", spec=spec, budget_bytes=GIB, region_tokens=0)
+    with pytest.raises(
+        UserError, match=r"^length=5: .* it has region_tokens, physical, table_rows, max_request_tokens$"
+    ):
+        build("regions.Regions", spec=spec, budget_bytes=GIB, length=5)
     with pytest.raises(UserError, match="cannot be imported"):
-        strategy_class("max_length.Missing")
+        strategy_class("regions.Missing")
     with pytest.raises(UserError, match="cannot be imported"):
         strategy_class("no_such_module.Strategy")
     with pytest.raises(UserError, match="no subclass"):
-        strategy_class("max_length.Span")
-    with pytest.raises(UserError, match="choose one of shared_pool"):
+        strategy_class("regions.Units")
+    with pytest.raises(UserError, match=r"choose one of shared_pool.*shared_pool_carve"):
         strategy_class("sharedpool")
-    assert issubclass(strategy_class("max_length.MaxLength"), Strategy)
+    assert issubclass(strategy_class("regions.Regions"), Strategy)
+
+
+def test_names_of_files_build() -> None:
+    """What ``conf/strategy`` calls a strategy builds it, with the same options."""
+    for path in (ROOT / "conf/strategy").glob("*.yaml"):
+        options = yaml.safe_load(path.read_text())
+        by_path = build(options.pop("_target_"), spec=qwen3_next(), budget_bytes=GIB, **options)
+        by_name = build(path.stem, spec=qwen3_next(), budget_bytes=GIB)
+        assert type(by_name) is type(by_path)
+        assert by_name.cut == by_path.cut
