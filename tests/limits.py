@@ -10,5 +10,5 @@ SUBPROCESS_S = 1800 * PATIENCE
 """Of a program that a test starts."""
 TEST_S = 2400 * PATIENCE
 """Of a test, so that the limit of a program in it passes first; pytest-timeout fails the test."""
-PROCESS_S = 2700 * PATIENCE
+PROCESS_S = 3600 * PATIENCE
 """Of a test that pytest-timeout cannot end, since no Python runs in it; all stacks are printed and the process ends."""

@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 import transformers
+from limits import SUBPROCESS_S
 
 from hybridcache.errors import UserError
 from hybridcache.spec import CacheSpec
@@ -489,5 +490,7 @@ def test_accounting_imports_neither_torch_nor_transformers():
         "import sys, hybridcache.spec.architectures, hybridcache.memory.geometry, hybridcache.spec;"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SUBPROCESS_S
+    )
     assert done.stdout.strip() == "[]"
