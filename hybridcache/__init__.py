@@ -1,7 +1,7 @@
 """hybridcache: how should a hybrid model share memory between recurrent states and the KV cache?
 
-The package map is in ``docs/architecture.md``. The offline API is ``LLM`` and ``SamplingParams``; they are imported
-lazily, so that accounting and simulation need neither a model nor a device.
+``docs/architecture.md`` maps the package. The offline API is ``LLM`` and ``SamplingParams``, which are imported on first
+use, so that accounting and simulation need neither a model nor a device.
 """
 
 from typing import TYPE_CHECKING, Any

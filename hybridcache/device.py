@@ -8,10 +8,10 @@ from hybridcache.errors import bad
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """Resolve a device's name. ``auto`` is CUDA where there is a CUDA device, and the CPU elsewhere.
 
     Raises:
-        UserError: not a device's name, or CUDA where there is none.
+        UserError: ``name`` names no device, or a CUDA device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,8 +30,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def room_on(device: torch.device) -> tuple[int, str]:
-    """Bytes that can still be taken (on a CPU: the machine's whole memory), and what that is in words. What PyTorch's
-    allocator holds and does not use counts as free."""
+    """Bytes that can still be allocated (on a CPU: the machine's whole memory), and a phrase that says of what. Memory that
+    PyTorch's allocator holds and does not use counts as free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused, f"free on {device}"
@@ -39,7 +39,7 @@ def room_on(device: torch.device) -> tuple[int, str]:
 
 
 def require_room(field: str, value: object, num_bytes: int, device: torch.device) -> None:
-    """Refuse what the device's free memory (on a CPU: the machine's whole memory) cannot hold.
+    """Refuse a size that the device's free memory (on a CPU: the machine's whole memory) cannot hold.
 
     Raises:
         UserError: ``field=value`` takes ``num_bytes`` bytes and there are fewer; the message says how many.

@@ -3,7 +3,7 @@
 Inference runs the Qwen3-Next ones; the others serve geometry and simulation.
 """
 
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -40,5 +40,5 @@ def shipped_config(name: str) -> Any:
     return transformers_config(shipped_fields(name))
 
 
-def _folder() -> Any:
-    return files("conf").joinpath("model")
+def _folder() -> Path:
+    return Path(__file__).resolve().parent.parent / "conf" / "model"

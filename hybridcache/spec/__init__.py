@@ -1,4 +1,4 @@
-"""What a model stores: cache specs, the architectures they are read from, element types."""
+"""Specs: what a model stores, read from its configuration."""
 
 from hybridcache.spec.cache_spec import CacheSpec
 from hybridcache.spec.layers import STATE_ALIGNMENT, AttentionKV, LayerSpec, RecurrentState, round_up

@@ -1,4 +1,4 @@
-"""What the layers of each supported architecture cache: a Transformers config in, its layers' caches out.
+"""Architectures: reading from a Transformers config what each layer of the model caches.
 
 One function per architecture or family reads the config's fields; :data:`ARCHITECTURES` maps a ``model_type`` to its
 function. The shapes are those of Transformers 5.23's modelling files, except that a convolution is counted with the
@@ -32,7 +32,7 @@ LAYER_KINDS = {
     "mlp": (False, False),
     "moe": (False, False),
 }
-"""Layer type of a config (current and older names) -> whether it keeps KV, whether it keeps a state."""
+"""Layer type in a config (current and older names) -> whether such a layer keeps KV, and whether it keeps a state."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Dtypes:
 
 @dataclass(frozen=True)
 class Caches:
-    """What one attention layer and one state layer of a model keep on one rank, and which layer is which."""
+    """The cache of each attention layer and of each state layer of a model on one rank, and the type of every layer."""
 
     attention: AttentionKV
     state: RecurrentState
@@ -60,7 +60,7 @@ def read_layers(
     tp_size: int = 1,
     conv_dtype: "str | torch.dtype | None" = None,
 ) -> tuple[str, tuple[LayerSpec, ...]]:
-    """The model type of a config and what each of its layers caches; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
+    """Read the model type and the caches of every layer; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
     kv = dtype_name(kv_dtype, "kv_dtype")
     conv = kv if itemsize(kv) > 1 else "bfloat16"
     if conv_dtype is not None:
@@ -72,7 +72,7 @@ def read_layers(
     fields = Fields(config, given_fields(hf_config, config))
     try:
         caches = ARCHITECTURES[config.model_type](fields, tp_size, dtypes)
-    finally:  # also where a default does not fit the fields that are given: the error to tell is that it is a default
+    finally:  # also after an error: a field that was not given explains it better
         fields.require_given()
     layers = []
     for index, kind in enumerate(caches.layer_types):
@@ -84,12 +84,12 @@ def read_layers(
 
 
 def text_config(hf_config: Any) -> Any:
-    """The config of the text decoder, checked to be of a supported architecture.
+    """Return the config of the text decoder, after checking that its architecture is supported.
 
     Args:
-        hf_config: a Transformers config (composite ones give their text part), or a mapping of its fields with
-            ``model_type``. A mapping of an architecture that the installed Transformers does not know is read as it
-            is: every field that the caches depend on must then be given.
+        hf_config: a Transformers config (of a composite one, the text part is returned), or a mapping of its fields
+            with ``model_type``. If the installed Transformers does not know the architecture, the mapping's fields are
+            read as they are.
 
     Raises:
         UserError: no ``model_type``, an unsupported one, or fields that Transformers refuses.
@@ -110,7 +110,7 @@ def _config_from_mapping(fields: Mapping[str, Any]) -> Any:
 
 
 def _require_supported(model_type: str | None) -> None:
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
         raise bad("model_type", model_type, f"no supported hybrid architecture; choose one of {supported}")
 
@@ -126,14 +126,14 @@ def _positive(config: Fields, field: str) -> int:
 
 
 def _divide(field: str, value: int, tp_size: int) -> int:
-    """What one rank holds of something that must divide."""
+    """One rank's share of a number that ``tp_size`` must divide."""
     if value % tp_size:
         raise bad("tp_size", tp_size, f"does not divide {field}={value}; choose a divisor of it")
     return value // tp_size
 
 
 def _divide_or_replicate(field: str, value: int, tp_size: int) -> int:
-    """What one rank holds of something that replicates below one per rank."""
+    """One rank's share of a number of heads or groups, which are replicated where there are fewer of them than ranks."""
     if value % tp_size and tp_size % value:
         raise bad("tp_size", tp_size, f"neither divides nor is a multiple of {field}={value}; choose one that is")
     return max(value // tp_size, 1)
@@ -159,7 +159,7 @@ def _head_dim(config: Fields) -> int:
 
 
 def _attention(config: Fields, tp_size: int, dtypes: Dtypes, head_dim: int | None = None) -> AttentionKV:
-    """Grouped-query attention: K and V of every KV head."""
+    """Grouped-query attention keeps K and V of every KV head."""
     heads, kv_heads = _positive(config, "num_attention_heads"), _positive(config, "num_key_value_heads")
     if heads % kv_heads:
         raise bad("num_key_value_heads", kv_heads, f"does not divide num_attention_heads={heads}")
@@ -176,7 +176,7 @@ def _state(shape: tuple[int, ...], channels: int, kernel: int, dtypes: Dtypes) -
 
 
 def _gated_delta_net(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Qwen3-Next, Qwen3.5, OLMo-Hybrid: ``[value head, key dim, value dim]``, one convolution over q, k and v."""
+    """Qwen3-Next, Qwen3.5 and OLMo-Hybrid keep ``[value head, key dim, value dim]`` and one convolution over q, k and v."""
     key_heads, value_heads = _positive(config, "linear_num_key_heads"), _positive(config, "linear_num_value_heads")
     if value_heads % key_heads:
         raise bad("linear_num_key_heads", key_heads, f"does not divide linear_num_value_heads={value_heads}")
@@ -190,7 +190,7 @@ def _gated_delta_net(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _kimi_delta_attention(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Kimi Linear: delta attention with as many key as value heads; MLA layers keep one latent and one rotary key."""
+    """Kimi Linear has as many key as value heads in its delta attention; MLA layers keep one latent and one rotary key."""
     _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size)
     latent = _positive(config, "kv_lora_rank") + _positive(config, "qk_rope_head_dim")
     heads = _divide("linear_num_heads", _positive(config, "linear_num_heads"), tp_size)
@@ -209,7 +209,7 @@ def _width_per_head(config: Fields, width: int, heads_field: str) -> int:
 def _mamba2_state(
     config: Fields, tp_size: int, dtypes: Dtypes, *, heads: str, head_dim: int, groups: str, state_dim: str, kernel: str
 ) -> RecurrentState:
-    """Mamba-2: ``[head, head dim, state dim]``, one convolution over x, B and C. The keywords name config fields."""
+    """Mamba-2 keeps ``[head, head dim, state dim]`` and one convolution over x, B and C. The keywords name config fields."""
     num_heads, num_groups = _positive(config, heads), _positive(config, groups)
     if num_heads % num_groups:
         raise bad(groups, num_groups, f"does not divide {heads}={num_heads}")
@@ -229,7 +229,7 @@ BAMBA_FIELDS = {
 
 
 def _bamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Bamba, Granite 4.0 hybrid: every layer is Mamba-2 or attention."""
+    """Bamba and Granite 4.0 hybrid have Mamba-2 or attention in every layer."""
     width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     head_dim = _width_per_head(config, width, "mamba_n_heads")
     state = _mamba2_state(config, tp_size, dtypes, head_dim=head_dim, **BAMBA_FIELDS)
@@ -237,7 +237,7 @@ def _bamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _falcon_h1(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Falcon-H1: Mamba-2 and attention side by side in every layer (older Transformers call the layers "attention")."""
+    """Falcon-H1 has Mamba-2 and attention side by side in every layer (older Transformers call them "attention")."""
     if getattr(config, "mamba_d_ssm", None) is not None:
         width = _positive(config, "mamba_d_ssm")
     else:
@@ -248,7 +248,7 @@ def _falcon_h1(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _nemotron_h(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Nemotron-H: every layer is one of Mamba-2, attention, MLP or experts; the last two keep nothing."""
+    """Nemotron-H has one of Mamba-2, attention, MLP or experts in every layer; the last two keep nothing."""
     state = _mamba2_state(
         config,
         tp_size,
@@ -263,7 +263,7 @@ def _nemotron_h(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _zamba2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Zamba2: Mamba-2 in every layer; hybrid layers add attention, whose weights are shared but not its KV, and whose
+    """Zamba2 has Mamba-2 in every layer. Hybrid layers add attention, whose weights are shared but not its KV, and whose
     heads together span twice the hidden size."""
     width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     state = _mamba2_state(
@@ -282,7 +282,7 @@ def _zamba2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _jamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """Jamba: Mamba-1, ``[channel, state dim]`` and a convolution over the same channels."""
+    """Jamba's Mamba-1 keeps ``[channel, state dim]`` and a convolution over the same channels."""
     intermediate = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
     channels = _divide("the Mamba channels", intermediate, tp_size)
     state = _state((channels, _positive(config, "mamba_d_state")), channels, _positive(config, "mamba_d_conv"), dtypes)
@@ -290,14 +290,14 @@ def _jamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 def _lfm2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """LFM2: short convolutions over the hidden size; no recurrent part."""
+    """LFM2 has short convolutions over the hidden size and no recurrent part."""
     channels = _divide("hidden_size", _positive(config, "hidden_size"), tp_size)
     state = _state((), channels, _positive(config, "conv_L_cache"), dtypes)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
 def _minimax(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
-    """MiniMax: lightning attention keeps ``[query head, key dim, value dim]``; no convolution."""
+    """MiniMax's lightning attention keeps ``[query head, key dim, value dim]`` and has no convolution."""
     heads, dim = _divide("num_attention_heads", _positive(config, "num_attention_heads"), tp_size), _head_dim(config)
     state = _state((heads, dim, dim), 0, 0, dtypes)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))

@@ -1,4 +1,4 @@
-"""Hugging Face configs: built from a mapping of fields, and read so that no field is a default without anyone's saying."""
+"""Hugging Face configs: making one from a mapping, and reading its fields so that no missing one is filled in silently."""
 
 from collections.abc import Collection, Mapping
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from hybridcache.errors import bad
 
 
 def transformers_config(fields: Mapping[str, Any]) -> Any:
-    """A Transformers config built from its fields.
+    """Build a Transformers config from its fields. Transformers fills in defaults for fields that are missing.
 
     Raises:
         UserError: ``model_type`` is missing or unknown to the installed Transformers, or it refuses a field.
@@ -37,8 +37,8 @@ def known_to_transformers(model_type: str) -> bool:
 
 
 class Fields:
-    """The fields of a config as attributes. It notes which of the fields that are read nobody gave, so that they hold
-    Transformers' default, which is another model's.
+    """The fields of a config, as attributes. It notes those that are read although nobody gave them: they hold
+    Transformers' defaults, which are the values of another model.
 
     Args:
         config: a Transformers config, or an object with its fields.
@@ -56,13 +56,16 @@ class Fields:
         return value
 
     def require_given(self) -> None:
-        """
+        """Refuse the config if a field that was read was not given.
+
         Raises:
-            UserError: a field that was read was not given.
+            UserError: the message names these fields.
         """
         if self._defaults:
             names = ", ".join(self._defaults)
-            raise bad("hf_config", self._config.model_type, f"gives no {names}; add what its caches depend on")
+            raise bad(
+                "hf_config", self._config.model_type, f"lacks {names}; give every field that the caches depend on"
+            )
 
 
 LAYER_TYPES_FROM = {
@@ -74,7 +77,7 @@ LAYER_TYPES_FROM = {
     "jamba": ("attn_layer_period", "attn_layer_offset"),
     "lfm2": ("full_attn_idxs",),
 }
-"""Fields that Transformers makes ``layer_types`` from where they are not given themselves."""
+"""``model_type`` -> fields that Transformers derives ``layer_types`` from where that is not given."""
 OTHER_NAMES = {
     "nemotron_h": {"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel"},
     "kimi_linear": {
@@ -84,22 +87,25 @@ OTHER_NAMES = {
         "full_attn_layers": "layer_types",
     },
 }
-"""Other names of fields that Transformers reads; those of ``kimi_linear`` stand in its ``linear_attn_config``."""
+"""``model_type`` -> other names under which Transformers takes a field. Those of ``kimi_linear`` belong in its
+``linear_attn_config``."""
 
 
 def given_fields(hf_config: Any, config: Any) -> Collection[str] | None:
-    """Names of the fields of ``config`` that the mapping ``hf_config`` gives, by whatever name; None where it is no
-    mapping, or where nothing was filled in."""
+    """Names of those fields of ``config`` that its mapping ``hf_config`` gives, whatever it calls them. The result is None
+    where ``hf_config`` is no mapping, and where Transformers filled in nothing."""
     if not isinstance(hf_config, Mapping) or isinstance(config, SimpleNamespace):
         return None
     composite = config.model_type != hf_config["model_type"]
-    fields = hf_config.get("text_config", {}) if composite else hf_config
+    fields = (hf_config.get("text_config") or {}) if composite else hf_config
+    if not isinstance(fields, Mapping):  # a config object as the text part
+        return None
     given = {"model_type", *fields}
     others = OTHER_NAMES.get(config.model_type, {})
-    given |= {others[name] for name in {*fields, *fields.get("linear_attn_config", {})} if name in others}
+    given |= {others[name] for name in {*fields, *(fields.get("linear_attn_config") or {})} if name in others}
     sources = LAYER_TYPES_FROM.get(config.model_type)
     if "layers_block_type" in given or (sources and given.issuperset(sources)):
         given.add("layer_types")
-    if config.model_type == "nemotron_h":  # counts its layer types
+    if config.model_type == "nemotron_h":  # Transformers counts the layer types
         given.add("num_hidden_layers")
     return given

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from isolated_deeds import deeds, refuse_odd
+from limits import SUBPROCESS_S
 
 from benchmarks import measure, peers
 from benchmarks.attention import decode_launches
@@ -162,7 +163,7 @@ def test_timing_summary():
     assert timing.median_ms == 5.0
     assert timing.spread == pytest.approx(0.36)
     slept = time_host([lambda: time.sleep(2e-3)])
-    assert 2.0 <= slept.median_ms < 20.0
+    assert 2.0 <= slept.median_ms < 500.0  # milliseconds, also on a busy machine
     assert slept.repeats >= 5
 
 
@@ -184,7 +185,7 @@ def test_a_crash_or_a_hang_costs_only_itself():
 def test_an_isolated_case_gives_the_same_columns():
     case = Case("block_copy", (1,) * 4, TINY, "uint8")
     bench = Bench(Setup.on(CPU), None)
-    (row,) = isolated(bench.rows, [case], measure.failed, limit_s=60.0)
+    (row,) = isolated(bench.rows, [case], measure.failed, limit_s=SUBPROCESS_S)
     assert tuple(row) == COLUMNS
     assert row["error"] is None
 

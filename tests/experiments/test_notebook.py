@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from limits import SUBPROCESS_S
 from synthetic_run import write_run
 
 jupytext = pytest.importorskip("jupytext", reason="the notebook's test needs the dev extra: pip install -e '.[dev]'")
@@ -19,7 +20,7 @@ def execute(run_dir, monkeypatch):
     monkeypatch.setenv("HYBRIDCACHE_RUN", str(run_dir))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent.parent))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=int(SUBPROCESS_S), resources={"metadata": {"path": str(FOLDER)}}).execute()
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 

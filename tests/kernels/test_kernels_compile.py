@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import SUBPROCESS_S
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -64,7 +65,7 @@ def ptxas_report(compiled, tmp_path: Path) -> str:
     source = tmp_path / "kernel.ptx"
     source.write_text(compiled.asm["ptx"])
     command = [ptxas, "-v", "--gpu-name=sm_90a", str(source), "-o", str(tmp_path / "kernel.cubin")]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SUBPROCESS_S).stderr
 
 
 def assert_fits(compiled, tmp_path: Path) -> None:

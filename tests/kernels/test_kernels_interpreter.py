@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import SUBPROCESS_S
 from packaging.version import Version
 
 triton = pytest.importorskip("triton")
@@ -17,7 +18,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "interpreter"
 def test_kernels_match_their_references_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True, timeout=SUBPROCESS_S
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout

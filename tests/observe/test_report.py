@@ -9,6 +9,7 @@ import sys
 
 import pandas as pd
 import pytest
+from limits import SUBPROCESS_S
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
@@ -319,11 +320,11 @@ def test_a_broken_run_is_named(run_dir, tmp_path, what, message):
 
 def test_command_line_writes_the_page_or_one_line_of_error(run_dir, tmp_path):
     command = [sys.executable, "-m", "hybridcache.observe.report"]
-    done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True)
+    done = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, timeout=SUBPROCESS_S)
     assert done.returncode == 2
     assert done.stderr.startswith("error: run_dir=")
     assert done.stderr.count("\n") == 1
     path = write_run(tmp_path / "cli", phases=("capacity",), **SMALL)
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True, timeout=SUBPROCESS_S)
     assert done.stdout.strip() == str(path / "report.html")
     assert (path / "report.html").is_file()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from limits import SUBPROCESS_S
 from synthetic_run import write_run
 
 from hybridcache.observe.report import write_report
@@ -44,7 +45,7 @@ def page(tmp_path_factory):
 def open_page(page, folder, width=1300, *flags):
     command = [BROWSER, *QUIET, f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2000", *flags]
     command += ["--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SUBPROCESS_S, check=True)
 
 
 OWN = re.compile(r"(file|data|chrome|about|devtools):|https?://[a-z0-9]+\.(google|googleapis)\.com/")

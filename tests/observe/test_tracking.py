@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from limits import SUBPROCESS_S
 from synthetic_run import write_run
 
 import hybridcache
@@ -57,7 +58,7 @@ print("wandb" in sys.modules, getattr(tracker, "error", None))
 def track(mode, run_dir):
     """Track a run in a process of its own. A child of it that lived on would hold the pipes, and this would not return."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, mode, str(run_dir)], capture_output=True, text=True, timeout=90
+        [sys.executable, "-c", PROGRAM, mode, str(run_dir)], capture_output=True, text=True, timeout=SUBPROCESS_S
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "tracking is quiet"

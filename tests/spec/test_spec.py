@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 import transformers
+from limits import SUBPROCESS_S
 
 from hybridcache.errors import UserError
 from hybridcache.spec import CacheSpec
@@ -282,6 +283,10 @@ def changed(model_type: str, **fields) -> dict:
     [
         ({"model_type": "llama"}, r"^model_type='llama': no supported hybrid architecture; choose one of qwen3_next, "),
         ({"model_type": "gpt_9"}, r"^model_type='gpt_9': "),
+        ({"model_type": ["qwen3_next"]}, r"^model_type=\['qwen3_next'\]: no supported hybrid architecture"),
+        ({"model_type": "qwen3_5", "text_config": None}, r"^hf_config='qwen3_5_text': lacks linear_num_key_heads, "),
+        ({"model_type": "qwen3_5", "text_config": 3}, r"^hf_config='qwen3_5': Transformers refuses these fields, "),
+        ({"model_type": "kimi_linear", "linear_attn_config": None}, r"^hf_config='kimi_linear': "),
         ({"hidden_size": 64}, r"^model_type=None: "),
         (changed("qwen3_next", linear_num_value_heads=0), r"^linear_num_value_heads=0: .*positive"),
         (changed("qwen3_next", linear_key_head_dim=-16), r"^linear_key_head_dim=-16: .*positive"),
@@ -355,7 +360,7 @@ def test_a_mapping_without_a_field_of_the_caches_is_refused_by_name(model_type):
             continue  # the default does not go with the fields that are given
         makes_layers = name in ("layers_block_type", *LAYER_TYPES_FROM.get(model_type, ()))
         shown = "layer_types" if makes_layers else name
-        assert re.match(rf"hf_config='{model_type}': gives no .*\b{shown}\b", told), told
+        assert re.match(rf"hf_config='{model_type}': lacks .*\b{shown}\b", told), told
         refused_by_us += 1
     assert refused_by_us >= 2
     unused = fields.keys() - {*needed, "model_type", "num_hidden_layers"}
@@ -368,15 +373,15 @@ def test_a_mapping_of_nothing_names_all_that_is_missing():
     with pytest.raises(UserError) as refused:
         CacheSpec.from_config({"model_type": "qwen3_next"})
     assert str(refused.value) == (
-        "hf_config='qwen3_next': gives no linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, "
+        "hf_config='qwen3_next': lacks linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, "
         "linear_value_head_dim, linear_conv_kernel_dim, num_attention_heads, num_key_value_heads, head_dim, layer_types, "
-        "num_hidden_layers; add what its caches depend on"
+        "num_hidden_layers; give every field that the caches depend on"
     )
-    with pytest.raises(UserError, match=r"^hf_config='qwen3_5_text': gives no linear_num_key_heads, "):
+    with pytest.raises(UserError, match=r"^hf_config='qwen3_5_text': lacks linear_num_key_heads, "):
         CacheSpec.from_config({**changed("qwen3_5_text"), "model_type": "qwen3_5"})  # fields belong in text_config
     fields = changed("qwen3_next", linear_num_key_heads=3)  # 3 does not divide the default, 32, which nobody gave
     del fields["linear_num_value_heads"]
-    with pytest.raises(UserError, match=r"^hf_config='qwen3_next': gives no linear_num_value_heads; "):
+    with pytest.raises(UserError, match=r"^hf_config='qwen3_next': lacks linear_num_value_heads; "):
         CacheSpec.from_config(fields)
     assert CacheSpec.from_config(transformers.Qwen3NextConfig())  # a config was checked by whoever made it
 
@@ -394,7 +399,7 @@ def test_other_names_of_fields_count_as_given():
     if "kimi_linear" in transformers.CONFIG_MAPPING:
         published = CacheSpec.from_config({**kimi, "linear_attn_config": nested})
         assert published == CacheSpec.from_config(changed("kimi_linear"))
-        with pytest.raises(UserError, match=r"^hf_config='kimi_linear': gives no linear_num_heads; "):
+        with pytest.raises(UserError, match=r"^hf_config='kimi_linear': lacks linear_num_heads; "):
             CacheSpec.from_config(
                 {**kimi, "linear_attn_config": {key: value for key, value in nested.items() if key != "num_heads"}}
             )
@@ -489,5 +494,7 @@ def test_accounting_imports_neither_torch_nor_transformers():
         "import sys, hybridcache.spec.architectures, hybridcache.memory.geometry, hybridcache.spec;"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=SUBPROCESS_S
+    )
     assert done.stdout.strip() == "[]"

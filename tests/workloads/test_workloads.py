@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import SUBPROCESS_S
 from test_traces import arrivals, lengths, mooncake_line, write
 
 from hybridcache.errors import UserError
@@ -210,4 +211,4 @@ def test_neither_workloads_nor_simulation_need_torch() -> None:
         "[workload_builder(name) for name in WORKLOADS]; build_workload('synthetic_chat')\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=SUBPROCESS_S).returncode == 0

@@ -1,0 +1,38 @@
+"""What all tests share: a test that hangs ends by itself, and property tests do not mind a slow machine."""
+
+import faulthandler
+import os
+
+import hypothesis
+import pytest
+from limits import PROCESS_S, TEST_S
+
+STDERR = pytest.StashKey[int]()
+
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
+
+
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)  # before tests capture it
+
+
+def pytest_unconfigure(config):
+    os.close(config.stash[STDERR])
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_S))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    faulthandler.dump_traceback_later(PROCESS_S, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
