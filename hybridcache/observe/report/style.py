@@ -1,18 +1,20 @@
-"""Style: colours, units and the grid of panels that every figure shares."""
+"""Style: colours, axes and the grid of panels that every figure shares."""
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from hybridcache.observe.report.words import BOUND, label
-from hybridcache.strategies import Kind
+from hybridcache.observe.report.comparison import BOUND, label
+
+Drawn = tuple[Figure, pd.DataFrame, str]
+"""A figure, the data that it shows, and its caption."""
 
 WIDTH = 11.0
 """Inches of every figure."""
@@ -30,8 +32,15 @@ _STRATEGY_COLORS = {
 _MORE_COLORS = ("#882255", "#999933", "#44AA99", "#4B0055", "#6699CC", "#AA4466")
 _MARKERS = "osD^vPXh"
 
-MEMORY_COLORS = {"useful": "#2B8C83", "padding": "#E8A33D", "reserved": "#6B5B95", "free": "#DCDCDC"}
-KIND_COLORS = {Kind.FREE: "#DCDCDC", Kind.STATE: "#7B3294", Kind.KV: "#5AAE61", Kind.RESERVED: "#8A8A8A"}
+MEMORY_COLORS = {
+    "useful": "#2B8C83",
+    "padding": "#E8A33D",
+    "cached": "#8FC3E8",
+    "reserved": "#6B5B95",
+    "free": "#DCDCDC",
+}
+KIND_COLORS = {"free": "#E4E4E4", "state": "#7B3294", "kv": "#5AAE61", "cached": "#3A87C8", "reserved": "#7A7A7A"}
+PEAK_COLOR = "#222222"
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -52,7 +61,13 @@ RC = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "hatch.linewidth": 0.5,
+    "pdf.fonttype": 42,
 }
+
+
+def rgb(color: str) -> np.ndarray:
+    """A colour as three floats from 0 to 1."""
+    return np.array(mpl.colors.to_rgb(color))
 
 
 def text_on(color: str) -> str:
@@ -115,12 +130,12 @@ def panel_title(axes: Axes, name: str, note: str) -> None:
     axes.set_title(note, loc="right", fontsize=9, color="#555555")
 
 
-def line_style(i: int, name: str) -> dict[str, Any]:
+def line_style(i: int, name: str, wide: float = 3.6, thin: float = 1.5) -> dict[str, Any]:
     """Every other line is wide and lies behind the thin ones, so that two lines which coincide both show."""
-    wide = i % 2 == 0 and name != BOUND
+    behind = i % 2 == 0 and name != BOUND
     return {
-        "linewidth": 3.6 if wide else 1.5,
-        "zorder": 2.0 if wide else 2.5,
+        "linewidth": wide if behind else thin,
+        "zorder": 2.0 if behind else 2.5,
         "linestyle": "--" if name == BOUND else "-",
     }
 
@@ -153,6 +168,6 @@ def log_axis(axes: Axes, low: float, high: float, text: FuncFormatter) -> None:
     axes.xaxis.set_major_formatter(text)
 
 
-def styled() -> AbstractContextManager[None]:
-    """Context in which figures are drawn."""
+def styled() -> Any:
+    """Context in which figures are drawn, or decorator of a function that draws one."""
     return mpl.rc_context(RC)  # type: ignore[arg-type]
