@@ -1,4 +1,6 @@
-"""Figures of the capacity phase. Each returns a figure, the data that it shows, and its caption."""
+"""Figures of the capacity phase. Each returns a figure and the data that it shows."""
+
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,19 +15,6 @@ from hybridcache.observe.report.units import byte_unit, bytes_text, join_names, 
 
 MAX_LENGTHS = 12
 """Columns of the residents' table; more lengths are thinned evenly (its data keeps them all)."""
-
-WASTE = (
-    "One live request alone in the pool: the bytes it holds beyond its useful ones, while it grows. Lower is "
-    "better. The curve falls as tokens fill a block and jumps where the next one is taken. The vertical axis has "
-    "a zero at its foot and is logarithmic above where values span more than a factor of 20. Where two lines "
-    "coincide, the wide one lies behind the thin one. Bytes that no request can use at all (the wrong side of a "
-    "split pool) are not charged to a request here: they show in how many requests fit."
-)
-RESIDENTS = (
-    "Identical requests of one length are admitted until the strategy refuses one. Each cell is their number; its"
-    " colour is the share of the most that any fits at that length, and bold marks the most without the byte-"
-    "exact bound, which cannot be beaten."
-)
 
 
 @style.styled()
@@ -47,17 +36,14 @@ def waste_by_length(run: Run) -> Drawn:
     for i, name in enumerate(run.present(data)):
         color, marker = styles[name]
         rows = data[data["strategy"] == name].sort_values("length")
-        line = style.line_style(i, name, wide=2.8, thin=1.1)
+        line: dict[str, Any] = style.line_style(i, name, wide=2.8, thin=1.1)
+        at = rows["length"]
         if curves is None:
             line |= {"linestyle": "", "marker": marker, "markersize": 8 if i % 2 == 0 else 5}
-        axes.plot(
-            rows["length"],
-            rows["waste_bytes"] / divisor,
-            color=color,
-            **line,
-            label=label(name),
-            solid_joinstyle="miter",
-        )
+        else:
+            at = np.arange(at.min(), at.max() + 1)  # straight between corners, which on this axis is no straight line
+        waste = np.interp(at, rows["length"], rows["waste_bytes"]) / divisor
+        axes.plot(at, waste, color=color, **line, label=label(name))
     tokens = FuncFormatter(lambda value, _: f"{value:,.0f}")
     if curves is None:
         style.log_axis(axes, data["length"].min(), data["length"].max(), tokens)
@@ -73,7 +59,7 @@ def waste_by_length(run: Run) -> Drawn:
     style.set_title(
         figure, f"A request of {plural(shortest, 'token')} wastes {verdict.words() if verdict else 'nothing'}"
     )
-    return figure, data, WASTE
+    return figure, data
 
 
 @style.styled()
@@ -110,7 +96,7 @@ def residents_by_length(run: Run) -> Drawn:
     if len(rivals) == 1:
         text = f"{most.iat[0]:,.0f} requests of {plural(table.columns[0], 'token')} fit in {budget} under {champions}"
     style.set_title(figure, text)
-    return figure, data, RESIDENTS
+    return figure, data
 
 
 def _by_strategy(rows: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -31,25 +31,21 @@ def competitors(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of results.
-
-    Attributes:
-        better: whether more (+1) or less (-1) is better; 0 where neither is.
-        clock: whether it is a time, or depends on one.
-        always: whether a column of zeros is shown.
-    """
+    """A column of results."""
 
     column: str
     heading: str
     text: Callable[[float], str]
     better: int
+    """+1 where more is better, -1 where less is, 0 where neither."""
     clock: bool = False
+    """Whether it is a time, or depends on one."""
     always: bool = True
+    """Whether a column of zeros is shown."""
 
 
 METRICS = (
     Metric("output_tokens_per_s", "output tokens/s", number_text, +1, clock=True),
-    Metric("requests_served", "served", number_text, 0),
     Metric("requests_refused", "refused", number_text, 0),
     Metric("residents_peak", "residents, peak", number_text, +1),
     Metric("running_mean", "running, mean", number_text, 0),
@@ -86,23 +82,18 @@ def half_interval(differences: pd.Series) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who did best in one metric.
-
-    Attributes:
-        means: by strategy, competitors only.
-        best: strategies whose mean reads as the best.
-        alike: others that cannot be told from the best.
-        worst: strategies whose mean reads as the worst.
-        lead: of the best over the worst, as a share of the worst; and the half interval of that, None for one repetition.
-        noise: what differences are held against, in words.
-    """
+    """Who did best in one metric."""
 
     means: pd.Series
+    """By strategy, competitors only."""
     best: list[str]
+    """Strategies whose mean reads as the best; ``alike`` cannot be told from it, ``worst`` reads as the worst."""
     alike: list[str]
     worst: list[str]
-    lead: tuple[float, float | None]
+    half_interval: float | None
+    """Of the best's lead, as a share of the worst; None for one repetition."""
     noise: str
+    """What differences are held against, in words."""
     text: Callable[[float], str]
 
     @property
@@ -137,13 +128,13 @@ def judge(values: pd.DataFrame, text: Callable[[float], str], better: int, exact
     best = list(shown.index[shown == shown[first]])
     alike = [name for name in values if name not in best and not exact and _alike(values[first], values[name])]
     differences = (values[first] - values[last]).dropna()
-    half = half_interval(differences) / abs(means[last]) if len(differences) > 1 and means[last] else None
+    several = len(differences) > 1 and means[last] != 0
     return Verdict(
         means=means,
         best=best,
         alike=alike,
         worst=list(shown.index[shown == shown[last]]),
-        lead=(means[first] / means[last] - 1 if means[last] else np.inf, half),
+        half_interval=half_interval(differences) / abs(means[last]) if several else None,
         noise=f"the spread of {len(values)} repetitions" if len(values) > 1 else "1 %",
         text=text,
     )
@@ -161,18 +152,14 @@ def _alike(best: pd.Series, other: pd.Series) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What of one workload may be compared.
-
-    Attributes:
-        rows: one per strategy and repetition, of those that are ranked: their results, or what they did for the requests
-            that all of them served.
-        common: whether ``rows`` are about common requests only.
-        note: what was refused, and who is ranked therefore; None where nothing was refused.
-    """
+    """What of one workload may be compared."""
 
     rows: pd.DataFrame
+    """One per strategy and repetition, of those that are ranked: their results, or what they did for common requests."""
     common: bool = False
+    """Whether ``rows`` are about the requests that all of them served, and no others."""
     note: str | None = None
+    """What was refused, and who is ranked therefore; None where nothing was refused."""
 
     def judge(self, metric: Metric) -> Verdict | None:
         """Who did best; None where ``metric`` cannot be compared or ranks nothing."""
@@ -203,7 +190,9 @@ def compare(run: Run, phase: str, workload: str) -> Comparison:
         for name, row in means[means["requests_refused"] > 0].iterrows()
     )
     refusals = "; ".join(texts)
-    most = [name for name in rivals if served[name] == served[means["requests_served"].idxmax()]]
+    counts = means["requests_served"]
+    leader = max(rivals, key=lambda name: (counts[name], list(served.values()).count(served[name])))
+    most = [name for name in rivals if served[name] == served[leader]]
     if len(most) > 1:
         note = f"Not all strategies served the same requests: {refusals}. Ranked are {join_names(most)}, which served the same."
         return Comparison(rows[rows["strategy"].isin(most)], note=note)
@@ -232,7 +221,7 @@ def _key(rows: pd.DataFrame, requests: frozenset[tuple[int, int]] | None) -> fro
 
 
 def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[int, int]]) -> pd.DataFrame:
-    chosen = [key in common for key in zip(events["repetition"], events["seq_id"])]
+    chosen = np.array([key in common for key in zip(events["repetition"], events["seq_id"])])
     events = events[chosen & events["strategy"].isin(names)]
     rows = []
     for (strategy, repetition), group in events.groupby(["strategy", "repetition"], sort=False):
@@ -253,8 +242,10 @@ def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison | None]]:
     phases = sorted(run.phases, key=lambda phase: (clock_means_nothing(run, phase), order.get(phase, 0)))
     compared = {
         (phase, workload): compare(run, phase, workload)
-        for phase in phases if phase != "capacity" for workload in run.workloads(phase)
-    }  # fmt: skip
+        for phase in phases
+        if phase != "capacity"
+        for workload in run.workloads(phase)
+    }
     for column in HIGHLIGHTS:
         metric = BY_COLUMN[column]
         if column == "residents_peak":

@@ -1,6 +1,6 @@
 """Figures over time: what the budget holds, where in the pool, and who runs and waits.
 
-Each returns a figure, the data that it shows, and its caption. Curves are of the first repetition; means in titles are those of
+Each returns a figure and the data that it shows. Curves are of the first repetition; means in titles are those of
 the table, over all steps and repetitions.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -20,22 +21,6 @@ from hybridcache.observe.report.load import Run
 from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import byte_unit, join_names, percent_text, time_unit
 
-MEMORY = (
-    "The whole budget at every moment, stacked by what its bytes do; means within slices of time where a run has "
-    "many steps, and a line for the most that was held within each. The figure above each panel is the "
-    "utilization of the table. A panel ends when its last step ended, so narrower is faster."
-)
-POOL = (
-    "Each column is one moment, each row one slice of the budget in address order. A slice that holds several "
-    "kinds of bytes has the mixture of their colours, by share. Where a strategy shares memory, both colours meet"
-    " in one row; where it splits memory, they keep apart. The figure above each panel is the share of slices in "
-    "which states and KV had more than half in turn. Strategies that only count bytes have no map."
-)
-QUEUE = (
-    "Requests that run and requests that wait: the most within each slice of time. Where two lines coincide, the "
-    "wide one lies behind the thin one. A strategy that wastes less memory keeps more running and empties its "
-    "queue earlier."
-)
 KINDS = {"state": "recurrent state", "kv": "KV", "cached": "cached", "reserved": "reserved"}
 """Kinds of a pool map's bytes, in words."""
 
@@ -60,13 +45,13 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
         style.panel_title(axes, name, f"useful {percent_text(means[name])}" if name in means else "")
         axes.grid(visible=False)
     figure.supylabel(f"bytes of the budget ({unit})", fontsize=9.5)
-    handles = [
+    handles: list[Artist] = [
         Patch(color=color, label=kind) for kind, color in style.MEMORY_COLORS.items() if data[f"{kind}_bytes"].any()
     ]
     handles.append(Line2D([], [], color=style.PEAK_COLOR, linewidth=0.8, label="most held"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     _title(figure, run, phase, workload, "utilization_mean", "share of the budget that is useful on average")
-    return figure, data, MEMORY
+    return figure, data
 
 
 @style.styled()
@@ -98,7 +83,7 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
     style.set_title(
         figure, f"{phase}, {workload}: addresses that held states and KV in turn: {_range(in_turn, '{:.0%}'.format)}"
     )
-    return figure, data, POOL
+    return figure, data
 
 
 @style.styled()
@@ -123,7 +108,7 @@ def queue_over_time(run: Run, phase: str, workload: str) -> Drawn:
     waiting.set_xlabel(f"time ({time_name})")
     figure.legend(loc="outside right center")
     _title(figure, run, phase, workload, "running_mean", "requests running on average")
-    return figure, data, QUEUE
+    return figure, data
 
 
 def _title(figure: style.Figure, run: Run, phase: str, workload: str, column: str, text: str) -> None:

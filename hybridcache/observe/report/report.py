@@ -2,26 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib.resources import files
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 
+from hybridcache.observe.report import comparison as compared
 from hybridcache.observe.report.capacity_figures import residents_by_length, waste_by_length
-from hybridcache.observe.report.comparison import (
-    BY_COLUMN,
-    METRICS,
-    Comparison,
-    Metric,
-    Verdict,
-    clock_means_nothing,
-    compare,
-    contests,
-    judge,
-    label,
-    length_text,
-)
+from hybridcache.observe.report.comparison import BY_COLUMN, METRICS, Metric, clock_means_nothing, compare, judge, label
 from hybridcache.observe.report.load import SERVING_PHASES, NoData, Run, load_run
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
 from hybridcache.observe.report.page import SUFFIXES, Best, Card, Picture, Section, file_name, save_picture, write_page
@@ -29,41 +20,10 @@ from hybridcache.observe.report.speed_figures import latency, step_profile, thro
 from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import bytes_text, plural
 
-WORKLOAD_FIGURES: dict[str, Callable[[Run, str, str], Drawn]] = {
-    "memory": memory_over_time,
-    "pool": pool_over_time,
-    "queue": queue_over_time,
-    "latency": latency,
-}
-FILES = {
-    "results.parquet": "one row per phase, strategy, workload and repetition",
-    "events.jsonl": "time series, pool maps and requests, one JSON object a line",
-    "config.yaml": "the resolved configuration",
-    "environment.json": "versions, device, commit, command",
-    "figures": "every figure as PNG and PDF, and what it shows as CSV of the same name",
-}
-TERMS = {
-    "useful": "the exact recurrent and convolution state of every resident request, and the keys and values of every token "
-    "it holds memory for",
-    "padding": "what residents hold beyond that: states rounded up to a block or page, the unused tail of a last block",
-    "held": "useful + padding",
-    "cached": "bytes that nobody runs on: kept for requests that begin alike",
-    "reserved": "bytes that can never hold a request: null blocks, the remainder below one block, gaps between split pools",
-    "free": "the rest of the budget",
-    "budget": "useful + padding + reserved + cached + free; the same for every strategy",
-    "utilization": "useful bytes over the budget, a mean over time",
-    "residents": "requests that hold memory at the same time",
-    "refused": "requests that a strategy's budget could never hold; they were not run",
-    "preemption": "a running request loses all its memory to make room and is computed again later",
-    "TTFT": "time to first token: from a request's arrival to its first output token, queueing included",
-    "TPOT": "time per output token after the first, a mean within a request",
-}
-PHASES = {
-    "capacity": "How many identical requests fit. Exact: integer accounting, no timing.",
-    "simulation": "The real scheduler and strategies under a cost model instead of a device. Compare strategies with each "
-    "other; the absolute figures are not measurements.",
-    "inference": "The real model on a real device. Times are wall-clock; on a CPU they say nothing about a GPU.",
-}
+TEXTS = yaml.safe_load(files("hybridcache.observe.report").joinpath("texts.yaml").read_text(encoding="utf-8"))
+CAPACITY_FIGURES = {"residents_by_length": residents_by_length, "waste_by_length": waste_by_length}
+PHASE_FIGURES = {"throughput": throughput, "step_profile": step_profile}
+WORKLOAD_FIGURES = {"memory": memory_over_time, "pool": pool_over_time, "queue": queue_over_time, "latency": latency}
 
 
 def write_report(run_dir: str | PathLike[str]) -> Path:
@@ -79,49 +39,49 @@ def write_report(run_dir: str | PathLike[str]) -> Path:
     for phase in ("capacity", *SERVING_PHASES):
         if phase not in run.phases:
             left_out.append(f"figures of phase {phase}: this run has no such phase")
-    pictures: dict[tuple[str, str], list[Picture]] = {}
-    for phase, workload, name, draw in _plans(run):
+    pictures: dict[tuple[str, ...], list[Picture]] = {}
+    for (kind, *where), draw in _plans(run):
+        name = "_".join([kind, *map(file_name, where)])
         try:
-            pictures.setdefault((phase, workload), []).append(save_picture(run.path / "figures", name, *draw()))
+            figure, data = draw()
+            notes = _refusals(run, *where) if kind in ("throughput", "latency") else []
+            caption = " ".join([TEXTS["captions"][kind], *notes])
+            shown = pictures.setdefault(tuple(where or ["capacity"]), [])
+            shown.append(save_picture(run.path / "figures", name, figure, data, caption))
         except NoData as reason:
             left_out.append(f"{name}: {reason}")
             for suffix in SUFFIXES:
                 (run.path / "figures" / f"{name}{suffix}").unlink(missing_ok=True)
-    sections = [
-        _answers(run),
-        *_tables(run),
-        *_figures(run, pictures),
-        Section("Terms", anchor="terms", terms=TERMS),
-        _data(run, left_out),
-    ]
+    sections = [_answers(run), *_tables(run), *_figures(run, pictures)]
+    sections += [Section("Terms", anchor="terms", terms=TEXTS["terms"]), _data(run, left_out)]
     config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else ""
     return write_page(run.path, _title(run), _about(run), sections, _header(run), config)
 
 
-def _plans(run: Run) -> Iterator[tuple[str, str, str, Callable[[], Drawn]]]:
-    """Phase, workload (empty: all), file name and drawing of every figure."""
+def _plans(run: Run) -> Iterator[tuple[tuple[str, ...], Callable[[], Drawn]]]:
+    """Every figure: its kind and, where it shows one, phase and workload; and how it is drawn."""
     for phase in run.phases:
         if phase == "capacity":
-            yield phase, "", "residents_by_length", partial(residents_by_length, run)
-            yield phase, "", "waste_by_length", partial(waste_by_length, run)
+            yield from (((kind,), partial(draw, run)) for kind, draw in CAPACITY_FIGURES.items())
             continue
-        yield phase, "", f"throughput_{file_name(phase)}", partial(throughput, run, phase)
-        if "step_profile" in run.events:
-            yield phase, "", f"step_profile_{file_name(phase)}", partial(step_profile, run, phase)
+        for kind, draw in PHASE_FIGURES.items():
+            if kind != "step_profile" or kind in run.events:
+                yield (kind, phase), partial(draw, run, phase)
         for workload in run.workloads(phase):
-            for kind, draw in WORKLOAD_FIGURES.items():
-                yield (
-                    phase,
-                    workload,
-                    f"{kind}_{file_name(phase)}_{file_name(workload)}",
-                    partial(draw, run, phase, workload),
-                )
+            for kind, draw_workload in WORKLOAD_FIGURES.items():
+                yield (kind, phase, workload), partial(draw_workload, run, phase, workload)
+
+
+def _refusals(run: Run, phase: str, workload: str | None = None) -> list[str]:
+    """What strategies refused of one workload, or of all workloads of a phase."""
+    notes = {name: compare(run, phase, name).note for name in ([workload] if workload else run.workloads(phase))}
+    return [f"{name}: {note}" for name, note in notes.items() if note]
 
 
 # -- header ------------------------------------------------------------------------------------------------------------
 
 
-def _unique(rows: pd.DataFrame, column: str, text: Callable[[object], str] = str) -> str:
+def _unique(rows: pd.DataFrame, column: str, text: Callable[[Any], str] = str) -> str:
     return ", ".join(dict.fromkeys(map(text, rows[column].dropna()))) if column in rows.columns else ""
 
 
@@ -129,21 +89,16 @@ def _title(run: Run) -> str:
     """Experiment, model, workload and budget: those of the first phase that serves, else of the first phase."""
     phase = next((phase for phase in run.phases if phase in SERVING_PHASES), run.phases[0])
     rows, workloads = run.rows(phase), run.workloads(phase)
-    workload = (
-        "" if phase == "capacity" else f"{len(workloads)} workloads" if len(workloads) > 3 else ", ".join(workloads)
-    )
-    parts = (
-        _unique(run.results, "experiment"),
-        _unique(rows, "model"),
-        workload,
-        _unique(rows, "budget_bytes", bytes_text),
-    )
-    return " · ".join(filter(None, parts)) or run.path.resolve().name
+    workload = f"{len(workloads)} workloads" if len(workloads) > 3 else ", ".join(workloads)
+    parts = (_unique(rows, "model"), "" if phase == "capacity" else workload, _unique(rows, "budget_bytes", bytes_text))
+    experiment = _unique(run.results, "experiment") or run.path.resolve().name
+    return f"Experiment {experiment}: {' · '.join(filter(None, parts))}"
 
 
 def _about(run: Run) -> list[str]:
     started = str(run.environment.get("started", "")).replace("T", " ").replace("+00:00", " UTC")
-    texts = (plural(len(run.strategies), "strategy").replace("ys", "ies"), started, f"run {run.path.resolve().name}")
+    count = len(run.strategies)
+    texts = (f"{count} strateg{'y' if count == 1 else 'ies'}", started, f"run {run.path.resolve().name}")
     return [" · ".join(filter(None, texts))]
 
 
@@ -163,35 +118,32 @@ def _header(run: Run) -> list[list[str]]:
 
 def _answers(run: Run) -> Section:
     """What a reader asks first: who did best in what, by how much, and what was not compared."""
-    cards, alike, notes = [], [], []
-    for title, verdict, comparison in contests(run):
+    cards: list[Card] = []
+    alike, notes = [], []
+    for title, verdict, comparison in compared.contests(run):
         if verdict.decided:
             cards.append(_card(title, verdict, comparison))
         elif len(verdict.means) > 1:
             alike.append(title)
-        if comparison is not None and comparison.note and comparison.note not in notes:
-            notes.append(comparison.note)
+    for phase in run.phases:
+        notes += _refusals(run, phase) if phase != "capacity" else []
+        if clock_means_nothing(run, phase):
+            because = "they are wall-clock times of a CPU, where the host decides and not the strategy"
+            notes.append(f"Times of {phase} are not ranked: {because}.")
     if alike:
         notes.append(f"No difference beyond the noise in: {'; '.join(alike)}.")
-    unranked = [phase for phase in run.phases if clock_means_nothing(run, phase)]
-    if unranked:
-        notes.append(
-            f"Times of {', '.join(unranked)} are not ranked: they are wall-clock times of a CPU, where the host decides "
-            "and not the strategy."
-        )
     if not cards and not alike:
         notes.append("The results hold nothing to compare.")
     about = "Computed from the results. The byte-exact bound takes no part: no allocator can reach it in general."
     return Section("Best by metric", [about], anchor="best", cards=cards, notes=notes)
 
 
-def _card(title: str, verdict: Verdict, comparison: Comparison | None) -> Card:
+def _card(title: str, verdict: compared.Verdict, comparison: compared.Comparison | None) -> Card:
     best, worst = verdict.means[verdict.best[0]], verdict.means[verdict.worst[0]]
     notes = [f"within {verdict.noise}: {', '.join(verdict.alike)}"] if verdict.alike else []
-    lead, half = verdict.lead
     ratio = f" (factor {max(best, worst) / min(best, worst):.2f})" if min(best, worst) > 0 else ""
-    if half is not None:
-        ratio = f" ({lead:+.1%} ± {half:.1%}, 95 %)"
+    if verdict.half_interval is not None:
+        ratio = f" ({best / worst - 1:+.1%} ± {verdict.half_interval:.1%}, 95 %)"
     notes.append(f"against {verdict.text(worst)} under {verdict.worst[0]}{ratio}")
     if comparison is not None and comparison.common:
         notes.append("over the requests that all served")
@@ -202,39 +154,34 @@ def _card(title: str, verdict: Verdict, comparison: Comparison | None) -> Card:
 
 def _tables(run: Run) -> Iterator[Section]:
     about = (
-        "A shaded cell is the best of its column, or cannot be told from it (the bound left out). A column in "
-        "which all are alike has none, nor have times measured on a CPU, nor strategies that did not serve the "
-        "same requests."
+        "A shaded cell is the best of its column, or cannot be told from it (the bound left out). A column in which all are "
+        "alike has none, nor have times measured on a CPU, nor strategies that did not serve the same requests."
     )
     yield Section("Results", [about], anchor="results")
     for phase in run.phases:
         if phase == "capacity":
-            yield capacity_section(run)
+            yield capacity_table(run)
             continue
         for workload in run.workloads(phase):
-            yield serving_section(run, phase, workload)
+            yield serving_table(run, phase, workload)
 
 
-def capacity_section(run: Run) -> Section:
+def capacity_table(run: Run) -> Section:
     """Residents by strategy and length."""
-    rows, metric = run.rows("capacity"), BY_COLUMN["residents_peak"]
-    if metric.column not in rows.columns:
-        return Section("Capacity: no residents were recorded")
-    found = rows.pivot_table(index="strategy", columns="workload", values=metric.column, sort=False)
-    found = found.reindex([name for name in run.strategies if name in found.index])
-    cells = pd.DataFrame({name: found[name].map(metric.text, na_action="ignore").fillna("") for name in found})
-    for name in found:
-        verdict = judge(found[[name]].T, metric.text, +1, exact=True)
-        if verdict is not None and verdict.decided:
-            cells.loc[verdict.best, name] = [Best(cells.at[best, name]) for best in verdict.best]
-    return Section(
-        "Capacity: residents by request length",
-        headings=["strategy", *map(length_text, found)],
-        rows=[[label(str(name)), *row] for name, row in zip(found.index, cells.to_numpy())],
-    )
+    metric = BY_COLUMN["residents_peak"]
+    found = run.rows("capacity").pivot_table(index="strategy", columns="workload", values=metric.column, sort=False)
+    table = {name: [label(name)] for name in run.strategies if name in found.index}
+    for length in found:
+        verdict = judge(found[[length]].T, metric.text, +1, exact=True)
+        shaded = verdict.best if verdict is not None and verdict.decided else ()
+        for name, cells in table.items():
+            text = _cell(found.at[name, length], 0.0, metric)
+            cells.append(Best(text) if name in shaded else text)
+    headings = ["strategy", *map(compared.length_text, found)]
+    return Section("Capacity: residents by request length", headings=headings, rows=list(table.values()))
 
 
-def serving_section(run: Run, phase: str, workload: str) -> Section:
+def serving_table(run: Run, phase: str, workload: str) -> Section:
     """Means over repetitions of every metric that the results have, with their standard deviations."""
     rows, comparison = run.rows(phase).query("workload == @workload"), compare(run, phase, workload)
     repetitions, unranked = rows["repetition"].nunique(), clock_means_nothing(run, phase)
@@ -249,10 +196,11 @@ def serving_section(run: Run, phase: str, workload: str) -> Section:
         for name, cells in table.items():
             text = _cell(means.at[name, metric.column], spreads.at[name, metric.column], metric)
             cells.append(Best(text) if name in shaded else text)
+    offered = f", {plural(rows['requests_offered'].max(), 'request')}" if "requests_offered" in rows.columns else ""
     over = f" (means ± standard deviations of {repetitions} repetitions)" if repetitions > 1 else ""
     notes = (comparison.note, token_agreement(run, phase, workload), shortfall(run, phase, workload))
     return Section(
-        f"{phase.capitalize()}: {workload}{over}",
+        f"{phase.capitalize()}: {workload}{offered}{over}",
         headings=["strategy", *(metric.heading for metric in shown)],
         rows=list(table.values()),
         notes=[note for note in notes if note],
@@ -268,10 +216,10 @@ def _cell(mean: float, spread: float, metric: Metric) -> str:
 def token_agreement(run: Run, phase: str, workload: str) -> str | None:
     """Whether all strategies sampled the same tokens; None where the results carry no hash of them."""
     rows = run.rows(phase).query("workload == @workload")
-    if "tokens_sha256" not in rows.columns or rows[rows["tokens_sha256"].notna()]["strategy"].nunique() < 2:
-        return None
-    rows = rows[rows["tokens_sha256"].notna()]
+    rows = rows[rows["tokens_sha256"].notna()] if "tokens_sha256" in rows.columns else rows.iloc[:0]
     count = rows["strategy"].nunique()
+    if count < 2:
+        return None
     if (rows.groupby("repetition")["tokens_sha256"].nunique() == 1).all():
         return f"All {count} strategies sampled the same tokens (SHA-256 {rows['tokens_sha256'].iloc[0][:12]})."
     return (
@@ -282,7 +230,7 @@ def token_agreement(run: Run, phase: str, workload: str) -> str | None:
 
 def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") -> str | None:
     """Where ``name`` serves fewer tokens a second than the best, beyond the noise: by how much, and which of the memory's
-    figures speak for the other. None where it is not, where times mean nothing, or in a simulation."""
+    figures speak for the other. None where it does not, where times mean nothing, or in a simulation."""
     comparison = compare(run, phase, workload)
     verdict = comparison.judge(BY_COLUMN["output_tokens_per_s"])
     if phase != "inference" or clock_means_nothing(run, phase) or verdict is None or name not in verdict.means:
@@ -292,14 +240,11 @@ def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") ->
     best, reasons = verdict.best[0], []
     for metric in METRICS:
         found = None if metric.clock else comparison.judge(metric)
-        if found is None:
-            continue
-        theirs, ours = found.means[best], found.means[name]
-        if metric.better * (theirs - ours) > 0 and metric.text(theirs) != metric.text(ours):
-            reasons.append(f"{metric.heading} {metric.text(theirs)} against {metric.text(ours)}")
-    because = (
-        "; ".join(reasons) or "none of the memory's figures is in its favour, so look at the spread of repetitions"
-    )
+        if found is not None and name not in found.best and best in found.means:
+            theirs, ours = found.means[best], found.means[name]
+            if metric.better * (theirs - ours) > 0 and metric.text(theirs) != metric.text(ours):
+                reasons.append(f"{metric.heading} {metric.text(theirs)} against {metric.text(ours)}")
+    because = "; ".join(reasons) or "none of the memory's figures speaks for it, so look at the spread of repetitions"
     ahead = verdict.means[best] / verdict.means[name] - 1
     return f"{best} serves {ahead:.1%} more tokens a second than {name}: {because}."
 
@@ -307,19 +252,17 @@ def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") ->
 # -- figures and files -------------------------------------------------------------------------------------------------
 
 
-def _figures(run: Run, pictures: Mapping[tuple[str, str], list[Picture]]) -> Iterator[Section]:
+def _figures(run: Run, pictures: Mapping[tuple[str, ...], list[Picture]]) -> Iterator[Section]:
     for phase in run.phases:
-        yield Section(phase.capitalize(), [PHASES.get(phase, "")], pictures.get((phase, ""), []), anchor=phase)
+        yield Section(phase.capitalize(), [TEXTS["phases"].get(phase, "")], pictures.get((phase,), []), anchor=phase)
         for workload in run.workloads(phase) if phase != "capacity" else ():
             yield Section(f"{phase.capitalize()}, {workload}", figures=pictures.get((phase, workload), []))
 
 
 def _data(run: Run, left_out: list[str]) -> Section:
-    found = {name: text for name, text in FILES.items() if (run.path / name).exists()}
+    again = "python -m hybridcache.observe.report RUN_DIR draws all of this anew; "
+    again += "hybridcache.observe.report.load_run(RUN_DIR) gives the tables in Python."
+    found = {name: text for name, text in TEXTS["files"].items() if (run.path / name).exists()}
+    notes = [again, *(f"Left out: {line}." for line in left_out)]
     texts = [f"Beside this page, in the run directory {run.path.resolve().name}:"]
-    notes = [
-        "python -m hybridcache.observe.report RUN_DIR draws all of this anew; "
-        "hybridcache.observe.report.load_run(RUN_DIR) gives the tables in Python.",
-        *(f"Left out: {line}." for line in left_out),
-    ]
     return Section("Raw data", texts, anchor="data", terms=found, notes=notes)

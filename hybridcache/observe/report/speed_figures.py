@@ -1,9 +1,10 @@
 """Figures of speed: throughput, latency, and where the time of a step goes.
 
-Each returns a figure, the data that it shows, and its caption.
+Each returns a figure and the data that it shows.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,22 +20,6 @@ from hybridcache.observe.report.units import number_text, seconds_text
 MAX_TITLE_WORKLOADS = 2
 """Workloads that the throughput's title speaks of; a longer title would not be read."""
 
-THROUGHPUT = (
-    "Left: output tokens per second from the first arrival to the last finish. Then how often a running request "
-    "lost its memory, and how many tokens had to be computed again for it. Bars are means over repetitions; with "
-    "several of them, whiskers are one standard deviation and dots single repetitions."
-)
-LATENCY = (
-    "Over all finished requests of all repetitions. The bar spans the middle half (p25 to p75) with the median as"
-    " a white line; the thin line spans p5 to p95; the tick on the right is p99. Logarithmic; left is better. The"
-    " title's medians are the table's. A strategy that admits more requests at once shortens the wait for the "
-    "first token and lengthens the time between tokens."
-)
-STEP = (
-    "Where the time of one engine step goes, from the profiler: kernels by class, and the time in which the "
-    "device had nothing to do (on a CPU: operators by class, and Python). A mean over consecutive steps of the "
-    "first strategy. Profiling slows the host, so idle time is an upper bound."
-)
 UNRANKED = "wall clock of a CPU, not ranked"
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
 BARS = ("output_tokens_per_s", "preemptions", "recomputed_tokens_preemption")
@@ -86,8 +71,7 @@ def throughput(run: Run, phase: str) -> Drawn:
     style.set_title(
         figure, f"{phase}, output tokens/s: {UNRANKED if unranked else '; '.join(parts[:MAX_TITLE_WORKLOADS])}"
     )
-    notes = [f"{workload}: {found.note}" for workload, found in compared.items() if found.note]
-    return figure, data, " ".join([THROUGHPUT, *notes])
+    return figure, data
 
 
 @style.styled()
@@ -116,10 +100,11 @@ def latency(run: Run, phase: str, workload: str) -> Drawn:
         axes.set_xlabel("time (log scale)")
     grid[0].set_yticks(range(len(names)), [label(name) for name in names])
     grid[0].set_ylim(len(names) - 0.5, -0.5)
-    comparison = compare(run, phase, workload)
-    verdict = None if clock_means_nothing(run, phase) else comparison.judge(BY_COLUMN["ttft_p50_s"])
-    style.set_title(figure, f"{phase}, {workload}: median TTFT {verdict.words() if verdict else f'({UNRANKED})'}")
-    return figure, data, " ".join([LATENCY, comparison.note or ""])
+    unranked = clock_means_nothing(run, phase)
+    verdict = None if unranked else compare(run, phase, workload).judge(BY_COLUMN["ttft_p50_s"])
+    text = verdict.words() if verdict else UNRANKED if unranked else "not ranked"
+    style.set_title(figure, f"{phase}, {workload}: median TTFT: {text}")
+    return figure, data
 
 
 @style.styled()
@@ -135,7 +120,8 @@ def step_profile(run: Run, phase: str) -> Drawn:
     data = events[events["phase"] == phase][["strategy", "workload", "part", "seconds", "launches"]]
     steps = list(dict.fromkeys(data["workload"]))
     figure = style.new_figure(1.0 + 1.05 * len(steps))
-    words, handles = [], {}
+    words: list[str] = []
+    handles: dict[str, Any] = {}
     for axes, step in zip(figure.subplots(len(steps), 1, squeeze=False)[:, 0], steps):
         parts = data[data["workload"] == step].set_index("part")["seconds"]
         total, left = parts.sum(), 0.0
@@ -153,7 +139,7 @@ def step_profile(run: Run, phase: str) -> Drawn:
         words.append(f"{step.split(':')[0]} {seconds_text(total)}, most of it {biggest} ({share:.0%})")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6)
     style.set_title(figure, f"One step: {'; '.join(words)}")
-    return figure, data, STEP
+    return figure, data
 
 
 def _percentiles(events: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +160,9 @@ def _bars(axes: Axes, values: Sequence[pd.Series], names: Sequence[str], run: Ru
         if found.empty:
             continue
         spread = float(found.std()) if len(found) > 1 else 0.0
-        error = {"xerr": spread, "error_kw": {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}} if spread else {}
+        error: dict[str, Any] = (
+            {"xerr": spread, "error_kw": {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}} if spread else {}
+        )
         bars = axes.barh(i, found.mean(), height=0.66, color=styles[name][0], **error)
         if name == BOUND:
             bars[0].set(hatch="////", edgecolor="white")

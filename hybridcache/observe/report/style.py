@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from hybridcache.observe.report.comparison import BOUND, label
 
-Drawn = tuple[Figure, pd.DataFrame, str]
-"""A figure, the data that it shows, and its caption."""
+Drawn = tuple[Figure, pd.DataFrame]
+"""A figure and the data that it shows."""
 
 WIDTH = 11.0
 """Inches of every figure."""
