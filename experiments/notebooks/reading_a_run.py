@@ -128,7 +128,9 @@ display(cost)
 # %%
 over_time = pd.DataFrame()
 if serving:
-    means = [f"{kind}_bytes_mean" for kind in ("useful", "held", "reserved", "cached", "free")] + ["output_tokens_per_s"]
+    means = [f"{kind}_bytes_mean" for kind in ("useful", "held", "reserved", "cached", "free")] + [
+        "output_tokens_per_s"
+    ]
     means = [name for name in means if name in run.results.columns]
     over_time = run.results[run.results["phase"] != "capacity"].groupby(["phase", "workload", "strategy"], sort=False)
     over_time = over_time[means].mean()

@@ -73,7 +73,8 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
         moments, bounds = _edges(rows["time_s"].to_numpy() / per_second), np.linspace(0, 100, len(free) + 1)
         axes.pcolormesh(moments, bounds, np.clip(picture, 0, 1), rasterized=True)
         axes.grid(visible=False)
-        in_turn[name] = float(np.mean((cells["state"] > 0.5).any(axis=1) & (cells["kv"] > 0.5).any(axis=1)))
+        # Of a slice's addresses, what its most of states and its most of KV have in common at least.
+        in_turn[name] = float(np.mean(np.maximum(cells["state"].max(axis=1) + cells["kv"].max(axis=1) - 1, 0)))
         style.panel_title(axes, name, f"both in turn {in_turn[name]:.0%}")
     figure.supylabel("address (% of the budget)", fontsize=9.5)
     handles = [Patch(color=style.KIND_COLORS[kind], label=KINDS[kind]) for kind in kinds if kind in seen]

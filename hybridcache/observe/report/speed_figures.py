@@ -25,19 +25,7 @@ QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p9
 BARS = ("output_tokens_per_s", "preemptions", "recomputed_tokens_preemption")
 BARS_IF_ANY = ("recomputed_tokens_failure", "requests_refused")
 
-PART_COLORS = {
-    "experts": "#0072B2",
-    "dense products": "#56B4E9",
-    "gated delta net": "#7B3294",
-    "attention": "#5AAE61",
-    "KV store": "#999933",
-    "routing": "#E69F00",
-    "sampling": "#CC79A7",
-    "memory copies": "#8A8A8A",
-    "norms and element-wise": "#D8B365",
-    "device idle": "#DCDCDC",
-    "Python": "#DCDCDC",
-}
+PART_COLORS: dict[str, str] = style.LOOK["parts"]
 """Colour by class of kernel, in drawing order."""
 OTHER_PART = "#882255"
 
