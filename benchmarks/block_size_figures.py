@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.resources import SHARED_MEMORY_LIMIT
 from hybridcache.observe.report import style
-from hybridcache.observe.report.words import bytes_text, seconds_text
+from hybridcache.observe.report.units import bytes_text, seconds_text
 
 KIB = 1024
 STYLES = {

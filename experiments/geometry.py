@@ -18,7 +18,7 @@ from experiments.harness import CONSOLE, write_results
 from hybridcache.errors import bad
 from hybridcache.memory.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
 from hybridcache.observe.report import style
-from hybridcache.observe.report.words import byte_unit, bytes_text
+from hybridcache.observe.report.units import byte_unit, bytes_text
 from hybridcache.spec import CacheSpec
 
 MIB = 1 << 20

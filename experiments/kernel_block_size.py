@@ -30,7 +30,7 @@ from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
 from hybridcache.observe.report import style
 from hybridcache.observe.report.page import Section, save_picture, write_page
-from hybridcache.observe.report.words import bytes_text, seconds_text
+from hybridcache.observe.report.units import bytes_text, seconds_text
 
 Rows = Iterator[Row]
 

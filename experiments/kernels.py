@@ -31,7 +31,7 @@ from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name, environment
 from hybridcache.observe.report import style
 from hybridcache.observe.report.page import Picture, Section, save_picture, write_page
-from hybridcache.observe.report.words import bytes_text
+from hybridcache.observe.report.units import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
 HEADINGS = (

@@ -40,7 +40,7 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
         return
     first = rows.iloc[0]
     title = (
-        f"{phase}: {first['workload']}, {first['model']}, {first['requests_served']:.0f} of {first['requests_offered']:.0f} requests, "
+        f"{phase}: {first['workload']}, {first['model']}, {first['requests_offered']:.0f} requests, "
         f"{_bytes(first['budget_bytes'])} budget, {first['device']}"
     )
     if phase == "inference":

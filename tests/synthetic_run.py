@@ -17,8 +17,10 @@ from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.metrics import Recorder
+from hybridcache.sim.capacity import waste_curve
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import Strategy, build
+from hybridcache.workloads import Request
 
 GIB = 1 << 30
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -72,6 +74,7 @@ def write_run(
     strategies = STRATEGIES if strategies is None else strategies
     spec = spec or hybrid_spec()
     rows: list[dict[str, Any]] = []
+    lengths = list(lengths)
     with EventWriter(path / "events.jsonl") as events:
         for label, (name, options) in strategies.items():
 
@@ -80,6 +83,9 @@ def write_run(
 
             for phase in phases:
                 if phase == "capacity":
+                    corners, waste = waste_curve(make(), min(max(lengths), 2000))
+                    event = {"event": "waste_curve", "strategy": label, "length": corners, "waste_bytes": waste}
+                    events.write(event)
                     rows += [_capacity(make(), label, length, events) for length in lengths]
                     continue
                 for workload in workloads:
@@ -143,16 +149,15 @@ def _serve(
     """Run one workload to its end. The phase changes the clock's speed only."""
     rng = random.Random(f"{labels['workload']}-{seed}")
     prompt, output = WORKLOADS[labels["workload"]]
-    arrivals = [
-        Sequence(
-            seq_id=i,
-            prompt_len=max(1, int(rng.expovariate(1 / prompt))),
-            max_tokens=max(1, int(rng.expovariate(1 / output))),
-            arrival_s=i * 0.02,
-        )
-        for i in range(requests)
-    ]
     strategy = make()
+    arrivals, refused = [], []
+    for i in range(requests):
+        tokens = [max(1, int(rng.expovariate(1 / mean))) for mean in (prompt, output)]
+        seq = Sequence(seq_id=i, prompt_len=tokens[0], max_tokens=tokens[1], arrival_s=i * 0.02)
+        if seq.max_stored_tokens > strategy.request_limit():
+            refused.append(Request(i, seq.arrival_s, *tokens))
+        else:
+            arrivals.append(seq)
     scheduler = Scheduler(strategy, SchedulerConfig(max_tokens_per_step=1024))
     recorder = Recorder(labels, events)
     slow = 1.0 if labels["phase"] == "simulation" else 1.3
@@ -170,4 +175,4 @@ def _serve(
                 item.seq.output_ids.append((item.seq.seq_id * 31 + item.end) % 1000)
         done += scheduler.complete(step, now)
     strategy.check_integrity()
-    return recorder.finish(done, now, strategy)
+    return recorder.finish(done, strategy, refused)

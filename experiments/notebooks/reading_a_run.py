@@ -34,9 +34,11 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import display
 
-from hybridcache.observe.report import figures, load_run
-from hybridcache.observe.report.data import NoData
-from hybridcache.observe.report.words import bytes_text
+from hybridcache.observe.report import NoData, load_run
+from hybridcache.observe.report.capacity_figures import residents_by_length, waste_by_length
+from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time
+from hybridcache.observe.report.speed_figures import throughput
+from hybridcache.observe.report.units import bytes_text
 
 # %%
 here = Path.cwd()
@@ -52,10 +54,12 @@ print(run.path, "|", ", ".join(run.phases), "|", run.environment.get("device"), 
 # %% [markdown]
 # ## Results
 #
-# One row per phase, strategy, workload and repetition. Every strategy had the same budget, dtypes and requests.
+# One row per phase, strategy, workload and repetition. Every strategy had the same budget and dtypes, and was offered the
+# same requests; one that could never hold a request refused it.
 
 # %%
-columns = ["phase", "workload", "strategy", "residents_peak", "utilization_mean", "preemptions", "output_tokens_per_s"]
+columns = ["phase", "workload", "strategy", "requests_served", "requests_refused", "residents_peak", "utilization_mean"]
+columns += ["preemptions", "output_tokens_per_s"]
 shown = run.results[[name for name in columns if name in run.results.columns]]
 display(shown.style.format(precision=3, thousands=",").hide(axis="index"))
 
@@ -63,8 +67,8 @@ display(shown.style.format(precision=3, thousands=",").hide(axis="index"))
 # %% [markdown]
 # ## Figures
 #
-# The functions of `hybridcache.observe.report.figures` return a Matplotlib figure and the data that it shows. They are the ones
-# that the report is made of.
+# The functions of `capacity_figures`, `memory_figures` and `speed_figures` in `hybridcache.observe.report` return a Matplotlib
+# figure and the data that it shows. They are the ones that the report is made of.
 
 
 # %%
@@ -79,16 +83,16 @@ def draw(function, *args):
     return data
 
 
-residents = draw(figures.residents_by_length)
-waste = draw(figures.waste_by_length)
+residents = draw(residents_by_length)
+draw(waste_by_length)
 
 # %%
 serving = [(phase, workload) for phase in run.phases if phase != "capacity" for workload in run.workloads(phase)]
 for phase in dict.fromkeys(phase for phase, _ in serving):
-    draw(figures.throughput, phase)
+    draw(throughput, phase)
 for phase, workload in serving:
-    draw(figures.memory_over_time, phase, workload)
-    draw(figures.pool_over_time, phase, workload)
+    draw(memory_over_time, phase, workload)
+    draw(pool_over_time, phase, workload)
 
 # %% [markdown]
 # ## A question: what does the waste cost?
@@ -99,11 +103,14 @@ for phase, workload in serving:
 # no such request can use: null blocks, remainders, the wrong side of a split pool.
 
 # %%
-if residents is None or waste is None:
+if residents is None:
     print("this run has no capacity phase")
     cost = pd.DataFrame()
 else:
-    cost = waste.merge(residents[["strategy", "length", "residents", "budget_bytes"]], on=["strategy", "length"])
+    cost = run.by_length("charge").merge(
+        residents[["strategy", "length", "residents", "budget_bytes"]], on=["strategy", "length"]
+    )
+    cost["waste_bytes"] = cost["held_bytes"] - cost["useful_bytes"]
     cost["allowed"] = cost["budget_bytes"] // cost["held_bytes"]
     exact = cost["budget_bytes"] // cost["useful_bytes"]
     cost["lost_to_waste"] = exact - cost["allowed"]
@@ -121,7 +128,9 @@ display(cost)
 # %%
 over_time = pd.DataFrame()
 if serving:
-    means = ["useful_bytes_mean", "held_bytes_mean", "reserved_bytes_mean", "free_bytes_mean", "output_tokens_per_s"]
+    means = [f"{kind}_bytes_mean" for kind in ("useful", "held", "reserved", "cached", "free")] + [
+        "output_tokens_per_s"
+    ]
     means = [name for name in means if name in run.results.columns]
     over_time = run.results[run.results["phase"] != "capacity"].groupby(["phase", "workload", "strategy"], sort=False)
     over_time = over_time[means].mean()

@@ -6,16 +6,22 @@ from typing import Any
 
 from experiments.strategies import StrategyChoice
 from hybridcache.observe.metrics import EventSink
-from hybridcache.sim.capacity import charge, residents
+from hybridcache.sim.capacity import charge, residents, waste_curve
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Usage
+
+WASTE_UP_TO = 3200
+"""Tokens up to which the waste of one request is recorded for every length: three of the longest blocks compared."""
 
 
 def capacity_rows(
     choices: Iterable[StrategyChoice], spec: CacheSpec, budget_bytes: int, lengths: Iterable[int], events: EventSink
 ) -> Iterator[dict[str, Any]]:
-    """One row per strategy and length; a ``capacity`` and a ``charge`` event for each."""
+    """One row per strategy and length; a ``capacity`` and a ``charge`` event for each, a ``waste_curve`` per strategy."""
+    lengths = list(lengths)
     for choice in choices:
+        corners, waste = waste_curve(choice.build(spec, budget_bytes), min(max(lengths), WASTE_UP_TO))
+        events.write({"event": "waste_curve", "strategy": choice.label, "length": corners, "waste_bytes": waste})
         for length in lengths:
 
             def make(choice: StrategyChoice = choice) -> Any:

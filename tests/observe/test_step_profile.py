@@ -11,9 +11,8 @@ from synthetic_run import write_run
 
 import hybridcache
 from benchmarks import page_tiled
-from hybridcache.observe.report.data import NoData
-from hybridcache.observe.report.load import load_run
-from hybridcache.observe.report.step_figure import PART_COLORS, step_profile
+from hybridcache.observe.report.load import NoData, load_run
+from hybridcache.observe.report.speed_figures import PART_COLORS, step_profile
 from hybridcache.observe.step_profile import IDLE, OTHER, OURS, StepProfile, classify, profile_steps, summarize
 
 KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)

@@ -1,7 +1,7 @@
 """Run: what one run directory holds, as tables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,10 @@ from hybridcache.observe.events import read_events
 REQUIRED_COLUMNS = ("phase", "strategy", "workload", "repetition")
 SERVING_PHASES = ("simulation", "inference")
 """Phases that serve requests over time (the ``capacity`` phase only counts them)."""
+
+
+class NoData(Exception):
+    """The run holds nothing for this figure; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,47 @@ class Run:
         if found is None or not {"phase", "workload"} <= set(found.columns):
             return pd.DataFrame()
         return found[(found["phase"] == phase) & (found["workload"] == workload)]
+
+    def by_length(self, event: str) -> pd.DataFrame:
+        """Events of the capacity phase, one row per strategy and length.
+
+        Raises:
+            NoData: there are none.
+        """
+        found = self.events.get(event)
+        if found is None or found.empty:
+            raise NoData(f"no {event} events (the capacity phase writes them)")
+        return found.drop_duplicates(["strategy", "length"], keep="last").reset_index(drop=True)
+
+    def over_time(
+        self, event: str, phase: str, workload: str, columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> pd.DataFrame:
+        """Events over time of the first repetition, by strategy and step: ``columns``, and those ``optional`` ones there are.
+
+        Raises:
+            NoData: there are none, or they lack a column.
+        """
+        found = self.select(event, phase, workload)
+        if found.empty:
+            raise NoData(f"no {event} events of {phase}, {workload}")
+        missing = [name for name in columns if name not in found.columns]
+        if missing:
+            raise NoData(
+                f"{event} events of {phase}, {workload} lack {', '.join(missing)}: an older version wrote them"
+            )
+        found = found[found["repetition"] == found["repetition"].min()].sort_values(["strategy", "step"], kind="stable")
+        extra = [name for name in optional if name in found.columns and name not in columns]
+        return found[["strategy", "step", *columns, *extra]].reset_index(drop=True)
+
+    def means(self, phase: str, workload: str, column: str) -> pd.Series:
+        """Means over repetitions by strategy, as the tables have them; empty where the results lack the column."""
+        rows = self.rows(phase).query("workload == @workload")
+        return rows.groupby("strategy")[column].mean() if column in rows.columns else pd.Series(dtype=float)
+
+    def present(self, data: pd.DataFrame) -> list[str]:
+        """Strategies of ``data`` in the order of the run."""
+        found = set(data["strategy"])
+        return [name for name in self.strategies if name in found] + sorted(found - set(self.strategies))
 
 
 def load_run(run_dir: str | PathLike[str]) -> Run:

@@ -1,64 +1,36 @@
-"""Style: colours, units and the grid of panels that every figure shares."""
+"""Style: colours, axes and the grid of panels that every figure shares."""
 
 import textwrap
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from importlib.resources import files
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from hybridcache.observe.report.words import BOUND, label
-from hybridcache.strategies import Kind
+from hybridcache.observe.report.comparison import BOUND, label
+
+Drawn = tuple[Figure, pd.DataFrame]
+"""A figure and the data that it shows."""
 
 WIDTH = 11.0
 """Inches of every figure."""
 
-_STRATEGY_COLORS = {
-    "shared_pool": "#0072B2",
-    "shared_pool_carve": "#56B4E9",
-    "padded_page": "#D55E00",
-    "large_block": "#E69F00",
-    "static_split": "#CC79A7",
-    "two_ended": "#009E73",
-    "lcm_carve": "#661100",
-    "byte_exact": "#333333",
-}
-_MORE_COLORS = ("#882255", "#999933", "#44AA99", "#4B0055", "#6699CC", "#AA4466")
+LOOK = yaml.safe_load(files("hybridcache.observe.report").joinpath("style.yaml").read_text(encoding="utf-8"))
+MEMORY_COLORS: dict[str, str] = LOOK["memory"]
+KIND_COLORS: dict[str, str] = LOOK["kinds"]
+PEAK_COLOR = "#222222"
 _MARKERS = "osD^vPXh"
 
-MEMORY_COLORS = {"useful": "#2B8C83", "padding": "#E8A33D", "reserved": "#6B5B95", "free": "#DCDCDC"}
-KIND_COLORS = {
-    Kind.FREE: "#DCDCDC",
-    Kind.STATE: "#7B3294",
-    Kind.KV: "#5AAE61",
-    Kind.RESERVED: "#8A8A8A",
-    Kind.CACHED: "#E8A33D",
-}
 
-RC = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10.0,
-    "axes.labelsize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#8A8A8A",
-    "axes.labelcolor": "#333333",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E2E2E2",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "hatch.linewidth": 0.5,
-}
+def rgb(color: str) -> np.ndarray:
+    """A colour as three floats from 0 to 1."""
+    return np.array(mpl.colors.to_rgb(color))
 
 
 def text_on(color: str) -> str:
@@ -70,16 +42,11 @@ def text_on(color: str) -> str:
 
 def strategy_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of every strategy. Known names always get the same; others take spare colours in order."""
-    others = [name for name in names if name not in _STRATEGY_COLORS]
-    known = list(_STRATEGY_COLORS)
-    styles = {}
-    for name in names:
-        if name in _STRATEGY_COLORS:
-            styles[name] = (_STRATEGY_COLORS[name], _MARKERS[known.index(name)])
-        else:
-            i = others.index(name)
-            styles[name] = (_MORE_COLORS[i % len(_MORE_COLORS)], _MARKERS[(i + 3) % len(_MARKERS)])
-    return styles
+    known, more = LOOK["strategies"], LOOK["more"]
+    others = [name for name in names if name not in known]
+    styles = {name: (color, marker) for (name, color), marker in zip(known.items(), _MARKERS)}
+    styles |= {name: (more[i % len(more)], _MARKERS[(i + 3) % len(_MARKERS)]) for i, name in enumerate(others)}
+    return {name: styles[name] for name in names}
 
 
 def new_figure(height: float) -> Figure:
@@ -121,12 +88,12 @@ def panel_title(axes: Axes, name: str, note: str) -> None:
     axes.set_title(note, loc="right", fontsize=9, color="#555555")
 
 
-def line_style(i: int, name: str) -> dict[str, Any]:
+def line_style(i: int, name: str, wide: float = 3.6, thin: float = 1.5) -> dict[str, Any]:
     """Every other line is wide and lies behind the thin ones, so that two lines which coincide both show."""
-    wide = i % 2 == 0 and name != BOUND
+    behind = i % 2 == 0 and name != BOUND
     return {
-        "linewidth": 3.6 if wide else 1.5,
-        "zorder": 2.0 if wide else 2.5,
+        "linewidth": wide if behind else thin,
+        "zorder": 2.0 if behind else 2.5,
         "linestyle": "--" if name == BOUND else "-",
     }
 
@@ -159,6 +126,6 @@ def log_axis(axes: Axes, low: float, high: float, text: FuncFormatter) -> None:
     axes.xaxis.set_major_formatter(text)
 
 
-def styled() -> AbstractContextManager[None]:
-    """Context in which figures are drawn."""
-    return mpl.rc_context(RC)  # type: ignore[arg-type]
+def styled() -> Any:
+    """Context in which figures are drawn, or decorator of a function that draws one."""
+    return mpl.rc_context(LOOK["rc"])
