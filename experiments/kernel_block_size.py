@@ -8,6 +8,7 @@ kernel blocks; compiled for sm_90), *tables* (host time and bytes of expanding a
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from experiments.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.settings import Common
 from hybridcache.bench import block_size, block_size_figures
 from hybridcache.bench.isolate import isolated
 from hybridcache.bench.measure import Bench, Row, describe, failed
@@ -40,6 +42,33 @@ FAST = {
     "blocks": [16, 256],
     "tables": {"geometries": [[1056, 16]], "batches": [1, 64], "lengths": [1024, 65536]},
 }
+
+
+@dataclass
+class Tables:
+    geometries: list[list[int]]
+    batches: list[int]
+    lengths: list[int]
+
+
+@dataclass
+class Settings:
+    operations: list[str]
+    blocks: list[int]
+    compile_up_to: int
+    device: str
+    decode: list[int]
+    prefill: list[int]
+    tables: Tables
+    limit_s: float
+
+
+@dataclass
+class Config(Common):
+    """What the experiment reads."""
+
+    seed: int
+    kernel_block_size: Settings
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

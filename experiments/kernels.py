@@ -8,6 +8,7 @@ naive references; its times claim nothing.
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from experiments.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.settings import Common
 from hybridcache.bench import peers
 from hybridcache.bench.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
 from hybridcache.bench.ceilings import Ceilings, measure_ceilings
@@ -48,6 +50,22 @@ HEADINGS = (
     "rel error",
     "clock x launches",
 )
+
+
+@dataclass
+class Settings:
+    device: str
+    operations: list[str]
+    isolate: str | bool
+    limit_s: float
+
+
+@dataclass
+class Config(Common):
+    """What the experiment reads."""
+
+    seed: int
+    kernels: Settings
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

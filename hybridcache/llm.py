@@ -8,7 +8,7 @@ for output in llm.generate(["The pool is"], SamplingParams(max_tokens=8)):
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from hybridcache.errors import UserError, bad
 from hybridcache.kernels.backend import make_backend
 from hybridcache.outputs import RequestOutput, TokenStream, interrupts_held
 from hybridcache.spec import CacheSpec
+from hybridcache.spec.architectures import transformers_config
 from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
@@ -297,6 +298,26 @@ def load_for_inference(
     require_room("model", str(model), _weight_bytes(config, name), chosen)
     loaded = load_model(folder, name, chosen) if folder.is_dir() else build_model(config, name, chosen, seed=seed)
     return loaded, _tokenizer(folder, config.vocab_size)
+
+
+def random_for_inference(
+    name: str, fields: Mapping[str, Any], *, dtype: str, device: str = "auto", seed: int = 0
+) -> tuple[Qwen3Next, Tokenizer | None]:
+    """Build a model with random weights from the fields of a configuration; ``name`` stands for it in errors. Text is taken
+    as bytes; the tokenizer is None where the model's vocabulary has no room for those.
+
+    Raises:
+        UserError: an architecture that inference does not run, a field that it refuses, or weights that do not fit the device.
+    """
+    kind = fields.get("model_type")
+    if kind not in INFERENCE:
+        raise bad(
+            "model", name, f"inference does not run {kind}, only its geometry; choose another, or leave inference out"
+        )
+    config, chosen = transformers_config(fields), choose_device(device)
+    require_room("model", name, _weight_bytes(config, dtype), chosen)
+    room = config.vocab_size >= ByteTokenizer.vocab_size
+    return build_model(config, dtype, chosen, seed=seed), ByteTokenizer(config.vocab_size) if room else None
 
 
 def _shipped(name: str) -> Any:
