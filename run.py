@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hybridcache.errors import UserError
 
 CONF = Path(__file__).resolve().parent / "conf"
+EXPERIMENTS = CONF.parent / "experiments"
 GROUPS = ("experiment", "model", "workload", "engine", "device", "tracking")
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -55,7 +56,7 @@ def main() -> None:
     except USER_ERRORS as error:
         _fail(_line(error))
     except OSError as error:
-        if error.filename is None or any("experiments/" in frame for frame in _files(error)):
+        if error.filename is None or any(file.startswith(str(EXPERIMENTS)) for file in _files(error)):
             raise
         from experiments.lib.harness import unwritable  # Hydra could not make the run directory
 
@@ -87,6 +88,13 @@ def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, yaml.YAMLError):
         return f"a configuration file is no YAML: {text}"
+    override = getattr(error, "override", None)
+    if override is not None:
+        return f"{override}: Hydra cannot read it ({text})"
+    if "Key 'experiment_name' is not in struct" in text:
+        return (
+            "experiment_name: the experiment's YAML file does not set it; it needs the first line '# @package _global_'"
+        )
     missing = re.search(r"Could not (?:override|delete from config) '([^']+)'", text)
     if missing:
         return _no_such_key(missing.group(1))
@@ -95,12 +103,16 @@ def _line(error: BaseException) -> str:
 
 def _no_such_key(path: str) -> str:
     """Hydra found no key at ``path``; names those that are there, read from the configuration without other overrides."""
-    from experiments.lib.settings import unknown_key
+    from experiments.lib.harness import experiment_module
+    from experiments.lib.settings import keys_read, not_read, unknown_key
 
+    cfg = _composed()
     parent, _, last = path.rpartition(".")
-    found = OmegaConf.select(_composed(), parent) if parent else _composed()
-    known = [str(key) for key in found] if isinstance(found, DictConfig) else []
-    return str(unknown_key(path, last, known))
+    name = str(cfg.get("experiment_name"))
+    if not parent:
+        return str(not_read(path, name, keys_read(experiment_module(name).Config)))
+    found = OmegaConf.select(cfg, parent)
+    return str(unknown_key(path, last, [str(key) for key in found] if isinstance(found, DictConfig) else []))
 
 
 def _composed() -> DictConfig:
@@ -127,6 +139,8 @@ def _check_choices(arguments: list[str]) -> None:
     if any(argument.startswith(("--config-path", "-cp")) for argument in arguments):
         return  # a configuration of the user's own from the root on
     keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    if "" in keys:
+        raise UserError(f"{arguments[keys.index('')]!r}: there is no key before the value; give KEY=VALUE")
     folders = [CONF, *_config_folders(arguments)]
     for folder in folders:
         if not folder.is_dir():

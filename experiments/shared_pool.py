@@ -61,7 +61,7 @@ class Inference:
     checkpoint: str | None
     dtype: str
     budget_bytes: int | str
-    budget_requests: float | str
+    budget_requests: int | float | str
     repetitions: int
     num_requests: int | str
     max_prompt: int | str
@@ -124,7 +124,6 @@ def resolve(cfg: DictConfig) -> DictConfig:
         "simulation": not simulates,
         "inference": not infers,
         "workload": not streams,
-        "engine": not streams,
         "tp_size": not (accounts or simulates),
         "device": not (simulates or tunes or (accounts and cfg.tp_size == "auto")),
         "seed": not infers and not (streams and takes_seed(workload_target(cfg))),
@@ -241,8 +240,7 @@ def _cost_model(cfg: DictConfig, memory: CacheMemory) -> CostModel:
 
 def _memory(cfg: DictConfig, budget_gib: float) -> CacheMemory:
     longest = cfg.model.hf_config.get("max_position_embeddings")
-    rows = cfg.engine.max_running if "engine" in cfg else SchedulerConfig().max_running
-    return CacheMemory(_spec(cfg), int(budget_gib * GIB), rows, longest)
+    return CacheMemory(_spec(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
 
 
 def _spec(cfg: DictConfig) -> CacheSpec:

@@ -76,7 +76,7 @@ def read_settings(cfg: DictConfig, schema: type[Common], overrides: Sequence[str
     Raises:
         UserError: a key that the experiment does not read was set, is unknown or missing, or has a value of a wrong type.
     """
-    known = [field.name for field in fields(schema)]
+    known = keys_read(schema)
     plain = _plain(cfg)
     for key in [*overridden(overrides), *(key for key in plain if key not in ROOT_KEYS)]:
         if key.partition(".")[0] not in known:
@@ -87,7 +87,7 @@ def read_settings(cfg: DictConfig, schema: type[Common], overrides: Sequence[str
     except ConfigKeyError as error:
         raise _unknown(str(error.full_key), schema) from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from error
+        raise _wrong_type(error, OmegaConf.create(chosen)) from error
     missing = sorted(OmegaConf.missing_keys(typed) - {"model"})
     if missing:
         raise bad(missing[0], None, "give it in the experiment's YAML file or on the command line")
@@ -97,6 +97,30 @@ def read_settings(cfg: DictConfig, schema: type[Common], overrides: Sequence[str
     if "seed" in found and found.seed < 0:
         raise bad("seed", found.seed, "give a whole number of at least 0")
     return found  # type: ignore[return-value]
+
+
+def keys_read(schema: type[Common]) -> list[str]:
+    """The groups and keys that an experiment reads, those that all read last."""
+    common = [field.name for field in fields(Common)]
+    own = [field.name for field in fields(schema) if field.name not in common]
+    return own + common
+
+
+FIXES = {
+    "is not a ListConfig": "give a list, e.g. [a,b]",
+    "converted to Integer": "give a whole number",
+    "converted to Float": "give a number",
+    "valid bool": "give true or false",
+    "is not a subclass": "is a section of keys; give those, e.g. {key}.KEY=VALUE",
+    "is not Optional": "give a value",
+}
+"""What to do, by a part of OmegaConf's message."""
+
+
+def _wrong_type(error: OmegaConfBaseException, cfg: DictConfig) -> UserError:
+    key, text = str(error.full_key), _first_line(error)
+    fix = next((fix for part, fix in FIXES.items() if part in text), text)
+    return bad(key, OmegaConf.select(cfg, key), fix.format(key=key))
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -64,14 +64,18 @@ class StrategyChoice:
         tables = {"table_rows": memory.table_rows, "max_request_tokens": memory.max_request_tokens}
         takes = inspect.signature(strategy_class(self.target)).parameters
         tables = {name: value for name, value in tables.items() if name in takes}
-        return build(
-            self.target,
-            spec=memory.spec,
-            budget_bytes=memory.budget_bytes,
-            physical=physical,
-            **tables,  # type: ignore[arg-type]
-            **self.options,
-        )
+        try:
+            return build(
+                self.target,
+                spec=memory.spec,
+                budget_bytes=memory.budget_bytes,
+                physical=physical,
+                **tables,  # type: ignore[arg-type]
+                **self.options,
+            )
+        except TypeError as error:  # a value that the class could not even compare
+            fix = f"{self.target} cannot use one of these values ({' '.join(str(error).split())})"
+            raise bad(f"strategy_options.{self.label}", self.options, fix) from error
 
     def with_options(self, **options: Any) -> "StrategyChoice":
         return replace(self, options={**self.options, **options})
