@@ -1,7 +1,8 @@
 """Keep a run: ``python -m benchmarks.record RUN_DIR --name shared_pool-h100``.
 
 Writes ``benchmarks/results/NAME.json``: the run's environment (versions, device, commit, command) and its results, one row
-per phase x strategy x workload x repetition, without the columns that say nothing of it. Figures in README and docs name the record they come from.
+per phase x strategy x workload x repetition, without the columns that say nothing of it. Figures in README and docs name
+the record they come from.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 Lists the planner's candidates for one model and draws what each costs in state padding and in expected waste.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,53 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from experiments.harness import CONSOLE, write_results
+from experiments.lib import settings
+from experiments.lib.harness import CONSOLE, write_results
+from experiments.lib.settings import container, model_chosen
 from hybridcache.errors import bad
 from hybridcache.memory.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
 from hybridcache.observe.report import style
 from hybridcache.observe.report.units import byte_unit, bytes_text
 from hybridcache.spec import CacheSpec
+from models.configs import shipped_fields
 
 MIB = 1 << 20
 COLORS = dict(zip(KERNEL_BLOCK_TOKENS, ("#0072B2", "#009E73", "#E69F00", "#CC79A7"), strict=True))
 MARKERS = dict(zip(KERNEL_BLOCK_TOKENS, "os^D", strict=True))
+
+
+MODEL = "qwen3_next_80b_a3b"
+"""The model where none was chosen."""
+
+
+@dataclass
+class Section:
+    top: int
+    lengths: list[int]
+
+
+@dataclass
+class Config(settings.Common):
+    """What the experiment reads."""
+
+    model: settings.Model
+    kv_dtype: str
+    state_dtype: str
+    tp_size: int
+    geometry: Section
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """The settings with every ``auto`` replaced."""
+    if not model_chosen(cfg):
+        cfg.model = {"name": MODEL, "hf_config": shipped_fields(MODEL)}
+    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
+    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+    return cfg
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
@@ -43,7 +77,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     top = cfg.geometry.top
     if not isinstance(top, int) or top < 1:
         raise bad("geometry.top", top, "give the number of candidates to print, 1 or more")
-    fields = OmegaConf.to_container(cfg.model.hf_config, resolve=True)
+    fields = container(cfg.model.hf_config)
     spec = CacheSpec.from_config(fields, kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size)
     rows = [_row(cfg, spec, found, rank, lengths) for rank, found in enumerate(plan(spec), start=1)]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -56,6 +90,8 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
 
 def _lengths(cfg: DictConfig) -> list[int]:
     lengths = list(cfg.geometry.lengths)
+    if not lengths or len(set(lengths)) < len(lengths):
+        raise bad("geometry.lengths", lengths, "give at least one length, each once")
     for length in lengths:
         if not isinstance(length, int) or length < 1:
             raise bad("geometry.lengths", lengths, "give lengths of 1 token or more")

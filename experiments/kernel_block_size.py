@@ -8,6 +8,7 @@ kernel blocks; compiled for sm_90), *tables* (host time and bytes of expanding a
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from benchmarks.processes import each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
 from benchmarks.tables import WAYS, measure_table
 from benchmarks.work import Setup
-from experiments.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.settings import Common
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
@@ -39,6 +41,33 @@ FAST = {
     "blocks": [16, 256],
     "tables": {"geometries": [[1056, 16]], "batches": [1, 64], "lengths": [1024, 65536]},
 }
+
+
+@dataclass
+class Tables:
+    geometries: list[list[int]]
+    batches: list[int]
+    lengths: list[int]
+
+
+@dataclass
+class Settings:
+    operations: list[str]
+    blocks: list[int]
+    compile_up_to: int
+    device: str
+    decode: list[int]
+    prefill: list[int]
+    tables: Tables
+    limit_s: float
+
+
+@dataclass
+class Config(Common):
+    """What the experiment reads."""
+
+    seed: int
+    kernel_block_size: Settings
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

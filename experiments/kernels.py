@@ -8,6 +8,7 @@ naive references; its times claim nothing.
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from benchmarks.measure import Bench, Row, failed
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.timing import Ceilings, measure_ceilings
 from benchmarks.work import Setup
-from experiments.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.settings import Common
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name, environment
@@ -48,6 +50,22 @@ HEADINGS = (
     "rel error",
     "clock x launches",
 )
+
+
+@dataclass
+class Settings:
+    device: str
+    operations: list[str]
+    isolate: str | bool
+    limit_s: float
+
+
+@dataclass
+class Config(Common):
+    """What the experiment reads."""
+
+    seed: int
+    kernels: Settings
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

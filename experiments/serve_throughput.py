@@ -4,20 +4,73 @@ Five workloads of fixed lengths, all requests at once, greedy, one engine a stra
 a prefill step goes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness import CONSOLE, ProgressBar, write_results
-from experiments.phases.serving import ServingPhase, ServingSettings
-from experiments.strategies import choose_strategies
-from experiments.tables import print_throughput
+from experiments.lib import settings
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.phases.serving import ServingPhase, ServingSettings
+from experiments.lib.printed_tables import print_throughput
+from experiments.lib.settings import container, model_chosen
+from experiments.lib.strategy_choices import choose_strategies
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import bad
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.report import write_report
+
+
+@dataclass
+class Serving:
+    device: str
+    backend: str
+    attention_backend: str
+    checkpoint: str | None
+    dtype: str
+    cache_bytes: int | str
+    repetitions: int
+    workloads: Any
+    profile_rows: int | str
+    profile_context: int | str
+    cpu_threads: int
+
+
+@dataclass
+class Config(settings.Common):
+    """What the experiment reads."""
+
+    model: settings.Model
+    engine: settings.Engine  # type: ignore[valid-type]
+    kv_dtype: str
+    state_dtype: str
+    seed: int
+    strategies: list[str]
+    strategy_options: dict[str, Any]
+    serving: Serving
+    serve_trace: bool
+
+
+FAST = {"serving": {"repetitions": 1, "workloads": {"bs1": [1, 8, 4], "chat": [4, 24, 4]}}}
+"""The short form for tests, on any device."""
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """The settings with every ``auto`` replaced. Where no model was chosen, the section says which one runs.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+    if cfg.fast:
+        cfg = OmegaConf.merge(cfg, FAST)  # type: ignore[assignment]
+    found = ServingSettings.resolve(cfg, "serving")
+    cfg.serving = found.record()
+    cfg.kv_dtype, cfg.state_dtype = found.kv_dtype, found.state_dtype
+    cfg.engine.max_tokens_per_step = found.max_tokens_per_step
+    SchedulerConfig(**container(cfg.engine))
+    return cfg if model_chosen(cfg) else OmegaConf.masked_copy(cfg, [key for key in cfg if key != "model"])
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
@@ -26,24 +79,16 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     Raises:
         UserError: bad input, before the model is loaded where that can be known.
     """
-    if cfg.fast:
-        cfg = OmegaConf.merge(cfg, FAST)  # type: ignore[assignment]
     choices = choose_strategies(cfg)
     virtual = [choice.label for choice in choices if not choice.supports_physical]
     if virtual:
         raise bad("strategies", virtual, "have no physical memory to serve from; leave them out")
-    settings = ServingSettings.resolve(cfg.serving, "serving")
-    engine: dict[str, Any] = OmegaConf.to_container(cfg.engine, resolve=True)  # type: ignore[assignment]
-    scheduler = SchedulerConfig(**{**engine, "max_tokens_per_step": settings.max_tokens_per_step})
-    phase = ServingPhase(settings, cfg.seed)
-    workloads = settings.streams(phase.model.config.vocab_size, cfg.seed)
-    for choice in choices:
-        choice.build(phase.spec, settings.cache_bytes)
-    trace_dir = run_dir if cfg.serve_trace else None
+    found = ServingSettings(**container(cfg.serving))
+    phase = ServingPhase(found, cfg, choices, SchedulerConfig(**container(cfg.engine)))
     rows: list[dict[str, Any]] = []
     with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(32) as progress:
-        task = progress.add_task("serve", total=len(choices) * len(workloads) * settings.repetitions)
-        for row in phase.rows(choices, workloads, scheduler, events, trace_dir):
+        task = progress.add_task("serve", total=len(phase))
+        for row in phase.rows(events, run_dir if cfg.serve_trace else None):
             rows.append({"experiment": cfg.experiment_name, **row})
             write_results(rows, run_dir)  # after every row: what is measured is not lost
             progress.update(task, advance=1, description=f"{row['strategy']}, {row['workload']}")
@@ -51,7 +96,3 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     write_report(run_dir)
     print_throughput(CONSOLE, results)
     return results
-
-
-FAST = {"serving": {"repetitions": 1, "workloads": {"bs1": [1, 8, 4], "chat": [4, 24, 4]}}}
-"""The short form for tests, on any device."""

@@ -1,35 +1,174 @@
 """Experiment ``shared_pool``: how many bytes each memory-sharing strategy wastes, and what that costs.
 
-Three phases: *capacity* and *simulation* at the geometry of ``cfg.model`` (the 80B by default), *inference* with the model
-of ``cfg.inference`` on this device.
+Three phases: *capacity* and *simulation* at the geometry of the model (the 80B by default), *inference* with the model on
+this device; where no model was chosen, a small one stands in there.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.harness import CONSOLE, ProgressBar, write_results
-from experiments.phases.capacity import capacity_rows
-from experiments.phases.simulation import simulation_rows
-from experiments.strategies import StrategyChoice, choose_strategies
-from experiments.tables import print_capacity, print_runs
+from experiments.lib import settings
+from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.phases.capacity import capacity_rows
+from experiments.lib.phases.simulation import SimulationPhase
+from experiments.lib.printed_tables import print_capacity, print_runs
+from experiments.lib.settings import container, model_chosen
+from experiments.lib.static_ratio import wants_ratio, with_best_ratio
+from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, choose_strategies
+from experiments.lib.streams import make_streams, workload_target
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import bad
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.report import write_report
-from hybridcache.sim.cost_model import CostModel, DeviceSpec
+from hybridcache.sim.cost_model import CostModel, DeviceSpec, least_ranks
 from hybridcache.spec import CacheSpec
-from hybridcache.workloads import build_workload, cut_to_size, with_text_prompts
-from hybridcache.workloads.base import Workload
+from hybridcache.workloads import Workload, takes_seed
+from models.configs import shipped_fields
 
 PHASES = ("capacity", "simulation", "inference")
+MODEL = "qwen3_next_80b_a3b"
+"""What capacity and simulation are about where no model was chosen."""
+MAX_TOKENS_PER_STEP = 8192
 GIB = 1 << 30
 
-Prepared = tuple[int, Callable[[EventWriter], Iterator[dict[str, Any]]]]
-"""A phase whose input was checked: how many rows it will give, and what gives them."""
+Rows = Callable[[EventWriter], Iterator[dict[str, Any]]]
+
+
+@dataclass
+class Capacity:
+    budget_gib: float
+    lengths: list[int]
+
+
+@dataclass
+class Simulation:
+    budget_gib: float
+    repetitions: int
+    num_requests: int | None
+
+
+@dataclass
+class Inference:
+    device: str
+    backend: str
+    attention_backend: str
+    checkpoint: str | None
+    dtype: str
+    budget_bytes: int | str
+    budget_requests: int | float | str
+    repetitions: int
+    num_requests: int | str
+    max_prompt: int | str
+    max_output: int | str
+    cpu_threads: int
+
+
+@dataclass
+class Config(settings.Common):
+    """What the experiment reads. :func:`resolve` takes out what its phases leave aside."""
+
+    model: settings.Model
+    workload: dict[str, Any]
+    engine: settings.Engine  # type: ignore[valid-type]
+    device: settings.Device  # type: ignore[valid-type]
+    kv_dtype: str
+    state_dtype: str
+    tp_size: int | str
+    seed: int
+    strategies: list[str]
+    strategy_options: dict[str, Any]
+    phases: list[str]
+    capacity: Capacity
+    simulation: Simulation
+    inference: Inference
+
+
+FAST = {
+    "capacity": {"budget_gib": 1, "lengths": [12, 2000]},
+    "simulation": {"budget_gib": 1, "num_requests": 40},
+    "inference": {"num_requests": 6, "max_prompt": 96, "max_output": 8, "budget_requests": 2.0},
+}
+"""The short form: fewer lengths and requests, everything else as it is."""
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """The settings with every ``auto`` replaced, without what the chosen phases do not read.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+    if cfg.fast:
+        cfg = OmegaConf.merge(cfg, FAST)  # type: ignore[assignment]
+    phases = list(cfg.phases)
+    for phase in phases:
+        if phase not in PHASES or phases.count(phase) > 1:
+            raise bad("phases", phase, f"choose some of {', '.join(PHASES)}, each once")
+    if not phases:
+        raise bad("phases", phases, f"choose some of {', '.join(PHASES)}")
+    accounts, simulates, infers = (phase in phases for phase in PHASES)
+    tunes = wants_ratio(choose_strategies(cfg))
+    if infers:
+        from experiments.lib.phases.inference import InferenceSettings
+
+        cfg.inference = InferenceSettings.resolve(cfg, "inference").record()
+    _check_numbers(cfg)
+    streams = simulates or infers or tunes
+    unread = {
+        "capacity": not accounts,
+        "simulation": not simulates,
+        "inference": not infers,
+        "workload": not streams,
+        "tp_size": not (accounts or simulates),
+        "device": not (simulates or tunes or (accounts and cfg.tp_size == "auto")),
+        "seed": not infers and not (streams and takes_seed(workload_target(cfg))),
+    }
+    if accounts or simulates:
+        _resolve_geometry(cfg)
+    else:  # what inference runs is told in its own section
+        unread |= {"model": not model_chosen(cfg)}
+        cfg.kv_dtype, cfg.state_dtype = cfg.inference.kv_dtype, cfg.inference.state_dtype
+    if cfg.engine.max_tokens_per_step == "auto":
+        found = MAX_TOKENS_PER_STEP if simulates or not infers else cfg.inference.max_tokens_per_step
+        cfg.engine.max_tokens_per_step = found
+    SchedulerConfig(**container(cfg.engine))
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if not unread.get(str(key))])
+
+
+def _resolve_geometry(cfg: DictConfig) -> None:
+    """The model, dtypes and machine of capacity and simulation."""
+    if not model_chosen(cfg):
+        cfg.model = {"name": MODEL, "hf_config": shipped_fields(MODEL)}
+    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
+    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+    if cfg.tp_size == "auto":
+        cfg.tp_size = least_ranks(container(cfg.model.hf_config), DeviceSpec(**container(cfg.device)))
+    if isinstance(cfg.tp_size, str):
+        raise bad("tp_size", cfg.tp_size, "give the number of tensor-parallel ranks, or auto")
+    spec = _spec(cfg)
+    cfg.kv_dtype = spec.attention.dtype if spec.attention else cfg.kv_dtype
+    cfg.state_dtype = spec.state.recurrent_dtype if spec.state else cfg.state_dtype
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for section in ("capacity", "simulation"):
+        budget = cfg[section].budget_gib
+        if not (math.isfinite(budget) and budget > 0):
+            raise bad(f"{section}.budget_gib", budget, "give a positive number of GiB")
+    if not cfg.capacity.lengths:
+        raise bad("capacity.lengths", [], "give at least one length in tokens")
+    for length in cfg.capacity.lengths:
+        if length < 1 or list(cfg.capacity.lengths).count(length) > 1:
+            raise bad("capacity.lengths", length, "give lengths of 1 token or more, each once")
+    for name in ("repetitions", "num_requests"):
+        value = cfg.simulation[name]
+        if value is not None and value < 1:
+            raise bad(f"simulation.{name}", value, "give a positive whole number")
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
@@ -39,21 +178,16 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         UserError: bad input, before anything long starts.
         RuntimeError: strategies sampled different tokens in float64, where they must agree.
     """
-    if cfg.fast:
-        cfg = _fast(cfg)
-    for phase in cfg.phases:
-        if phase not in PHASES:
-            raise bad("phases", phase, f"choose some of {', '.join(PHASES)}")
     choices = choose_strategies(cfg)
-    workload = _workload(cfg)
     producers = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}
-    prepared = [(phase, producers[phase](cfg, choices, workload)) for phase in cfg.phases]
+    prepared = [(phase, *producers[phase](cfg, choices)) for phase in cfg.phases]
+    name = cfg.model.name if "model" in cfg else None
     rows: list[dict[str, Any]] = []
     with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(12) as progress:
-        for phase, (total, produce) in prepared:
+        for phase, total, produce in prepared:
             task = progress.add_task(phase, total=total)
             for row in produce(events):
-                rows.append({"experiment": cfg.experiment_name, "model": cfg.model.name, **row})
+                rows.append({"experiment": cfg.experiment_name, "model": name, **row})
                 write_results(rows, run_dir)  # after every row: what is measured is not lost
                 progress.advance(task)
     results = write_results(rows, run_dir)
@@ -65,88 +199,65 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     return results
 
 
-def _fast(cfg: DictConfig) -> DictConfig:
-    """The short form: fewer lengths and requests, everything else as it is."""
-    short = {
-        "capacity": {"budget_gib": 2, "lengths": [12, 2000]},
-        "simulation": {"budget_gib": 2, "num_requests": 40},
-        "inference": {"num_requests": 6, "max_prompt": 96, "max_output": 8, "budget_requests": 2.0},
-    }
-    return OmegaConf.merge(cfg, short)  # type: ignore[return-value]
-
-
-def _workload(cfg: DictConfig) -> Workload:
-    options = _plain(cfg.workload)
-    name = options.pop("name", None)
-    if name is None:
-        raise UserError("workload.name=None: choose a workload with workload=NAME")
-    return build_workload(name, **options)
-
-
-def _capacity(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
-    spec, budget = _spec(cfg), int(cfg.capacity.budget_gib * GIB)
+def _capacity(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
+    memory, lengths, seed = _memory(cfg, cfg.capacity.budget_gib), list(cfg.capacity.lengths), cfg.get("seed", 0)
+    if wants_ratio(choices):
+        scheduler, streams = SchedulerConfig(**container(cfg.engine)), [stream for _, stream in _streams(cfg, 1)]
+        choices = with_best_ratio(choices, memory, streams, scheduler, _cost_model(cfg, memory))
     for choice in choices:
-        choice.build(spec, budget)
-    lengths = list(cfg.capacity.lengths)
-    return len(choices) * len(lengths), lambda events: capacity_rows(choices, spec, budget, lengths, events)
+        choice.build(memory)
+    return len(choices) * len(lengths), lambda events: capacity_rows(choices, memory, lengths, seed, events)
 
 
-def _simulation(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
-    spec, budget = _spec(cfg), int(cfg.simulation.budget_gib * GIB)
-    for choice in choices:
-        choice.build(spec, budget)
-    device = DeviceSpec(**_plain(cfg.device))
-    cost_model = CostModel.from_config(_plain(cfg.model.hf_config), spec, device, cache_bytes=budget)
-    scheduler = SchedulerConfig(**_plain(cfg.engine))
-    stream = Workload(workload.name, workload.source, workload.requests[: cfg.simulation.num_requests])
-    repetitions = cfg.simulation.repetitions
-    return len(choices) * repetitions, lambda events: simulation_rows(
-        choices, spec, budget, stream, scheduler, cost_model, repetitions, events
-    )
+def _simulation(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
+    memory, scheduler = _memory(cfg, cfg.simulation.budget_gib), SchedulerConfig(**container(cfg.engine))
+    streams = [
+        (seed, stream.first(cfg.simulation.num_requests)) for seed, stream in _streams(cfg, cfg.simulation.repetitions)
+    ]
+    phase = SimulationPhase(choices, memory, streams, scheduler, _cost_model(cfg, memory))
+    return len(phase), phase.rows
 
 
-def _inference(cfg: DictConfig, choices: list[StrategyChoice], workload: Workload) -> Prepared:
-    from experiments.phases.inference import InferencePhase, InferenceSettings
+def _inference(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
+    from experiments.lib.phases.inference import InferencePhase, InferenceSettings
 
-    settings = InferenceSettings.resolve(cfg.inference, "inference")
-    physical = [choice for choice in choices if choice.supports_physical]
-    if not physical:
-        raise bad("strategies", list(cfg.strategies), "none is physical; inference needs one, e.g. shared_pool")
-    scheduler = SchedulerConfig(**{**_plain(cfg.engine), "max_tokens_per_step": settings.max_tokens_per_step})
-    phase = InferencePhase(settings, cfg.seed)
-    stream = cut_to_size(
-        workload,
-        max_prompt=settings.max_prompt,
-        max_output=settings.max_output,
-        num_requests=settings.num_requests,
-        keep_ratio=False,  # one factor would leave most outputs a single token
-    )
-    if phase.tokenizer is None:
-        raise bad("inference.model", settings.model, "its vocabulary has no room for bytes and it has no tokenizer")
-    stream = with_text_prompts(stream, phase.tokenizer, seed=cfg.seed)
-    budget = settings.budget(phase.spec, stream)
-    for choice in physical:
-        choice.build(phase.spec, budget, physical=True)
-    return len(physical) * settings.repetitions, lambda events: phase.rows(physical, budget, stream, scheduler, events)
+    settings = InferenceSettings(**container(cfg.inference))
+    scheduler = SchedulerConfig(**container(cfg.engine))
+    (_, stream), *_ = _streams(cfg, 1)
+    phase = InferencePhase(settings, cfg, choices, stream, scheduler)
+    return len(phase), phase.rows
+
+
+def _streams(cfg: DictConfig, repetitions: int) -> list[tuple[int, Workload]]:
+    return make_streams(cfg, repetitions, "simulation.repetitions")
+
+
+def _cost_model(cfg: DictConfig, memory: CacheMemory) -> CostModel:
+    device = DeviceSpec(**container(cfg.device))
+    fields = container(cfg.model.hf_config)
+    return CostModel.from_config(fields, memory.spec, device, cache_bytes=memory.budget_bytes)
+
+
+def _memory(cfg: DictConfig, budget_gib: float) -> CacheMemory:
+    longest = cfg.model.hf_config.get("max_position_embeddings")
+    return CacheMemory(_spec(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
 
 
 def _spec(cfg: DictConfig) -> CacheSpec:
     return CacheSpec.from_config(
-        _plain(cfg.model.hf_config), kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size
+        container(cfg.model.hf_config), kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size
     )
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
-
-
 def _check_tokens(results: pd.DataFrame) -> None:
-    inference = results[results["phase"] == "inference"] if "phase" in results else results
+    """Strategies that served the same requests must have sampled the same tokens, in float64 at least."""
+    inference = results[results["phase"] == "inference"]
     if inference.empty:
         return
-    agree = inference["tokens_sha256"].nunique() == 1
-    exact = set(inference["dtype"]) == {"float64"} and set(inference["backend"]) == {"torch"}
-    if exact and not agree:
+    alike = inference.groupby(["workload", "requests_served"])["tokens_sha256"]
+    agree = bool((alike.nunique() == 1).all())
+    exact = all(set(inference[name]) == {"float64"} for name in ("dtype", "kv_dtype", "state_dtype"))
+    if exact and set(inference["backend"]) == {"torch"} and not agree:
         raise RuntimeError(
             "strategies sampled different tokens in float64 on the torch backend, where they must agree: "
             + ", ".join(f"{r.strategy}={r.tokens_sha256[:8]}" for r in inference.itertuples())

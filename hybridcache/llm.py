@@ -6,7 +6,7 @@ for output in llm.generate(["The pool is"], SamplingParams(max_tokens=8)):
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hybridcache.kernels.backend import make_backend
 from hybridcache.outputs import RequestOutput, StreamedToken, TokenStream, interrupts_held
 from hybridcache.prompts import EncodedPrompt, Prompt, encode, read_params, read_prompts
 from hybridcache.spec import CacheSpec
+from hybridcache.spec.architectures import transformers_config
 from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
 from hybridcache.tokenizer import Tokenizer, eos_token_ids, read_tokenizer
@@ -270,6 +271,25 @@ def load_for_inference(
     require_room("model", str(model), _weight_bytes(config, name), chosen)
     loaded = load_model(folder, name, chosen) if folder.is_dir() else build_model(config, name, chosen, seed=seed)
     return loaded, read_tokenizer(folder, config.vocab_size)
+
+
+def random_for_inference(
+    name: str, fields: Mapping[str, Any], *, dtype: str, device: str = "auto", seed: int = 0
+) -> tuple[Any, Tokenizer | None]:
+    """Build a model with random weights from the fields of a configuration; ``name`` stands for it in errors. Text is taken
+    as bytes; the tokenizer is None where the model's vocabulary has no room for those.
+
+    Raises:
+        UserError: an architecture that inference does not run, a field that it refuses, or weights that do not fit the device.
+    """
+    kind = fields.get("model_type")
+    if kind not in MODELS:
+        raise bad(
+            "model", name, f"inference does not run {kind}, only its geometry; choose another, or leave inference out"
+        )
+    config, chosen = transformers_config(fields), choose_device(device)
+    require_room("model", name, _weight_bytes(config, dtype), chosen)
+    return build_model(config, dtype, chosen, seed=seed), read_tokenizer(None, config.vocab_size)
 
 
 def _shipped(name: str) -> Any:

@@ -24,14 +24,14 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
-def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
-    """The tokenizer in a checkpoint's folder; where there is none, one that takes text as bytes, or None where the
+def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
+    """The tokenizer in a checkpoint's folder; where there is none (or no folder), one that takes text as bytes, or None where the
     model's ``vocabulary`` has no room for those.
 
     Raises:
         UserError: Transformers cannot read the tokenizer's files.
     """
-    if any((folder / name).is_file() for name in _FILES):
+    if folder is not None and any((folder / name).is_file() for name in _FILES):
         from transformers import AutoTokenizer
 
         loader: Any = AutoTokenizer
@@ -42,7 +42,7 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:
             raise bad("model", str(folder), f"its tokenizer files cannot be read ({reason})") from error
     if vocabulary < ByteTokenizer.vocab_size:
         return None
-    if folder.is_dir():
+    if folder is not None and folder.is_dir():
         _LOG.warning("%s has no tokenizer: text is taken as bytes", folder)
     return ByteTokenizer(vocabulary)
 

@@ -21,13 +21,14 @@ overhead           constant: host, launches, sampling
 collectives        if n > 1: two all-reduces of T x hidden per layer, each a latency and ``2 (n - 1) / n`` of its bytes
 =================  ===========================================  =========================================================
 
-Bytes and FLOPs are divided by ``n`` (those of the cache by ``n / tp_size``, as a spec counts one rank's), as if all work
-divided evenly. Left out: activations, the embedding lookup, norms, the KV written, and routing that is not uniform (real
-routing touches fewer experts). Decode is taken as bound by bytes.
+The machine is ``n = tp_size`` devices, a tensor-parallel rank on each. Weights and FLOPs are divided by ``n``, as if all
+work divided evenly; the cache's bytes are not, because a spec counts one rank's (KV heads that ranks replicate included).
+Left out: activations, the embedding lookup, norms, the KV written, and routing that is not uniform (real routing touches
+fewer experts). Decode is taken as bound by bytes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -38,10 +39,25 @@ from hybridcache.sim.device import DeviceSpec
 from hybridcache.sim.parameters import ModelParameters
 from hybridcache.spec import CacheSpec
 
-__all__ = ["CostModel", "DeviceSpec", "ModelParameters", "StepWork"]
+__all__ = ["CostModel", "DeviceSpec", "ModelParameters", "StepWork", "least_ranks"]
 
+GIB = 1 << 30
+USABLE_MEMORY = 0.9
+"""Of a device: weights and cache; the rest is for activations, workspaces and the driver (vLLM's default share, too)."""
 DELTA_RULE_CHUNK = 64
 """Tokens of one chunk of the chunked delta rule."""
+
+
+def least_ranks(hf_config: Any, device: DeviceSpec, weight_bytes: float = 2.0) -> int:
+    """The least power of two of devices on which a model's weights take at most three quarters of the usable memory.
+
+    It does not depend on the cache, so that a sweep over budgets stays on one machine.
+    """
+    needed = ModelParameters.from_config(hf_config).stored * weight_bytes
+    n = 1
+    while needed > 0.75 * USABLE_MEMORY * n * device.memory_bytes:
+        n *= 2
+    return n
 
 
 @dataclass
@@ -89,12 +105,12 @@ class StepWork:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Rooflines of one model's step on ``num_devices`` devices (see the module's table).
+    """Rooflines of one model's step on ``spec.tp_size`` devices (see the module's table).
 
     Args:
         parameters: the model's weights.
         spec: the model's caches, on one of ``spec.tp_size`` ranks.
-        device: with ``num_devices`` given. :meth:`from_config` chooses it.
+        device: of each rank.
         weight_bytes: of one weight; 2 for bf16.
     """
 
@@ -102,13 +118,6 @@ class CostModel:
     spec: CacheSpec
     device: DeviceSpec
     weight_bytes: float = 2.0
-
-    def __post_init__(self) -> None:
-        n = self.device.num_devices
-        if n is None or n % self.spec.tp_size:
-            raise bad(
-                "num_devices", n, f"give a multiple of tp_size={self.spec.tp_size}: a rank lives on whole devices"
-            )
 
     @classmethod
     def from_config(
@@ -124,33 +133,30 @@ class CostModel:
 
         Args:
             hf_config: a Transformers config, or a mapping of its fields with ``model_type``.
-            spec: of the same config.
-            device: H100 where None. With ``num_devices=None`` the least power of two is taken, from ``tp_size`` on, whose
-                memory holds the weights and ``cache_bytes``.
-            cache_bytes: the strategy's budget (of one rank).
+            spec: of the same config; its ``tp_size`` is the number of devices.
+            device: H100 where None.
+            cache_bytes: the strategy's budget, of one rank.
             weight_bytes: of one weight.
 
         Raises:
-            UserError: the given ``num_devices`` cannot hold weights and cache, or the config cannot be read.
+            UserError: a device cannot hold its rank's weights and cache, or the config cannot be read.
         """
         device = device or DeviceSpec()
         parameters = ModelParameters.from_config(hf_config)
-        needed = parameters.stored * weight_bytes + cache_bytes * spec.tp_size
-        n = device.num_devices or spec.tp_size
-        while needed > n * device.memory_bytes:
-            if device.num_devices is not None:
-                fix = (
-                    f"{n} x {device.memory_bytes / 2**30:.1f} GiB of {device.name} cannot hold {needed / 2**30:.1f} GiB of "
-                    "weights and cache; give more devices, or null for as many as are needed"
-                )
-                raise bad("num_devices", device.num_devices, fix)
-            n *= 2
-        return cls(parameters, spec, replace(device, num_devices=n), weight_bytes)
+        weights = parameters.stored * weight_bytes / spec.tp_size
+        if weights + cache_bytes > USABLE_MEMORY * device.memory_bytes:
+            raise bad(
+                "tp_size",
+                spec.tp_size,
+                f"a rank's {weights / GIB:.1f} GiB of weights and {cache_bytes / GIB:.1f} GiB of cache are more than "
+                f"{USABLE_MEMORY:.0%} of one {device.name}'s {device.memory_bytes / GIB:.1f} GiB; give a smaller budget, more "
+                "ranks, or tp_size=auto",
+            )
+        return cls(parameters, spec, device, weight_bytes)
 
     @property
     def num_devices(self) -> int:
-        assert self.device.num_devices is not None
-        return self.device.num_devices
+        return self.spec.tp_size
 
     @property
     def label(self) -> str:
@@ -194,7 +200,7 @@ class CostModel:
             "state_prefill": max(
                 (work.states_read + work.states_written) * r.state, work.prefill_tokens * r.state_prefill_token
             ),
-            "moves": 2 * bytes_moved / (d.bandwidth * r.cache_devices),
+            "moves": 2 * bytes_moved / d.bandwidth,
             "overhead": d.step_overhead_s,
         }
         n = self.num_devices
@@ -222,12 +228,9 @@ class _Rates:
     state: float
     """Read or written once, all layers."""
     state_prefill_token: float
-    cache_devices: float
-    """Devices that share one rank's cache."""
 
     @classmethod
     def of(cls, p: ModelParameters, spec: CacheSpec, d: DeviceSpec, n: int) -> "_Rates":
-        cache_devices = n / spec.tp_size
         kv, state = spec.attention, spec.state
         # A latent (v_dim = 0) is both K and V.
         pair = 2 * p.num_query_heads * (kv.k_dim + (kv.v_dim or kv.k_dim)) * len(spec.attention_layers) if kv else 0
@@ -237,11 +240,10 @@ class _Rates:
             dense_flop=1 / (n * d.flops * d.dense_matmul_efficiency),
             expert_byte=1 / (n * d.bandwidth * d.expert_efficiency),
             expert_flop=1 / (n * d.flops * d.expert_matmul_efficiency),
-            kv_token=spec.kv_bytes_per_token / (cache_devices * d.bandwidth * d.kv_efficiency),
+            kv_token=spec.kv_bytes_per_token / (d.bandwidth * d.kv_efficiency),
             attention_pair=pair / (n * d.flops * d.prefill_attention_efficiency),
-            state=spec.state_bytes / (cache_devices * d.bandwidth * d.state_efficiency),
+            state=spec.state_bytes / (d.bandwidth * d.state_efficiency),
             state_prefill_token=token / (n * d.flops * d.state_prefill_efficiency),
-            cache_devices=cache_devices,
         )
 
 

@@ -7,7 +7,7 @@ from hybridcache.errors import bad
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """Rates of one device and how many there are.
+    """Rates of one device.
 
     Defaults are those of an NVIDIA H100 SXM (80 GB), measured with torch 2.11 and Triton 3.6 unless a field says
     otherwise. An *efficiency* is the fraction of the rate that an operation's kernels reach; calibrate them for other
@@ -18,8 +18,6 @@ class DeviceSpec:
     """
 
     name: str = "H100"
-    num_devices: int | None = None
-    """Devices that one model runs on, tensor parallel; None: the least power of two that holds weights and cache."""
     memory_bytes: float = 80 * 2**30
     """Of one device."""
     bandwidth: float = 3.05e12
@@ -55,16 +53,14 @@ class DeviceSpec:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            if field.name == "num_devices":
-                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                    raise bad(field.name, value, "give a positive whole number, or null for as many as are needed")
-                continue
             may_be_zero = field.name.endswith("_s")
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise bad(
-                    field.name, value, "give a finite number, 0 or more" if may_be_zero else "give a positive number"
+                    f"device.{field.name}",
+                    value,
+                    "give a finite number, 0 or more" if may_be_zero else "give a positive number",
                 )
             if value == 0 and not may_be_zero:
-                raise bad(field.name, value, "give a positive number")
+                raise bad(f"device.{field.name}", value, "give a positive number")
             if field.name.endswith("efficiency") and value > 1:
-                raise bad(field.name, value, "give a fraction of the rate, above 0 and at most 1")
+                raise bad(f"device.{field.name}", value, "give a fraction of the rate, above 0 and at most 1")

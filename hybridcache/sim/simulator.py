@@ -21,14 +21,15 @@ class SimulationResult:
     sequences: list[Sequence]
     """All requests that ran, finished, in order of the stream; those refused are not among them."""
     duration_s: float
-    """Clock at the end of the last step; the stream's own time 0 is the start."""
+    """From the first arrival of a request that ran to the end of the last step; 0 where none ran."""
     steps: int
     refused_requests: tuple[Request, ...]
     """Requests that the strategy's budget can never hold (``Strategy.request_limit``); they never entered the queue."""
 
     @property
     def refused(self) -> int:
-        """How many requests were refused. A comparison in which strategies refuse differently compares unequal work."""
+        """How many requests were refused. Strategies that refuse differently do unequal work: compare them on requests that
+        all of them hold."""
         return len(self.refused_requests)
 
 
@@ -61,7 +62,8 @@ def simulate(
     scheduler = Scheduler(strategy, scheduler_config)
     accepted, refused = _accept(workload, strategy)
     total, done = len(workload.requests), len(refused)
-    now, next_arrival, steps, moved = 0.0, 0, 0, strategy.bytes_moved
+    now = first_arrival = accepted[0].arrival_s if accepted else 0.0
+    next_arrival, steps, moved = 0, 0, strategy.bytes_moved
     while next_arrival < len(accepted) or scheduler.has_work:
         if not scheduler.has_work:
             now = max(now, accepted[next_arrival].arrival_s)
@@ -82,17 +84,15 @@ def simulate(
             progress(done, total)
     if progress is not None:
         progress(done, total)
-    return SimulationResult(accepted, now, steps, tuple(refused))
+    return SimulationResult(accepted, now - first_arrival, steps, tuple(refused))
 
 
 def _accept(workload: Workload, strategy: Strategy) -> tuple[list[Sequence], list[Request]]:
     """The stream as sequences by arrival, and the requests that the strategy's budget can never hold."""
-    limit = strategy.request_limit()
-    accepted, refused = [], []
-    for request in sorted(workload.requests, key=lambda request: request.arrival_s):
-        seq = Sequence(request.request_id, request.prompt_tokens, request.output_tokens, request.arrival_s)
-        if seq.max_stored_tokens > limit:
-            refused.append(request)
-        else:
-            accepted.append(seq)
-    return accepted, refused
+    held = workload.within(strategy.request_limit())
+    ids = {request.request_id for request in held}
+    accepted = [
+        Sequence(request.request_id, request.prompt_tokens, request.output_tokens, request.arrival_s)
+        for request in sorted(held, key=lambda request: request.arrival_s)
+    ]
+    return accepted, [request for request in workload.requests if request.request_id not in ids]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator, MutableSequence, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -45,13 +45,6 @@ class Accounts(ABC):
     has_addresses: ClassVar[bool] = True
     """False for a bound that counts bytes without placing them."""
 
-    _made_with: tuple[tuple[Any, ...], dict[str, Any]]
-
-    def __new__(cls, *args: Any, **options: Any) -> Any:
-        made = super().__new__(cls)
-        made._made_with = args, options
-        return made
-
     def __init__(
         self,
         spec: CacheSpec,
@@ -84,6 +77,9 @@ class Accounts(ABC):
         """Bytes of partial tail entries copied by restoring since construction."""
         self.table_entries_appended = 0
         """int32 entries appended to KV tables since construction."""
+        self._own_nothing()
+
+    def _own_nothing(self) -> None:
         self.room: dict[int, int] = {}
         """To how many tokens each resident can grow with nothing to be done but counting; 0 where its states are another
         owner's too, and it must take some of its own first. To be read only."""
@@ -102,12 +98,8 @@ class Accounts(ABC):
     def reset(self) -> None:
         """Forget everybody: the strategy is as it was made, its counters excepted. For a caller that was interrupted in the
         middle of one of its calls, after which no bookkeeping counts."""
-        args, options = self._made_with
-        counted = {name: getattr(self, name) for name in ("bytes_moved", "bytes_copied", "table_entries_appended")}
-        self.__dict__.clear()
-        self._made_with = args, options
-        self.__init__(*args, **options)  # type: ignore[misc]
-        self.__dict__.update(counted)
+        self._own_nothing()
+        self._adopt(self.pool_bytes)
 
     def _set_up(self) -> None:
         """Called at the end of a subclass's constructor: cut the pool."""

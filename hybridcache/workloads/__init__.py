@@ -19,7 +19,7 @@ _READERS = {
 WORKLOADS = tuple(_READERS)
 """Names that ``build_workload`` knows; a function of your own goes in by its dotted path."""
 
-__all__ = ["WORKLOADS", "Request", "Workload", "build_workload", "cut_to_size", "with_text_prompts"]
+__all__ = ["WORKLOADS", "Request", "Workload", "build_workload", "cut_to_size", "takes_seed", "with_text_prompts"]
 
 
 def workload_builder(name: str) -> Callable[..., Workload]:
@@ -42,6 +42,11 @@ def workload_builder(name: str) -> Callable[..., Workload]:
     return found
 
 
+def takes_seed(name: str) -> bool:
+    """Whether the workload is drawn from a seed, so that another seed is another stream."""
+    return "seed" in inspect.signature(workload_builder(name)).parameters
+
+
 def build_workload(name: str, **options: Any) -> Workload:
     """Make a workload.
 
@@ -58,6 +63,13 @@ def build_workload(name: str, **options: Any) -> Workload:
     for option, value in options.items():
         if option not in parameters and not takes_any:
             raise bad(option, value, f"workload {name} has no such option; choose from {', '.join(parameters)}")
+    for option, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if needed and option not in options:
+            raise bad(option, None, f"workload {name} needs it")
     workload = builder(**options)
     if not isinstance(workload, Workload):
         raise bad("workload", name, f"returned a {type(workload).__name__}; return a hybridcache.workloads.Workload")

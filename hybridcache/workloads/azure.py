@@ -35,7 +35,7 @@ def azure(
         "the GitHub repository Azure/AzurePublicDataset (AzureLLMInferenceDataset2023)",
     )
     rows = [_row(line) for line in csv_lines(found, (PUBLIC, RELATIVE))]
-    return build("azure", str(found), window.choose(rows, found))
+    return build("azure", *window.choose(rows, found))
 
 
 def _row(line: Line) -> Row:

@@ -1,6 +1,6 @@
 """Request streams: what a workload is, for the simulator and the engine alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridcache.errors import bad
 
@@ -35,6 +35,17 @@ class Workload:
     def __post_init__(self) -> None:
         if not self.requests:
             raise bad("workload", self.name, f"{self.source} gave no request")
+
+    def first(self, count: int | None) -> "Workload":
+        """The earliest ``count`` requests (None: all); where that cuts the stream, ``source`` says so."""
+        if count is None or count >= len(self.requests):
+            return self
+        source = f"{self.source} (first {count:,} of {len(self.requests):,} requests)"
+        return replace(self, source=source, requests=self.requests[:count])
+
+    def within(self, limit: int) -> tuple[Request, ...]:
+        """The requests that store at most ``limit`` tokens (the last output token is never stored)."""
+        return tuple(r for r in self.requests if r.prompt_tokens + r.output_tokens - 1 <= limit)
 
     @property
     def prompt_tokens(self) -> int:

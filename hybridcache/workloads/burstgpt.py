@@ -43,8 +43,8 @@ def burstgpt(
         raise UserError(
             f"{found}: all {failed} rows have 0 response tokens (failed requests); give a trace with successes"
         )
-    source = str(found)
+    chosen, source = window.choose(rows, found)
     if failed:
         _log.warning("%s: skipped %d failed requests (0 response tokens)", found, failed)
         source += f" (skipped {failed} failed requests)"
-    return build("burstgpt", source, window.choose(rows, found))
+    return build("burstgpt", chosen, source)

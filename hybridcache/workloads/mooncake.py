@@ -41,13 +41,13 @@ def mooncake(
     vocab_size = whole("vocab_size", vocab_size, 2)
     found = trace_path(path, "Mooncake trace", "the GitHub repository kvcache-ai/Mooncake (FAST25-release/traces)")
     rows = [_row(line, with_prompt_ids) for line in _lines(found)]
-    chosen = window.choose(rows, found)
+    chosen, source = window.choose(rows, found)
     blocks: dict[int, tuple[int, ...]] = {}
     requests = []
     for i, (arrival_s, row) in enumerate(chosen):
         ids = _prompt_ids(row, vocab_size, blocks) if with_prompt_ids else None
         requests.append(Request(i, arrival_s, row.prompt_tokens, row.output_tokens, ids))
-    return Workload("mooncake", str(found), tuple(requests))
+    return Workload("mooncake", source, tuple(requests))
 
 
 def block_ids(hash_id: int, vocab_size: int) -> tuple[int, ...]:

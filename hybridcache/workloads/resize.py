@@ -54,7 +54,8 @@ def cut_to_size(
         raise bad("arrivals", arrivals, f"choose one of {', '.join(ARRIVALS)}")
     if num_requests is not None:
         num_requests = whole("num_requests", num_requests)
-    requests = workload.requests[:num_requests]
+    workload = workload.first(num_requests)
+    requests = workload.requests
     prompt_factor = _factor("max_prompt", max_prompt, (request.prompt_tokens for request in requests))
     output_factor = _factor("max_output", max_output, (request.output_tokens for request in requests))
     if keep_ratio:
@@ -62,7 +63,7 @@ def cut_to_size(
     with_time = arrivals == "scaled"
     cut = tuple(_scaled(request, prompt_factor, output_factor, with_time) for request in requests)
     how = f"prompts x {float(prompt_factor):.4g}, outputs x {float(output_factor):.4g}, arrivals {arrivals}"
-    return Workload(workload.name, f"{workload.source} (first {len(cut)} requests, {how})", cut)
+    return Workload(workload.name, f"{workload.source} ({how})", cut)
 
 
 def _factor(field: str, longest: int, lengths: Iterable[int]) -> Fraction:

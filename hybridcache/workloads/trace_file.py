@@ -42,8 +42,9 @@ class Window:
         number("start_s", self.start_s)
         number("time_scale", self.time_scale, above=True)
 
-    def choose(self, rows: Iterable[Row], path: Path) -> list[tuple[float, Row]]:
-        """``(arrival in seconds, row)`` of the rows in the window, ordered by arrival (ties in file order).
+    def choose(self, rows: Iterable[Row], path: Path) -> tuple[list[tuple[float, Row]], str]:
+        """``(arrival in seconds, row)`` of the rows in the window, ordered by arrival (ties in file order), and the source
+        that a :class:`Workload` names: the file, and what was cut off it.
 
         Raises:
             UserError: the window holds no row.
@@ -56,7 +57,11 @@ class Window:
         if not inside:
             last = ordered[-1].time_s - ordered[0].time_s
             raise bad("start_s", self.start_s, f"the last request of {path} arrives after {last:g} s; start before it")
-        return [((row.time_s - begin) * self.time_scale, row) for row in inside[: self.max_requests]]
+        chosen = [((row.time_s - begin) * self.time_scale, row) for row in inside[: self.max_requests]]
+        if len(chosen) == len(ordered):
+            return chosen, str(path)
+        after = f" from {self.start_s:g} s on" if len(inside) < len(ordered) else ""
+        return chosen, f"{path} ({len(chosen):,} of {len(ordered):,} requests{after})"
 
 
 def trace_path(path: str | Path | None, trace: str, where: str) -> Path:
@@ -150,7 +155,7 @@ def csv_lines(path: Path, headers: Sequence[tuple[str, ...]]) -> Iterator[Line]:
             ) from error
 
 
-def build(name: str, source: str, rows: Iterable[tuple[float, Row]]) -> Workload:
+def build(name: str, rows: Iterable[tuple[float, Row]], source: str) -> Workload:
     """The stream of rows that carry lengths only."""
     requests = [Request(i, at, row.prompt_tokens, row.output_tokens) for i, (at, row) in enumerate(rows)]
     return Workload(name, source, tuple(requests))

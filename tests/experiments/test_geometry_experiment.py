@@ -58,5 +58,5 @@ def test_wrong_keys_are_refused_before_anything_is_written(tmp_path):
 
 def test_its_keys_compose_at_the_root():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("experiment/geometry", overrides=["geometry.top=3"])
+        cfg = compose("config", overrides=["+experiment=geometry", "geometry.top=3"])
     assert (cfg.experiment_name, cfg.geometry.top) == ("geometry", 3)

@@ -7,7 +7,7 @@ import pytest
 from hybridcache.engine.sequence import Sequence
 from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import UserError
-from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters
+from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters, least_ranks
 from hybridcache.spec import CacheSpec
 from models.configs import shipped_fields
 
@@ -39,25 +39,32 @@ def test_tied_head_is_stored_once() -> None:
     assert untied.stored - tied.stored == untied.head
 
 
-def test_devices_are_as_many_as_hold_weights_and_cache() -> None:
+def test_the_machine_depends_on_the_model_alone() -> None:
+    """148.4 GiB of weights: two H100s would be filled to 93 %, four to 46 %."""
     config = qwen3_next()
-    spec = CacheSpec.from_config(config)
-    assert CostModel.from_config(config, spec).label == "2 x H100"
-    assert CostModel.from_config(config, spec, cache_bytes=20 << 30).label == "4 x H100"
-    assert CostModel.from_config(config, spec, weight_bytes=0.5).label == "H100"
-    with pytest.raises(UserError, match=r"num_devices=1.*148.4 GiB"):
-        CostModel.from_config(config, spec, DeviceSpec(num_devices=1))
+    assert least_ranks(config, DeviceSpec()) == 4
+    assert least_ranks(config, DeviceSpec(), weight_bytes=1.0) == 2
+    assert least_ranks(config, DeviceSpec(memory_bytes=float(1 << 40))) == 1
+    spec = CacheSpec.from_config(config, tp_size=4)
+    for budget in (5 << 30, 30 << 30):
+        assert CostModel.from_config(config, spec, cache_bytes=budget).label == "4 x H100"
+    with pytest.raises(UserError, match=r"tp_size=4: a rank's 37.1 GiB of weights and 40.0 GiB of cache"):
+        CostModel.from_config(config, spec, cache_bytes=40 << 30)
+    with pytest.raises(UserError, match=r"tp_size=1: a rank's 148.4 GiB"):
+        CostModel.from_config(config, CacheSpec.from_config(config))
 
 
 def test_decode_of_the_80b_is_plausible() -> None:
-    """Bounds that any H100 obeys: 64 decodes of 4,096 tokens read at least 100 GB of weights, KV and states."""
+    """Bounds that any H100 obeys: 64 decodes of 4,096 tokens read at least 100 GB of weights, KV and states. Four ranks store
+    each of the two KV heads twice."""
     config = qwen3_next()
-    spec = CacheSpec.from_config(config)
-    model = CostModel.from_config(config, spec, DeviceSpec(num_devices=4))
+    spec = CacheSpec.from_config(config, tp_size=4)
+    assert 4 * spec.kv_bytes_per_token == 2 * CacheSpec.from_config(config).kv_bytes_per_token
+    model = CostModel.from_config(config, spec)
     step = Step([ScheduledTokens(Sequence(i, 4096, 9, num_output=1), 4096, 1) for i in range(64)])
     p = model.parameters
     touched = 512 * (1 - (1 - 10 / 512) ** 64) * 48 * p.expert * 2
-    total = (p.dense + p.head) * 2 + touched + 64 * (4097 * spec.kv_bytes_per_token + 2 * spec.state_bytes)
+    total = (p.dense + p.head) * 2 + touched + 4 * 64 * (4097 * spec.kv_bytes_per_token + 2 * spec.state_bytes)
     assert total > 100e9
     assert total / (4 * DeviceSpec().bandwidth) < model.step_s(step) < 2.5 * total / (4 * DeviceSpec().bandwidth)
 

@@ -44,7 +44,6 @@ PARAMETERS = ModelParameters(
 )
 DEVICE = DeviceSpec(
     name="round numbers",
-    num_devices=1,
     bandwidth=1e6,
     flops=1e9,
     dense_efficiency=0.5,
@@ -59,8 +58,8 @@ DEVICE = DeviceSpec(
 )
 
 
-def cost_model(**changes: Any) -> CostModel:
-    return CostModel(PARAMETERS, SPEC, replace(DEVICE, **changes))
+def cost_model(tp_size: int = 1, **changes: Any) -> CostModel:
+    return CostModel(PARAMETERS, hybrid_spec(tp_size=tp_size), replace(DEVICE, **changes))
 
 
 def strategy(name: str = "shared_pool", budget: int = 4 * MIB, **options: Any) -> Strategy:
@@ -166,7 +165,7 @@ def test_the_clock_jumps_over_idle_gaps() -> None:
     assert result.steps == 6
     assert first.finish_s < 10
     assert second.first_token_s - 1000.0 == pytest.approx(first.first_token_s - 2.0)
-    assert result.duration_s == second.finish_s
+    assert result.duration_s == second.finish_s - 2.0, "counted from the first arrival"
     row = recorder.finish(result.sequences, pool, result.refused_requests)
     # Both requests run alone, so the means over steps are those of one resident, not diluted by the gap.
     assert SPEC.request_bytes(5) <= row["useful_bytes_mean"] <= SPEC.request_bytes(7)
@@ -180,6 +179,17 @@ def test_arrival_during_a_step_waits_for_its_end() -> None:
     assert prefill > 0.01
     assert result.sequences[0].first_token_s == pytest.approx(prefill)
     assert result.sequences[1].first_token_s > prefill
+
+
+def test_duration_counts_from_the_first_arrival() -> None:
+    """The same stream, 100 s later, takes as long and yields tokens at the same rate."""
+    early, late = (
+        simulate(stream((at, 9, 7), (at + 0.5, 5, 3)), strategy(), None, cost_model()) for at in (0.0, 100.0)
+    )
+    assert early.duration_s == pytest.approx(max(seq.finish_s for seq in early.sequences))
+    assert late.duration_s == pytest.approx(early.duration_s)
+    nothing = simulate(stream((5.0, 10**9, 1)), strategy(), None, cost_model())
+    assert (nothing.duration_s, nothing.refused) == (0.0, 1)
 
 
 def test_a_stream_out_of_order_runs_by_arrival() -> None:
@@ -310,26 +320,22 @@ def test_experts_touched() -> None:
     assert dense.explain(mixed_step())["experts"] == 0
 
 
-def test_work_divides_by_devices_and_costs_collectives() -> None:
+def test_work_divides_by_ranks_and_costs_collectives() -> None:
+    """The specs here are those of one rank: four ranks hold four times the cache, and read it at four times the rate."""
     one = cost_model().explain(mixed_step(), 4000)
-    four = cost_model(num_devices=4, collective_latency_s=0.5, link_bandwidth=1e3).explain(mixed_step(), 4000)
-    for term in one.keys() - {"overhead"}:
+    four = cost_model(tp_size=4, collective_latency_s=0.5, link_bandwidth=1e3).explain(mixed_step(), 4000)
+    for term in ("dense", "head", "experts"):
         assert four[term] == pytest.approx(one[term] / 4), term
-    assert four["overhead"] == one["overhead"]
+    for term in ("attention_decode", "state_decode", "moves", "overhead"):
+        assert four[term] == pytest.approx(one[term]), term
     # Two all-reduces in each of 8 layers: a latency, and 2 x 3/4 of 102 x 16 elements of 2 B.
     assert four["collectives"] == pytest.approx(16 * (0.5 + 1.5 * 102 * 16 * 2 / 1e3))
     assert "collectives" not in one
-    # A spec of one rank of two: its bytes lie on 4 / 2 devices.
-    ranked = CostModel(PARAMETERS, hybrid_spec(tp_size=2), replace(DEVICE, num_devices=4)).explain(mixed_step(), 4000)
-    for term in ("attention_decode", "state_decode", "moves"):
-        assert ranked[term] == pytest.approx(one[term] / 2), term
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_devices", 0),
-        ("num_devices", 1.5),
         ("bandwidth", 0),
         ("bandwidth", float("nan")),
         ("flops", "fast"),
@@ -340,9 +346,3 @@ def test_work_divides_by_devices_and_costs_collectives() -> None:
 def test_device_refuses(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{field}="):
         replace(DEVICE, **{field: value})
-
-
-def test_devices_must_hold_whole_ranks() -> None:
-    for n in (None, 3):
-        with pytest.raises(UserError, match=r"num_devices=.*multiple of tp_size=2"):
-            CostModel(PARAMETERS, hybrid_spec(tp_size=2), replace(DEVICE, num_devices=n))

@@ -198,3 +198,26 @@ def test_bytes_that_are_no_text_are_named_too(tmp_path: Path) -> None:
     path.write_bytes(AZURE_HEADER.encode() + b"\n0.0,\xff\xfe,1\n")
     with pytest.raises(UserError, match=r"num_prefill_tokens=.*line 2"):
         build_workload("azure", path=path)
+
+
+@pytest.mark.parametrize("name", ["azure", "burstgpt", "mooncake"])
+def test_a_cut_trace_says_so(tmp_path, name: str) -> None:
+    path = {"azure": azure_file, "burstgpt": burstgpt_file, "mooncake": mooncake_file}[name](tmp_path)
+    assert build_workload(name, path=path).source == str(path)
+    assert build_workload(name, path=path, max_requests=2).source == f"{path} (2 of 5 requests)"
+    assert build_workload(name, path=path, start_s=2.5).source == f"{path} (2 of 5 requests from 2.5 s on)"
+
+
+def azure_file(folder):
+    header = "arrived_at,num_prefill_tokens,num_decode_tokens"
+    return write(folder / "a.csv", "\n".join([header, *(f"{i},10,2" for i in range(5))]))
+
+
+def burstgpt_file(folder):
+    return write(
+        folder / "b.csv", "\n".join(["Timestamp,Request tokens,Response tokens", *(f"{i},10,2" for i in range(5))])
+    )
+
+
+def mooncake_file(folder):
+    return write(folder / "m.jsonl", "\n".join(mooncake_line(1000 * i, 10, [i]) for i in range(5)))

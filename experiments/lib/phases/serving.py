@@ -1,16 +1,19 @@
 """Serving phase: each workload at full speed through one engine a strategy, and a profile of its steps."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
-from experiments.phases.model_phase import ModelPhase, ModelSettings, require_finished
-from experiments.strategies import StrategyChoice
+from experiments.lib.phases.model_phase import ModelPhase, ModelSettings, require_finished
+from experiments.lib.static_ratio import wants_ratio, with_best_ratio
+from experiments.lib.strategy_choices import StrategyChoice
+from experiments.lib.streams import offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
@@ -20,6 +23,7 @@ from hybridcache.errors import bad
 from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.observe.step_profile import StepProfile, profile_steps
+from hybridcache.sim.cost_model import CostModel, DeviceSpec
 from hybridcache.workloads import build_workload
 from hybridcache.workloads.base import Workload
 
@@ -41,7 +45,6 @@ class ServingSettings(ModelSettings):
         "cpu": {
             "model": "tiny",
             "dtype": "float32",
-            "state_dtype": "float32",
             "cache_bytes": 2 << 20,
             "max_tokens_per_step": 256,
             "profile_rows": 8,
@@ -57,7 +60,6 @@ class ServingSettings(ModelSettings):
         "cuda": {
             "model": "qwen3_next_8l",
             "dtype": "bfloat16",
-            "state_dtype": "float32",
             "cache_bytes": 2 << 30,
             "max_tokens_per_step": 8192,
             "profile_rows": 256,
@@ -80,9 +82,13 @@ class ServingSettings(ModelSettings):
             UserError: a workload that is not ``[requests, prompt tokens, output tokens]``.
         """
         found = []
+        if not isinstance(self.workloads, Mapping) or not self.workloads:
+            raise bad(
+                "serving.workloads", self.workloads, "give {name: [requests, prompt tokens, output tokens]}, or auto"
+            )
         for name, shape in self.workloads.items():
-            if len(shape) != 3:
-                raise bad(f"serving.workloads.{name}", list(shape), "give [requests, prompt tokens, output tokens]")
+            if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+                raise bad(f"serving.workloads.{name}", shape, "give [requests, prompt tokens, output tokens]")
             first = min(1000, vocabulary // 2)
             found.append(
                 build_workload(
@@ -100,40 +106,69 @@ class ServingSettings(ModelSettings):
 
 
 class ServingPhase(ModelPhase):
-    """One model on one device; every strategy in turn serves all workloads with one engine."""
+    """One model on one device; every strategy in turn serves all workloads with one engine.
 
-    def __init__(self, settings: ServingSettings, seed: int) -> None:
-        super().__init__(settings, seed)
-        self.settings = settings
-        self._allocated_before = torch.cuda.memory_allocated() if self.on_cuda else 0
-        self._warm_up_all = True
+    Args:
+        settings: of the phase.
+        cfg: of the experiment.
+        choices: physical strategies. ``ratio: best`` is searched in simulation, for all workloads together.
+        scheduler: policies.
 
-    def rows(
+    Raises:
+        UserError: bad workloads, or a budget that a strategy cannot use or that holds no request of a workload.
+    """
+
+    def __init__(
         self,
+        settings: ServingSettings,
+        cfg: DictConfig,
         choices: Sequence[StrategyChoice],
-        workloads: Sequence[Workload],
         scheduler: SchedulerConfig,
-        events: EventSink,
-        trace_dir: Path | None = None,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> None:
+        super().__init__(settings, cfg, scheduler)
+        self.settings = settings
+        self.cache = self.memory(settings.cache_bytes)
+        offers = settings.streams(self.model.config.vocab_size, cfg.seed)
+        if wants_ratio(choices):
+            cost_model = CostModel.from_config(self.model.config, self.spec, DeviceSpec())
+            choices = with_best_ratio(choices, self.cache, offers, self.scheduler, cost_model)
+        self.choices = choices
+        limits = {choice.label: choice.build(self.cache, physical=True).request_limit() for choice in choices}
+        for stream in offers:  # requests of a workload are alike: a strategy holds all of them or none
+            for label, limit in limits.items():
+                if not stream.within(limit):
+                    longest = max(r.prompt_tokens + r.output_tokens - 1 for r in stream.requests)
+                    raise bad(
+                        "serving.cache_bytes",
+                        settings.cache_bytes,
+                        f"{label} holds requests of at most {limit:,} tokens in it, workload {stream.name} has {longest:,}; "
+                        "give more, or leave one of them out",
+                    )
+        self.workloads = offers
+        self._allocated_before = torch.cuda.memory_allocated() if self.on_cuda else 0
+
+    def __len__(self) -> int:
+        return len(self.choices) * len(self.workloads) * self.settings.repetitions
+
+    def rows(self, events: EventSink, trace_dir: Path | None = None) -> Iterator[dict[str, Any]]:
         """One row per strategy, workload and repetition; then profiles of the first strategy's steps go into the events."""
-        for number, choice in enumerate(choices):
+        for number, choice in enumerate(self.choices):
             # Untimed. The first strategy meets every shape; later ones find kernels and libraries warm.
-            engine = self._warm_engine(choice, workloads if number == 0 else workloads[:2], scheduler)
-            for workload in workloads:
+            engine = self._warm_engine(choice, self.workloads if number == 0 else self.workloads[:2])
+            for workload in self.workloads:
                 for repetition in range(self.settings.repetitions):
                     yield self._row(choice, engine, workload, repetition, events)
             engine.strategy.check_integrity()
             del engine
         # Behind everything that is timed: PyTorch's profiler leaves CUPTI attached, and launches stay slower in this process.
-        engine = self._warm_engine(choices[0], workloads[:2], scheduler)
-        self._profile(choices[0], engine, events, trace_dir)
+        engine = self._warm_engine(self.choices[0], self.workloads[:2])
+        self._profile(self.choices[0], engine, events, trace_dir)
 
-    def _warm_engine(self, choice: StrategyChoice, workloads: Sequence[Workload], scheduler: SchedulerConfig) -> Engine:
+    def _warm_engine(self, choice: StrategyChoice, workloads: Sequence[Workload]) -> Engine:
         if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         settle_heap()
-        engine = self.engine(choice, self.settings.cache_bytes, scheduler)
+        engine = self.engine(choice, self.cache)
         for workload in workloads:
             self._serve(choice.label, engine, workload)
         return engine
@@ -169,7 +204,13 @@ class ServingPhase(ModelPhase):
                 "stated_workspace_bytes": engine.memory.workspace_bytes,
             }
         row["kernels_compiled"] = len(compiled)
-        return {**row, **memory, **self.provenance(launches, engine.backend.name)}
+        return {
+            **row,
+            **memory,
+            **self.columns(self.cache, launches, engine.backend.name),
+            **choice.columns(),
+            **offered(workload, len(sequences)),
+        }
 
     def _serve(self, label: str, engine: Engine, workload: Workload) -> list[EngineSequence]:
         """All requests at once; the finished sequences."""
