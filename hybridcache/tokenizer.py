@@ -25,8 +25,8 @@ class Tokenizer(Protocol):
 
 
 def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:
-    """The tokenizer in a checkpoint's folder; where there is none (or no folder), one that takes text as bytes, or None where the
-    model's ``vocabulary`` has no room for those.
+    """The tokenizer in a checkpoint's folder; where there is none (or no folder), one that takes text as bytes, or None
+    where the model's ``vocabulary`` has no room for those.
 
     Raises:
         UserError: Transformers cannot read the tokenizer's files.

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.lib.harness import duration_text
-from hybridcache.observe.report.words import bytes_text, competitors
+from hybridcache.observe.report.comparison import competitors, half_interval
+from hybridcache.observe.report.units import bytes_text
 
 MIB = 1 << 20
 WIDE = 118
@@ -119,34 +120,9 @@ def paired_differences(rows: pd.DataFrame, base: str) -> dict[str, str]:
     found = {}
     for strategy in rates if base in rates else ():
         percent = 100 * (rates[strategy] / rates[base] - 1)
-        half = _T95[min(len(percent) - 1, len(_T95)) - 1] * percent.std(ddof=1) / math.sqrt(len(percent))
+        half = half_interval(percent)
         found[str(strategy)] = "-" if strategy == base else f"{percent.mean():+.1f} ± {half:.1f} %"
     return found
-
-
-_T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-    2.09,
-)
-"""Student's t, 97.5 %, of 1, 2, ... degrees of freedom; more than 20 are taken as 20."""
 
 
 def print_throughput(console: Console, results: pd.DataFrame) -> None:
