@@ -1,7 +1,7 @@
 """What layers compute between projections, the greedy choice of tokens, and block copies, in PyTorch: the reference of every
 fused kernel, and the implementation wherever Triton does not run.
 
-Contracts and shapes: :class:`~hybridcache.kernels.operations.LayerOperations`, whose methods these are. Arithmetic of norms is at
+Contracts and shapes: :class:`~hybridcache.kernels.operations.LayerOperations`, whose methods these are. Norms compute in at
 least float32. A = T * k assignments of tokens to experts.
 """
 
