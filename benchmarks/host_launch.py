@@ -14,15 +14,15 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 from benchmarks.no_device import NoDevice, no_device
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.kernels.triton_backend import TritonBackend
 from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
@@ -37,6 +37,7 @@ def make_batch(decoding: int, prefilling: int, state_layers: int, entries: int) 
     """A step of one token each and prompts, the oldest tokens first."""
     tokens, rows = decoding + prefilling * PROMPT, decoding + prefilling
     table = torch.empty((rows, state_layers + entries), dtype=torch.int32, device=META)
+    states = table[:, :state_layers]
 
     def empty(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=META)
@@ -46,7 +47,8 @@ def make_batch(decoding: int, prefilling: int, state_layers: int, entries: int) 
         position_T=empty(tokens, torch.int64),
         row_T=empty(tokens),
         kv_table_BN=table[:, state_layers:],
-        state_table_BL=table[:, :state_layers],
+        state_read_BL=states,
+        state_write_BL=states,
         context_len_B=empty(rows),
         prefill_cu_seqlens=empty(prefilling + 1),
         prefill_start_P=empty(prefilling),
@@ -64,11 +66,12 @@ def make_step(mode: str, decoding: int, prefilling: int) -> Callable[[], torch.T
     layout = build("shared_pool", spec=spec, budget_bytes=2 << 30, physical=True, mode=mode).layout
     buffer = torch.empty(layout.pool_bytes, dtype=torch.uint8, device=META)
     entries = -(-(PROMPT + 64) // layout.attention.tokens_per_entry)
-    batch, backend = make_batch(decoding, prefilling, len(spec.state_layers), entries), TritonBackend()
+    batch = make_batch(decoding, prefilling, len(spec.state_layers), entries)
+    caches = Backend("triton").bind(buffer, layout)
 
     def step() -> torch.Tensor:
         with torch.inference_mode():
-            return model.forward(batch, buffer, layout, backend)
+            return model.forward(batch, caches)
 
     return step
 
@@ -98,12 +101,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    hopper = "hybridcache.kernels.{}.is_hopper{}"
-    places = (("triton_backend", ""), ("gdn_prefill.tiles", ""), ("gdn_decode.tuning", "_or_later"))
     with no_device() as device, ExitStack() as stack:
-        for module, suffix in places:
-            stack.enter_context(patch(hopper.format(module, suffix), lambda device: True))
-        stack.enter_context(patch("torch.cuda.device_of", lambda tensor: nullcontext()))
+        for module in ("devices", "gdn_decode.tuning"):
+            stack.enter_context(patch(f"hybridcache.kernels.{module}.capability", lambda device: (9, 0)))
         step = make_step(args.mode, args.decoding, args.prefilling)
         found = measure(device, step, args.steps)
         if args.profile:

@@ -32,7 +32,7 @@ def gdn_decode(cache: StateCache, x_BC: torch.Tensor, *rest: Any) -> Ran:
     if tuning is None:
         tuning = cache.memo[kind] = choose(cache.layout, x_BC)
     language = "gluon" if isinstance(tuning, Staging) else "triton"
-    return language, decode.gdn_decode(cache, x_BC, *rest, tuning=tuning)
+    return language, decode.gdn_decode(cache, x_BC, *rest, tuning=tuning)  # type: ignore[misc]
 
 
 def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *rest: Any, **checkpoints: Any) -> Ran:

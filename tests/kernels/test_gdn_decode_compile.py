@@ -26,7 +26,7 @@ def pointer_types(state_dtype: str) -> dict[str, str]:
         "state_ptr": "*" + TRITON_TYPE[state_dtype],
         **dict.fromkeys(activations, "*bf16"),
         **dict.fromkeys(("a_log_ptr", "dt_bias_ptr"), "*fp32"),
-        "table_ptr": "*i32",
+        **dict.fromkeys(("read_ptr", "write_ptr"), "*i32"),
         "position_ptr": "*i64",
     }
 

@@ -84,7 +84,7 @@ def test_gdn_decode(state_dtype, tmp_path):
         "state_ptr": "*" + TRITON_TYPE[state_dtype],
         **dict.fromkeys(activations, "*bf16"),
         **dict.fromkeys(("a_log_ptr", "dt_bias_ptr"), "*fp32"),
-        "table_ptr": "*i32",
+        **dict.fromkeys(("read_ptr", "write_ptr"), "*i32"),
         "position_ptr": "*i64",
     }
     tuning = in_registers(64, getattr(torch, state_dtype))
