@@ -92,14 +92,14 @@ class Strategy(Accounts):
         """Return everything that only this request holds."""
         held = self.num_tokens(seq_id)
         one = self._residents.pop(seq_id)
+        self._return_kv(one.own())
+        if one.prefix is not None:
+            self._shared.leave(one.prefix)
         self._leave_states(one.states)
         if seq_id in self._reads:
             self._leave_states(self._reads.pop(seq_id))
         if one.extra:
             self._return_states(one.extra)
-        self._return_kv(one.own())
-        if one.prefix is not None:
-            self._shared.leave(one.prefix)
         del self._tokens[seq_id], self.room[seq_id]
         self._changed.pop(seq_id, None)
         self._total_tokens -= held
