@@ -18,12 +18,13 @@ from matplotlib.text import Text
 from synthetic_run import STRATEGIES, hybrid_spec, write_run
 
 from hybridcache.errors import UserError
-from hybridcache.observe.report import load_run, style, write_report
+from hybridcache.observe.report import NoData, load_run, style, write_report
 from hybridcache.observe.report.capacity_figures import residents_by_length, waste_by_length
 from hybridcache.observe.report.comparison import contests
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
 from hybridcache.observe.report.report import _answers, serving_table, shortfall, token_agreement
 from hybridcache.observe.report.speed_figures import latency, throughput
+from hybridcache.observe.report.units import seconds_text
 from hybridcache.strategies import build
 
 BUDGET = 1 << 28
@@ -354,3 +355,71 @@ def test_command_line_writes_the_page_or_one_line_of_error(run_dir, tmp_path):
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=True, timeout=SUBPROCESS_S)
     assert done.stdout.strip() == str(path / "report.html")
     assert (path / "report.html").is_file()
+
+
+def test_the_header_says_experiment_model_workload_and_budget(run_dir):
+    page = (run_dir / "report.html").read_text()
+    assert "<h1>Experiment synthetic: qwen3_next · chat · 256 MiB</h1>" in page
+    head = re.sub(r"<[^>]+>", " ", page[page.index("<h1>") : page.index("<nav>")])
+    assert re.search(r"inference\s+qwen3_next\s+chat\s+256 MiB\s+cpu · none", head)
+    assert "2026-01-01 00:00:00 UTC" in head
+
+
+def test_repetitions_have_error_bars_of_one_standard_deviation(run):
+    figure, data = throughput(run, "simulation")
+    assert data["repetition"].nunique() == 2
+    spread = data.groupby("strategy")["output_tokens_per_s"].std()
+    means = data.groupby("strategy")["output_tokens_per_s"].mean()
+    drawn = [segment for found in figure.axes[0].collections for segment in found.get_segments()]
+    ends = sorted((round(float(a[0]), 6), round(float(b[0]), 6)) for a, b in drawn if a[1] == b[1])
+    expected = sorted(
+        (round(means[name] - spread[name], 6), round(means[name] + spread[name], 6)) for name in means.index
+    )
+    assert np.array(ends) == pytest.approx(np.array(expected))
+
+
+def test_one_repetition_has_none(tmp_path):
+    single = load_run(write_run(tmp_path / "single", phases=("simulation",), **SMALL))
+    assert not throughput(single, "simulation")[0].axes[0].collections
+
+
+def test_cached_bytes_have_a_colour_in_maps_and_memory(run):
+    samples, maps = run.events["sample"].copy(), run.events["pool_map"].copy()
+    samples["cached_bytes"], samples["free_bytes"] = samples["free_bytes"] / 2, samples["free_bytes"] / 2
+    maps["cached"], maps["state"], maps["kv"] = "z" * 160, "a" * 160, "a" * 160
+    changed = dataclasses.replace(run, events={**run.events, "sample": samples, "pool_map": maps})
+    for draw in (memory_over_time, pool_over_time):
+        figure, data = draw(changed, "simulation", "chat")
+        assert "cached" in [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "cached" in " ".join(data.columns)
+    mesh = figure.axes[0].collections[0].get_array()
+    assert np.allclose(mesh, style.rgb(style.KIND_COLORS["cached"]))
+
+
+def test_mixed_slices_are_drawn_as_mixtures(run):
+    maps = run.events["pool_map"].copy()
+    maps["state"], maps["kv"] = "k" * 160, "p" * 160  # 10 and 15 of 25: no room for anything else
+    figure, _ = pool_over_time(dataclasses.replace(run, events={**run.events, "pool_map": maps}), "simulation", "chat")
+    mixture = 0.4 * style.rgb(style.KIND_COLORS["state"]) + 0.6 * style.rgb(style.KIND_COLORS["kv"])
+    assert np.allclose(figure.axes[0].collections[0].get_array(), mixture)
+    assert "0% (" in figure.get_suptitle(), "40 % and 60 % need not be the same addresses"
+    maps["kv"] = "z" * 160
+    figure, _ = pool_over_time(dataclasses.replace(run, events={**run.events, "pool_map": maps}), "simulation", "chat")
+    assert "40% (" in figure.get_suptitle()
+
+
+def test_events_of_an_older_version_are_left_out_by_name(run):
+    maps = run.events["pool_map"].drop(columns=["state"])
+    with pytest.raises(NoData, match="pool_map events of simulation, chat lack state"):
+        pool_over_time(dataclasses.replace(run, events={**run.events, "pool_map": maps}), "simulation", "chat")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 ms"), (3.5e-5, "35 µs"), (9.9999e-4, "1 ms"), (0.0123, "12.3 ms"), (0.99999, "1 s"), (12.34, "12.3 s"),
+        (119.4, "119 s"), (119.6, "2 min 0 s"), (3502.7, "58 min 23 s"), (7199.6, "2 h 0 min"), (7530.0, "2 h 6 min"),
+    ],
+)  # fmt: skip
+def test_durations_are_said_as_people_say_them(seconds, text):
+    assert seconds_text(seconds) == text

@@ -111,6 +111,17 @@ def test_series_run_over_their_own_time_and_are_thinned(tmp_path):
     assert all(len({name.rpartition("/")[0] for name in row}) == 1 for row in tracker._run.rows)
 
 
+def test_refusals_stand_in_the_summary(tmp_path):
+    results = pd.read_parquet(small_run(tmp_path / "run", phases=("simulation",)) / "results.parquet")
+    results["requests_refused"] = range(len(results))
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker._run = Recorded()
+    tracker._log_results(results)
+    for i, name in enumerate(results["strategy"]):
+        assert tracker._run.summary[f"simulation/{name}/chat.0/requests_refused"] == i
+    assert "requests_refused" in tracker._run.rows[0]["results"].columns
+
+
 def test_disabled_does_not_import_wandb(tmp_path):
     run_dir = small_run(tmp_path / "run", phases=("capacity",))
     before = set(run_dir.rglob("*"))

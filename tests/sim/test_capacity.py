@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hybridcache.errors import UserError
-from hybridcache.sim.capacity import charge, residents
+from hybridcache.sim.capacity import charge, residents, waste_curve
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import STRATEGIES, Strategy, build
 
@@ -74,3 +74,25 @@ def test_a_length_that_never_fits() -> None:
     assert usage.held == 0
     with pytest.raises(UserError, match=r"length=10000000.*shared_pool holds at most"):
         charge(make, 10**7)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_waste_curve_is_the_charge_of_every_length(name: str) -> None:
+    """Linear between its corners, which are the teeth of a saw: 2 a block."""
+    make, up_to = factory(name, GIB, layers=8), random.randint(1100, 1300)
+    lengths, waste = waste_curve(make(), up_to)
+    assert (lengths[0], lengths[-1]) == (1, up_to)
+    for length in random.sample(range(1, up_to + 1), 60):
+        after = next(i for i, corner in enumerate(lengths) if corner >= length)
+        before = max(after - 1, 0)
+        share = (length - lengths[before]) / max(lengths[after] - lengths[before], 1)
+        found = waste[before] + share * (waste[after] - waste[before])
+        assert found == pytest.approx(charge(make, length).padding), (name, length)
+
+
+def test_waste_curve_of_88_token_blocks_and_its_early_end() -> None:
+    lengths, waste = waste_curve(factory("shared_pool", GIB)(), 200)
+    assert lengths == [1, 88, 89, 176, 177, 200]
+    assert waste[0] == waste[2] == waste[4] == waste[1] + 87 * 24_576
+    strategy = factory("shared_pool", 81 << 20)()
+    assert waste_curve(strategy, 10_000)[0][-1] == strategy.request_limit()

@@ -58,7 +58,6 @@ METRICS = (
     Metric("ttft_p99_s", "TTFT p99", seconds_text, -1, clock=True),
     Metric("tpot_p50_s", "TPOT p50", seconds_text, -1, clock=True),
     Metric("tpot_p99_s", "TPOT p99", seconds_text, -1, clock=True),
-    Metric("duration_s", "duration", seconds_text, -1, clock=True),
 )
 BY_COLUMN = {metric.column: metric for metric in METRICS}
 HIGHLIGHTS = ("output_tokens_per_s", "residents_peak", "utilization_mean", "ttft_p50_s", "tpot_p50_s")

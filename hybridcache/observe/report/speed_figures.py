@@ -55,10 +55,8 @@ def throughput(run: Run, phase: str) -> Drawn:
     compared = {workload: compare(run, phase, workload) for workload in workloads}
     verdicts = {workload: found.judge(BY_COLUMN["output_tokens_per_s"]) for workload, found in compared.items()}
     parts = [f"{workload}: {found.words()}" for workload, found in verdicts.items() if found]
-    unranked = clock_means_nothing(run, phase)
-    style.set_title(
-        figure, f"{phase}, output tokens/s: {UNRANKED if unranked else '; '.join(parts[:MAX_TITLE_WORKLOADS])}"
-    )
+    text = UNRANKED if clock_means_nothing(run, phase) else "; ".join(parts[:MAX_TITLE_WORKLOADS])
+    style.set_title(figure, f"{phase}, output tokens/s. {text}")
     return figure, data
 
 
