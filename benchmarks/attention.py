@@ -5,7 +5,6 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tok
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -102,23 +101,22 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingProx
         work.build["torch"] = lambda: implementation(TorchBackend().paged_decode, False)
     if setup.device.type == "cuda" and peers.state("fa3") == "installed":
         work.build["fa3"] = lambda: implementation(peers.fa3().paged_decode)
-    for name, operation in more.items():
-        work.build[name] = partial(implementation, operation)
-    return work
+    return work.with_more(more, implementation)
 
 
 def prefill(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingProxyType({})) -> Work:
-    """``paged_prefill``: causal attention of whole prompts. ``more``: further implementations, for CUDA."""
-    dims, tokens = case.dims, sum(case.lengths)
-    element = itemsize(case.dtype)
-    footprint = tokens * (_token_bytes(case) + 2 * dims.heads * dims.head_dim * element)
+    """``paged_prefill``: causal attention of whole prompts, or of their last tokens. ``more``: further implementations, for
+    CUDA."""
+    dims, context = case.dims, sum(case.lengths)
+    queries = [min(case.queries or length, length) for length in case.lengths]
+    tokens, element = sum(queries), itemsize(case.dtype)
+    footprint = context * _token_bytes(case) + 2 * tokens * dims.heads * dims.head_dim * element
     layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
     generator = setup.generator()
     at = _cache(case, setup.device, generator, layers)
     q_THD = normal(generator, (tokens, dims.heads, dims.head_dim), at.buffer.device, case.dtype)
-    offsets = torch.tensor([0, *case.lengths]).cumsum(0).int().to(setup.device)
-    longest = max(case.lengths)
-    rest = (at.kv_table_BN, offsets, at.context_len_B, dims.head_dim**-0.5, longest, longest)
+    offsets = torch.tensor([0, *queries]).cumsum(0).int().to(setup.device)
+    rest = (at.kv_table_BN, offsets, at.context_len_B, dims.head_dim**-0.5, max(queries), max(case.lengths))
     token_Q, expected_QHD = _reference(case, at, layers[0], q_THD, rest, generator)
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
@@ -137,7 +135,7 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingPro
 
         return implementation(paged_prefill)
 
-    pairs = sum(length * (length + 1) // 2 for length in case.lengths)
+    pairs = sum(count * length - count * (count - 1) // 2 for count, length in zip(queries, case.lengths))
     work = Work(len(layers), footprint, footprint, 4 * dims.heads * dims.head_dim * pairs)
     if setup.device.type == "cuda":
         work.build["triton"] = triton
@@ -147,9 +145,7 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingPro
         work.build["torch"] = lambda: implementation(TorchBackend().paged_prefill, False)
     if setup.device.type == "cuda" and peers.state("fa3") == "installed":
         work.build["fa3"] = lambda: implementation(peers.fa3().paged_prefill)
-    for name, operation in more.items():
-        work.build[name] = partial(implementation, operation)
-    return work
+    return work.with_more(more, implementation)
 
 
 def _reference(
@@ -163,19 +159,19 @@ def _reference(
     offsets, scale, group = rest[1].tolist(), rest[3], case.dims.heads // case.dims.kv_heads
     tokens, outs = [], []
     for row in range(min(CHECKED_ROWS, len(case.lengths))):
-        length = case.lengths[row]
-        position_Q = torch.randperm(length, generator=generator)[:CHECKED_QUERIES]
-        position_Q[0] = length - 1
-        position_Q = position_Q.to(device)
+        length, count = case.lengths[row], offsets[row + 1] - offsets[row]
+        query_Q = torch.randperm(count, generator=generator)[:CHECKED_QUERIES]
+        query_Q[0] = count - 1
+        query_Q = query_Q.to(device)
         k_SKD, v_SKD = (
             at.buffer[byte_index(at, layer, row, kv)].view(torch_dtype(case.dtype)).double() for kv in range(2)
         )
-        q_QKGD = q_THD[offsets[row] + position_Q].double().unflatten(1, (case.dims.kv_heads, group))
+        q_QKGD = q_THD[offsets[row] + query_Q].double().unflatten(1, (case.dims.kv_heads, group))
         score = torch.einsum("qkgd,skd->qkgs", q_QKGD, k_SKD) * scale
-        hidden_QS = torch.arange(length, device=device) > position_Q[:, None]
+        hidden_QS = torch.arange(length, device=device) > length - count + query_Q[:, None]
         p = score.masked_fill(hidden_QS[:, None, None], float("-inf")).softmax(-1)
         outs.append(torch.einsum("qkgs,skd->qkgd", p, v_SKD).flatten(1, 2))
-        tokens.append(offsets[row] + position_Q)
+        tokens.append(offsets[row] + query_Q)
     return torch.cat(tokens), torch.cat(outs)
 
 

@@ -3,7 +3,9 @@
 Shapes: T tokens, B rows, L layers (here: disjoint sets of memory), C conv channels, V value heads, J value dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,8 +56,9 @@ def _delta_flops(case: Case, tokens: int) -> int:
     return tokens * case.dims.v_heads * 7 * case.dims.state_dim**2
 
 
-def decode(case: Case, setup: Setup) -> Work:
-    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place."""
+def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
+    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place. ``more``: further cuts of the
+    Triton kernels by name, for CUDA."""
     rows, stored = len(case.lengths), _state(case).stored_bytes
     sets = setup.sets(rows * stored, case.warm_sets, MAX_SETS)
     at = state_case(
@@ -75,7 +78,7 @@ def decode(case: Case, setup: Setup) -> Work:
     states = [stored_state(at.buffer, at.layout, 0, entry)[0].clone() for entry in entries]
     saved.restore()
 
-    def implementation(operation: Callable[..., torch.Tensor], graph: bool) -> Implementation:
+    def implementation(operation: Callable[..., torch.Tensor], graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
             return operation(at.buffer, *at.step(i))
 
@@ -87,10 +90,10 @@ def decode(case: Case, setup: Setup) -> Work:
 
         return Implementation(run, error, graph)
 
-    def triton() -> Implementation:
+    def triton(tuning: Any = None) -> Implementation:
         from hybridcache.kernels.gdn_decode.triton import gdn_decode
 
-        return implementation(gdn_decode, True)
+        return implementation(gdn_decode if tuning is None else partial(gdn_decode, tuning=tuning))
 
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
@@ -108,11 +111,12 @@ def decode(case: Case, setup: Setup) -> Work:
         work.build["torch"] = lambda: implementation(TorchBackend().gdn_decode, False)
     if setup.device.type == "cuda" and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_decode(case.dims, rows, sets, case.dtype, setup)
-    return work
+    return work.with_more(more, triton)
 
 
-def prefill(case: Case, setup: Setup) -> Work:
-    """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings)."""
+def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
+    """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings).
+    ``more``: further tilings by name, for CUDA."""
     rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     out_channels = v_heads * dim
@@ -147,21 +151,21 @@ def prefill(case: Case, setup: Setup) -> Work:
         table_BNL = checkpoint_table(at, layer, case.checkpoint)
         return {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": case.checkpoint}
 
-    def triton() -> Implementation:
+    def triton(tiles: Any = None) -> Implementation:
         from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
 
         tables = [checkpoints(layer) for layer in range(sets)]
 
         def run(i: int) -> torch.Tensor:
-            return gdn_prefill(at.buffer, *step(i), **tables[i])
+            return gdn_prefill(at.buffer, *step(i), **tables[i], tiles=tiles)
 
         return Implementation(run, lambda: part.error(lambda: run(0)))
 
-    def parts() -> Implementation:
+    def parts(tiles: Any = None) -> Implementation:
         """The launches of one part; those that it needs before it have run once."""
         from hybridcache.kernels.gdn_prefill.triton import Prefill
 
-        calls = [Prefill(at.buffer, *step(i), **checkpoints(i)) for i in range(sets)]
+        calls = [Prefill(at.buffer, *step(i), **checkpoints(i), tiles=tiles) for i in range(sets)]
 
         def prepare(i: int) -> None:
             calls[i].conv()
@@ -205,7 +209,7 @@ def prefill(case: Case, setup: Setup) -> Work:
     by_peer = case.operation == "gdn_delta" and not case.checkpoint and setup.device.type == "cuda"
     if by_peer and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_prefill(case.dims, rows, case.lengths[0], sets, setup)
-    return work
+    return work.with_more(more, triton if case.operation == "gdn_prefill" else parts)
 
 
 class _Part:

@@ -1,7 +1,9 @@
 """Work: what a case needs to run, built on one device: memory, inputs, implementations and the reference to check them by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +72,20 @@ class Work:
     flops: int
     build: dict[str, Callable[[], Implementation]] = field(default_factory=dict)
     link: str = "copy"
+
+    def with_more(self, more: Mapping[str, Any], implementation: Callable[[Any], Implementation]) -> "Work":
+        """Itself, with further implementations: one of each value of ``more``, by its name."""
+        self.build.update({name: partial(implementation, value) for name, value in more.items()})
+        return self
+
+    def launch_all(self) -> None:
+        """Compile, by launching every implementation once. One that fails here fails again where it is measured, and is
+        reported there."""
+        for build in self.build.values():
+            with suppress(Exception):
+                build().run(0)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
 
 
 class Saved:
