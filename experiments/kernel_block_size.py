@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from benchmarks import block_size, block_size_figures
+from benchmarks import block_size, figures
 from benchmarks.measure import Bench, Row, describe, failed
 from benchmarks.processes import each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
@@ -209,7 +209,7 @@ def _show(results: pd.DataFrame, run_dir: Path) -> None:
     about = [
         "A manager block is what memory is allotted in; a kernel block is what kernels address. Where they are one, a larger "
         "manager block (one that holds a recurrent state) makes kernels whose tile is the page need more shared memory than "
-        "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is.",
+        "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is."
     ]
     write_page(run_dir, "Kernel block size", about, sections)
 
@@ -242,7 +242,7 @@ def _resource_section(rows: pd.DataFrame, folder: Path) -> Section:
             "B. Hollow: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query and 2 KV heads."
         )
         with style.styled():
-            drawn = block_size_figures.shared_memory(known)
+            drawn = figures.shared_memory(known)
             section.figures.append(save_picture(folder, "shared_memory", *drawn, caption))
     return section
 
@@ -263,7 +263,7 @@ def _time_section(rows: pd.DataFrame, folder: Path) -> Section:
     if "median_ms" in rows:
         caption = "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is."
         with style.styled():
-            section.figures.append(save_picture(folder, "time", *block_size_figures.time(rows), caption))
+            section.figures.append(save_picture(folder, "time", *figures.time(rows), caption))
     return section
 
 
@@ -287,7 +287,7 @@ def _table_section(rows: pd.DataFrame, folder: Path) -> Section:
         "Host time to build one step's table of the largest batch, and its bytes, which are then copied to the device."
     )
     with style.styled():
-        section.figures.append(save_picture(folder, "table_cost", *block_size_figures.table_cost(rows), caption))
+        section.figures.append(save_picture(folder, "table_cost", *figures.table_cost(rows), caption))
     return section
 
 
