@@ -10,7 +10,7 @@ from benchmarks.case import Case
 from benchmarks.work import Implementation, Setup, Work
 from hybridcache.kernels.host_swap.copy_engine import HostPool, HostSwap
 from hybridcache.kernels.testing import normal
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.torch_ops.layers import block_copy as torch_copy
 
 POOL_FACTOR = 8
 """Blocks in the pool per block that is moved."""
@@ -58,7 +58,7 @@ def copy(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({}
     if setup.device.type == "cuda":
         work.build.update({"triton": planned, "triton+plan": called})
     if case.with_torch:
-        work.build["torch"] = lambda: implementation(lambda: TorchBackend().block_copy(buffer, moves), False)
+        work.build["torch"] = lambda: implementation(lambda: torch_copy(buffer, moves), False)
     return work.with_more(more, planned)
 
 

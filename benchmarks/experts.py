@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from benchmarks.case import Case
 from benchmarks.work import Implementation, Setup, Work, worst
-from hybridcache.kernels.moe import naive, router_rows
+from hybridcache.kernels.moe import router_rows
 from hybridcache.kernels.testing import normal
+from hybridcache.kernels.torch_ops import layers
 
 ROUTINGS = {"cuda": 10, "cpu": 1}
 """Sets of inputs: by their routings launches read experts from memory and not from the L2 cache."""
@@ -36,12 +37,12 @@ def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Ten
     def inputs() -> tuple[torch.Tensor, ...]:
         logits = normal(generator, (tokens, router_rows(dims.experts)), device, case.dtype)
         x_TD = normal(generator, (tokens, dims.hidden), device, case.dtype)
-        return x_TD, *naive.route(logits, dims.experts, dims.top_k, True)
+        return x_TD, *layers.route(logits, dims.experts, dims.top_k, True)
 
     sets = [inputs() for _ in range(ROUTINGS[device.type] if tokens <= 1024 else 2)]
     checked = [x[:CHECKED_TOKENS] for x in sets[0]]
     exact = [x.double() if x.is_floating_point() else x for x in checked]
-    expected = naive.mixture(*exact, *(matrix.double() for matrix in matrices))
+    expected = layers.mixture(*exact, *(matrix.double() for matrix in matrices))
 
     def implementation(operation: Callable[..., torch.Tensor], graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
@@ -67,7 +68,7 @@ def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Ten
         work.build.update({"triton": triton, "grouped": grouped})
         work.build["torch"] = lambda: implementation(with_torch_between)
     else:
-        work.build["torch"] = lambda: implementation(naive.mixture, False)
+        work.build["torch"] = lambda: implementation(layers.mixture, False)
     return work.with_more(more, implementation)
 
 
@@ -80,10 +81,10 @@ def with_torch_between(
     expert_A, order_A = expert_Tk.flatten().to(torch.int16).sort(stable=True)
     every = torch.arange(gate_up_EID.shape[0], dtype=torch.int16, device=x_TD.device)
     ends = torch.searchsorted(expert_A, every, right=True).int()
-    narrow_AI = naive.silu_mul(F.grouped_mm(x_TD[order_A // k], gate_up_EID.mT, offs=ends))
+    narrow_AI = layers.silu_mul(F.grouped_mm(x_TD[order_A // k], gate_up_EID.mT, offs=ends))
     narrow_AI = narrow_AI * weight_Ts[:, :k].flatten()[order_A].unsqueeze(1).to(x_TD.dtype)
     y_AD = F.grouped_mm(narrow_AI, down_EDI.mT, offs=ends)
     place_A = torch.empty_like(order_A)
     place_A[order_A] = torch.arange(tokens * k, device=x_TD.device)
-    shared_TD = F.linear(naive.silu_mul(F.linear(x_TD, shared_gate_up)), shared_down)
+    shared_TD = F.linear(layers.silu_mul(F.linear(x_TD, shared_gate_up)), shared_down)
     return y_AD[place_A].unflatten(0, (tokens, k)).sum(1) + weight_Ts[:, k:].to(x_TD.dtype) * shared_TD

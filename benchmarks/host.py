@@ -19,7 +19,7 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,8 +29,8 @@ import torch
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
@@ -59,7 +59,7 @@ class NoModel:
     def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
         return 0
 
-    def forward(self, batch: StepBatch, *caches: Any) -> torch.Tensor:
+    def forward(self, batch: StepBatch, caches: Any) -> torch.Tensor:
         return self._logits[: batch.num_tokens if batch.logit_index_R is None else batch.logit_index_R.shape[0]]
 
 
@@ -77,7 +77,7 @@ def decode_step(strategy: str, running: int, steps: int, spread: int, **options:
     spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
     budget = 3 * running * spec.request_bytes(STEP_PROMPT + 4 * steps)
     memory = build(strategy, spec=spec, budget_bytes=budget, physical=True, **options)
-    engine = Engine(model, memory, SchedulerConfig(max_running=running), TorchBackend(), overlap=True)  # type: ignore[arg-type]
+    engine = Engine(model, memory, SchedulerConfig(max_running=running), Backend("torch"), overlap=True)  # type: ignore[arg-type]
     engine.runner.graphs = engine.runner._make_graphs(NoGraph)
     for i in range(running):
         ids = [(7 * i + j) % 1000 for j in range(STEP_PROMPT + i % spread)]
@@ -156,7 +156,8 @@ def make_batch(decoding: int, prefilling: int, state_layers: int, entries: int) 
         position_T=empty(tokens, torch.int64),
         row_T=empty(tokens),
         kv_table_BN=table[:, state_layers:],
-        state_table_BL=table[:, :state_layers],
+        state_read_BL=table[:, :state_layers],
+        state_write_BL=table[:, :state_layers],
         context_len_B=empty(rows),
         prefill_cu_seqlens=empty(prefilling + 1),
         prefill_start_P=empty(prefilling),
@@ -169,7 +170,6 @@ def make_batch(decoding: int, prefilling: int, state_layers: int, entries: int) 
 
 def launch_step(mode: str, decoding: int, prefilling: int) -> Callable[[], torch.Tensor]:
     """The forward pass of a step, within :func:`no_device`."""
-    from hybridcache.kernels.triton_backend import TritonBackend
     from models.qwen3_next.model import Qwen3Next
 
     config = shipped_config(MODEL)
@@ -178,11 +178,12 @@ def launch_step(mode: str, decoding: int, prefilling: int) -> Callable[[], torch
     layout = build("shared_pool", spec=spec, budget_bytes=2 << 30, physical=True, mode=mode).layout
     buffer = torch.empty(layout.pool_bytes, dtype=torch.uint8, device=META)
     entries = -(-(PROMPT + 64) // layout.attention.tokens_per_entry)
-    batch, backend = make_batch(decoding, prefilling, len(spec.state_layers), entries), TritonBackend()
+    batch = make_batch(decoding, prefilling, len(spec.state_layers), entries)
+    caches = Backend("triton").bind(buffer, layout)
 
     def step() -> torch.Tensor:
         with torch.inference_mode():
-            return model.forward(batch, buffer, layout, backend)
+            return model.forward(batch, caches)
 
     return step
 
@@ -230,14 +231,8 @@ def main() -> None:
             row: dict[str, Any] = {"strategy": args.strategy, **options, "running": args.running}
         else:
             device, mode = stack.enter_context(no_device()), args.mode or "exclusive"
-            hopper = "hybridcache.kernels.{}.is_hopper{}"
-            for module, suffix in (
-                ("triton_backend", ""),
-                ("gdn_prefill.tiles", ""),
-                ("gdn_decode.tuning", "_or_later"),
-            ):
-                stack.enter_context(patch(hopper.format(module, suffix), lambda device: True))
-            stack.enter_context(patch("torch.cuda.device_of", lambda tensor: nullcontext()))
+            for module in ("devices", "gdn_decode.tuning"):
+                stack.enter_context(patch(f"hybridcache.kernels.{module}.capability", lambda device: (9, 0)))
             launched = launch_step(mode, args.decoding, args.prefilling)
             launched()
             before = device.launches

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -31,14 +30,9 @@ from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
 from hybridcache.workloads.byte_tokenizer import ByteTokenizer
 from models.configs import shipped_config, shipped_fields, shipped_names
-from models.qwen3_next import Qwen3Next, build_model, load_model
-from models.qwen3_next.config import check_config, compute_dtype
-from models.qwen3_next.weights import read_config
+from models.registry import MODELS, build_model, load_model, make_model, read_config
 
 _LOG = logging.getLogger(__name__)
-
-INFERENCE = ("qwen3_next",)
-"""Architectures that inference runs; geometry and simulation take more."""
 
 Prompt = str | Sequence[int]
 
@@ -275,7 +269,7 @@ class LLM:
 
 def load_for_inference(
     model: str | Path, *, dtype: str = "auto", device: str = "auto", seed: int = 0
-) -> tuple[Qwen3Next, Tokenizer | None]:
+) -> tuple[Any, Tokenizer | None]:
     """A model and its tokenizer, from a checkpoint folder or a shipped config (arguments as of :class:`LLM`).
 
     The tokenizer is the folder's; where there is none, text is taken as bytes. It is None where the model's vocabulary
@@ -300,7 +294,7 @@ def load_for_inference(
 
 
 def _shipped(name: str) -> Any:
-    known = [each for each in shipped_names() if shipped_fields(each)["model_type"] in INFERENCE]
+    known = [each for each in shipped_names() if shipped_fields(each)["model_type"] in MODELS]
     if name not in shipped_names():
         raise bad("model", name, f"no such folder and no such shipped config; choose one of {', '.join(known)}")
     if name not in known:
@@ -311,8 +305,7 @@ def _shipped(name: str) -> Any:
 
 def _weight_bytes(config: Any, dtype: str) -> int:
     """Bytes of the weights, counted on a model without memory."""
-    check_config(config)
-    return Qwen3Next(config, compute_dtype(dtype), torch.device("meta")).weight_bytes
+    return int(make_model(config, dtype, "meta").weight_bytes)
 
 
 def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer | None:

@@ -13,6 +13,7 @@ import torch
 
 from hybridcache.engine.graphs import Shape
 from hybridcache.errors import UserError
+from hybridcache.kernels.backend import Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.layout import Layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
@@ -49,7 +50,7 @@ class PoolModel:
     def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
         return 0
 
-    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: object) -> torch.Tensor:
+    def forward(self, batch: StepBatch, caches: Caches) -> torch.Tensor:
         if (batch.kv_table_BN[:, 0] < 0).all():  # nothing but padding: a warm-up
             wanted = batch.num_tokens if batch.logit_index_R is None else len(batch.logit_index_R)
             return torch.zeros(wanted, self.config.vocab_size, dtype=torch.float64)
@@ -58,6 +59,7 @@ class PoolModel:
         )
         if self.before_forward is not None:
             self.before_forward(batch)
+        buffer, layout = caches.buffer, caches.layout
         memory = buffer.numpy()[: buffer.numel() // 8 * 8].view(np.float64)
         tokens, positions = batch.token_ids_T.numpy(), batch.position_T.numpy()
         rows = batch.row_T.numpy()
@@ -75,7 +77,8 @@ class PoolModel:
                 positions[mine],
                 int(batch.context_len_B[row]),
             )
-            state_hash = self._recur(memory, layout, batch.state_table_BL[row].numpy(), tokens[mine], positions[mine])
+            states = (batch.state_read_BL[row].numpy(), batch.state_write_BL[row].numpy())
+            state_hash = self._recur(memory, layout, states, tokens[mine], positions[mine])
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
         wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
         hashes = np.array([last.get(int(index), 0.0) for index in wanted])
@@ -136,12 +139,22 @@ class PoolModel:
         return address // 8
 
     def _recur(
-        self, memory: np.ndarray, layout: Layout, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray
+        self,
+        memory: np.ndarray,
+        layout: Layout,
+        states: tuple[np.ndarray, np.ndarray],
+        tokens: np.ndarray,
+        positions: np.ndarray,
     ) -> float:
-        """Update each layer's running hash and ring in place; hash what they hold then."""
+        """Update each layer's running hash and ring, from where they are read to where they are written; hash what they hold
+        then."""
         st = layout.state
         total = 0.0
-        for layer, entry in enumerate(table):
+        size = (st.conv_offset // 8) + st.conv_kernel * st.conv_channels
+        for layer, (source, entry) in enumerate(zip(*states)):
+            if source != entry and positions[0] > 0:
+                read, written = (st.address(layer, int(each)) // 8 for each in (source, entry))
+                memory[written : written + size] = memory[read : read + size]
             base = st.address(layer, int(entry)) // 8
             end = base + int(np.prod(st.recurrent_shape)) - 1
             ring = base + st.conv_offset // 8

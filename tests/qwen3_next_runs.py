@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from transformers import Qwen3NextConfig
 
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.memory.pool import CachePool
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
@@ -64,7 +64,8 @@ class Loop:
         self.model = model
         self.strategy = build(strategy, spec=spec, budget_bytes=budget_bytes, physical=True, **options)
         self.pool = CachePool(self.strategy.layout, model.device, poison=True)
-        self.backend = backend or TorchBackend()
+        self.backend = backend or Backend("torch")
+        self.caches = self.backend.bind(self.pool.buffer, self.strategy.layout)
         self.tokens: dict[int, list[int]] = {}
         self.done: dict[int, int] = {}
 
@@ -84,7 +85,7 @@ class Loop:
         self.pool.apply(self.strategy.drain_moves())
         batch = self.batch(order, [counts[s] for s in order], len(decode))
         with torch.inference_mode():
-            logits = self.model(batch, self.pool.buffer, self.strategy.layout, self.backend)
+            logits = self.model(batch, self.caches)
         parts = logits.split([counts[s] for s in order])
         for seq_id in order:
             self.done[seq_id] += counts[seq_id]
@@ -92,6 +93,7 @@ class Loop:
 
     def batch(self, order: list[int], counts: list[int], num_decode: int) -> StepBatch:
         tables = self.strategy.tables(order)
+        states = torch.from_numpy(tables.state)
         starts = [self.done[s] for s in order]
         prefill = counts[num_decode:]
         ends = [start + count for start, count in zip(starts, counts)]
@@ -100,7 +102,8 @@ class Loop:
             position_T=torch.cat([torch.arange(i, j) for i, j in zip(starts, ends)]),
             row_T=torch.arange(len(order), dtype=torch.int32).repeat_interleave(torch.tensor(counts)),
             kv_table_BN=torch.from_numpy(tables.kv),
-            state_table_BL=torch.from_numpy(tables.state),
+            state_read_BL=states,
+            state_write_BL=states,
             context_len_B=torch.tensor(ends, dtype=torch.int32),
             prefill_cu_seqlens=torch.tensor([0, *prefill], dtype=torch.int32).cumsum(0, dtype=torch.int32),
             prefill_start_P=torch.tensor(starts[num_decode:], dtype=torch.int32),

@@ -115,7 +115,7 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, wai
     reason = None
     if device.type != "cuda":
         reason = f"needs a CUDA device, not {device}"
-    elif backend.name != "triton":
+    elif not backend.capturable:
         reason = f"decode of backend={backend.name} reads lengths on the host; choose backend=triton"
     elif waits is not None:
         reason = waits

@@ -170,13 +170,15 @@ class StepInputs:
         (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context."""
         fields = StepFields.cut(self._packed, shape, torch)
         table, width = self.table[: shape.rows], self.state_width
+        states = table[:, :width]
         every_token = shape.prefill == 0 and num_logits in (None, shape.decode)
         return StepBatch(
             token_ids_T=self.tokens(fields.index),
             position_T=fields.position,
             row_T=fields.row,
             kv_table_BN=table[:, width : None if num_entries is None else width + num_entries],
-            state_table_BL=table[:, :width],
+            state_read_BL=states,
+            state_write_BL=states,
             context_len_B=fields.context,
             prefill_cu_seqlens=fields.cu_seqlens,
             prefill_start_P=fields.start,
@@ -218,7 +220,8 @@ def padding_batch(rows: int, tokens: int, table_RN: torch.Tensor) -> StepBatch:
         position_T=torch.zeros(tokens, dtype=torch.int64, device=device),
         row_T=row_T,
         kv_table_BN=empty,
-        state_table_BL=empty,
+        state_read_BL=empty,
+        state_write_BL=empty,
         context_len_B=length_P,
         prefill_cu_seqlens=offsets,
         prefill_start_P=torch.zeros(rows, dtype=torch.int32, device=device),

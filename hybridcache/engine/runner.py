@@ -7,7 +7,7 @@ Shapes: T tokens of the step, B rows, R rows that sample.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -20,9 +20,8 @@ from hybridcache.engine.inputs import StepInputs, input_bytes, padding_batch
 from hybridcache.engine.packing import RowInput, fill, fill_again, keep_sampling, shape_of
 from hybridcache.engine.row_table import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
-from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.memory.layout import Layout
 from hybridcache.memory.pool import CachePool
 from hybridcache.strategies.base import Strategy
 
@@ -52,8 +51,8 @@ class Model(Protocol):
         ``prefilling`` of them prefill."""
         ...
 
-    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
-        """Run the step; caches are read and written in ``buffer`` only. Returns logits ``[R, vocabulary]`` of the tokens
+    def forward(self, batch: StepBatch, caches: Caches) -> torch.Tensor:
+        """Run the step; what it keeps of requests lies in ``caches`` only. Returns logits ``[R, vocabulary]`` of the tokens
         that ``batch.logit_index_R`` names, in the model's dtype or a wider one."""
         ...
 
@@ -127,7 +126,7 @@ class ModelRunner:
         self.pool = CachePool(self.layout, model.device, poison=poison)
         self.rows = RowTable(strategy, self.max_rows, self._max_entries)
         self.inputs = self._make_inputs()
-        self._choose = _greedy_of(backend, model.dtype)
+        self.caches = backend.bind(self.pool.buffer, self.layout)
         self.graphs: StepGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
@@ -176,10 +175,10 @@ class ModelRunner:
     def _greedy(self, logits_RV: torch.Tensor, inputs: StepInputs) -> None:
         """Each row's most likely token, kept for the next step and for the host."""
         count = logits_RV.shape[0]
-        self._choose(logits_RV, inputs.sampled[:count], inputs.feed[:count])
+        self.backend.greedy(logits_RV, inputs.sampled[:count], inputs.feed[:count])
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
-        return self.model.forward(batch, self.pool.buffer, self.layout, self.backend)
+        return self.model.forward(batch, self.caches)
 
     def prepare(self) -> None:
         """Capture all graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
@@ -314,14 +313,3 @@ class ModelRunner:
         """Overwrite everything that a resident request holds with NaN patterns (tests, before its release)."""
         self.relocate()  # spans tell where the request is after the pending moves
         self.pool.poison(span for span in self.strategy.spans() if span.seq_id == seq_id)
-
-
-def _greedy_of(backend: Backend, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
-    """Greedy choice in Triton where the backend's own kernels are Triton's, in PyTorch elsewhere and in float64."""
-    if backend.name.split("+")[0] == "triton" and dtype != torch.float64:
-        from hybridcache.kernels.greedy.triton import greedy
-
-        return greedy
-    from hybridcache.kernels.greedy import naive
-
-    return naive.greedy

@@ -16,7 +16,7 @@ import torch
 
 from hybridcache.errors import bad
 from hybridcache.kernels.greedy import NOT_FINITE
-from hybridcache.kernels.greedy.naive import greedy
+from hybridcache.kernels.torch_ops.layers import greedy
 
 _ROWS_AT_ONCE = 32
 """Rows whose probabilities are in memory together: 32 x 151,936 float64 are 39 MB."""

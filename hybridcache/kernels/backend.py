@@ -1,163 +1,170 @@
-"""The operations on caches, and the contract of a backend that runs them.
-
-Every operation takes the pool's flat ``uint8`` buffer, a layout and one layer's ordinal, and reads tables as
-``hybridcache.kernels.batch`` describes them. Shapes: T tokens, B rows, N table entries, L state layers, H query heads, K key
-(and KV) heads, V value heads, D head dim, P rotated pairs, C conv channels (``q | k | v``), W conv kernel width.
-
-Value head ``h`` of a gated delta net uses key head ``h // (V / K)``; query head ``h`` uses KV head ``h // (H / K)``.
-A table entry of -1 is never dereferenced; a row whose first entry is -1 is a padding row: nothing is written for it.
-"""
+"""Backend: one choice of kernels for every operation, and a pool's caches bound to it."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
-from hybridcache.memory.layout import AttentionLayout, StateLayout
+from hybridcache.errors import bad
+from hybridcache.kernels.caches import cache_of
+from hybridcache.kernels.operations import (
+    ATTENTION,
+    BLOCK_COPY,
+    LAYER,
+    STATE,
+    AttentionOperations,
+    LayerOperations,
+    Operation,
+    StateOperations,
+    load,
+)
+from hybridcache.memory.layout import AttentionLayout, Layout, StateLayout
+from hybridcache.spec.dtypes import dtype_name
+
+PACKAGES = {
+    "torch": ("torch", "pip install torch"),
+    "triton": ("triton", "pip install triton"),
+    "fa3": ("flash_attn_interface", "build hopper/ of Dao-AILab/flash-attention"),
+}
+"""What each attention backend imports, and how that is installed."""
 
 
-class Backend(Protocol):
-    """One implementation of every cache operation. ``launches`` counts calls by ``operation[implementation]``, so that a
-    result can say which code ran, for example ``{"paged_decode[triton]": 96, "paged_prefill[gluon]": 24}``."""
+@dataclass(frozen=True)
+class Caches:
+    """A pool's caches under one backend, by the ordinals of their layers."""
 
-    name: str
-    launches: Counter[str]
+    backend: "Backend"
+    buffer: torch.Tensor
+    layout: Layout
+    attention: tuple[AttentionOperations, ...]
+    states: tuple[StateOperations, ...]
 
-    def kv_store(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        row_T: torch.Tensor,
-        position_T: torch.Tensor,
-    ) -> None:
-        """Write K and V of every token to its address, as they are."""
 
-    def qk_norm_rope_store(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        q_weight_D: torch.Tensor,
-        k_weight_D: torch.Tensor,
-        eps: float,
-        cos_TP: torch.Tensor,
-        sin_TP: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        row_T: torch.Tensor,
-        position_T: torch.Tensor,
-    ) -> torch.Tensor:
-        """Norm of q and k, ``x / rms(x) * (1 + weight)`` over the head dim; rotation of dims ``(i, i + P)`` by the token's
-        angle ``i``, dims from ``2 P`` on passing; then :meth:`kv_store`. Arithmetic is at least float32, and each result is
-        rounded once to the inputs' dtype. Returns q, ``[T, H, D]`` in its dtype, contiguous."""
-        ...
+class Backend(LayerOperations):
+    """Every operation by the kernels of ``name`` (``torch`` or ``triton``), paged attention by those of ``attention``.
 
-    def paged_decode(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_BHD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Attention of one query per row over positions ``0 .. context_len - 1`` (the query's own token is the last and
-        already stored). Returns ``[B, H, v_dim]`` in q's dtype."""
-        ...
+    The choice of Triton or Gluon follows from shapes, dtypes and device, so a run's choice is known before it starts. Nothing
+    falls back: a kernel that fails to compile or to launch raises. Kernels run on the pool's device and current stream. The
+    layers' operations on float64 are PyTorch's under every backend.
+    """
 
-    def paged_prefill(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_THD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-        max_query_len: int,
-        max_context_len: int,
-    ) -> torch.Tensor:
-        """Causal attention of each row's new tokens over its whole context, which is stored already. Row ``b`` has queries
-        ``cu_seqlens[b] .. cu_seqlens[b + 1]``; its query ``i`` is at position ``context_len - query_len + i``.
-        Returns ``[T, H, v_dim]`` in q's dtype."""
-        ...
+    def __init__(self, name: str, attention: str = "auto") -> None:
+        self._language = name
+        self._attention = name if attention == "auto" else attention
+        self.name = name if self._attention == name else f"{name}+{attention}"
+        self.launches: Counter[str] = Counter()
+        """Calls by ``operation[implementation]``, for example ``{"paged_prefill[gluon]": 24}``."""
+        self.fused = name == "triton"
+        """Whether what layers compute between projections are fused kernels."""
+        self.capturable = self._attention == name == "triton"
+        """Whether a CUDA graph can hold a step: no operation reads the device from the host."""
+        for operation, entry in LAYER.items():
+            setattr(self, operation, self._layer_operation(operation, entry))
+        self._copy = load(BLOCK_COPY.triton if self.fused else BLOCK_COPY.torch, "block_copy")
 
-    def gdn_decode(
-        self,
-        buffer: torch.Tensor,
-        layout: StateLayout,
-        layer: int,
-        x_BC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        a_BV: torch.Tensor,
-        b_BV: torch.Tensor,
-        a_log_V: torch.Tensor,
-        dt_bias_V: torch.Tensor,
-        state_table_BL: torch.Tensor,
-        position_B: torch.Tensor,
-    ) -> torch.Tensor:
-        """One token per row through conv, SiLU, q/k l2norm, gates and the delta rule; the state is updated in place in the
-        buffer. At position 0 the stored state is not read. Returns ``[B, V, value dim]`` in x's dtype."""
-        ...
+    def bind(self, buffer: torch.Tensor, layout: Layout) -> Caches:
+        """The caches of a pool, whose bytes are ``buffer``."""
+        at = layout.attention, layout.state
+        attention, states = ([self.bind_layer(buffer, kind, i) for i in range(len(kind.base))] for kind in at)
+        return Caches(self, buffer, layout, tuple(attention), tuple(states))
 
-    def gdn_prefill(
-        self,
-        buffer: torch.Tensor,
-        layout: StateLayout,
-        layer: int,
-        x_TC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        a_TV: torch.Tensor,
-        b_TV: torch.Tensor,
-        a_log_V: torch.Tensor,
-        dt_bias_V: torch.Tensor,
-        state_table_BL: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        start_B: torch.Tensor,
-    ) -> torch.Tensor:
-        """A chunk of several tokens per row; ``start_B`` (int32) is the position of each row's first token. Reads the state
-        that position ``start - 1`` left (not at ``start = 0``), leaves the state after the last token.
-        Returns ``[T, V, value dim]`` in x's dtype."""
-        ...
+    def bind_layer(self, buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int) -> Any:
+        """One layer's cache: :class:`AttentionOperations` or :class:`StateOperations`."""
+        cache = cache_of(buffer, layout, layer, self.launches)
+        entries = ATTENTION if isinstance(layout, AttentionLayout) else STATE
+        return SimpleNamespace(**{name: self._cache_operation(name, entry, cache) for name, entry in entries.items()})
 
-    def block_copy(self, buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
-        """Copy ``num_bytes`` from byte ``src`` to byte ``dst`` for every ``(src, dst, num_bytes)``, in order. Returns the
-        bytes moved."""
-        ...
+    def block_copy(self, buffer: torch.Tensor, moves: Any) -> int:
+        self.launches[f"block_copy[{self._language}]"] += 1
+        if buffer.device.type != "cuda":
+            return cast(int, self._copy(buffer, moves))
+        with torch.cuda.device_of(buffer):
+            return cast(int, self._copy(buffer, moves))
+
+    def _layer_operation(self, operation: str, entry: Operation) -> Callable[..., Any]:
+        exact = load(entry.torch, operation)
+        if not self.fused:
+            return exact
+        fused = load(entry.triton, operation)
+        return lambda x, *rest: (exact if x.dtype is torch.float64 else fused)(x, *rest)
+
+    def _cache_operation(self, operation: str, entry: Operation, cache: Any) -> Callable[..., Any]:
+        """The operation on one layer's cache: checked, counted and on the cache's device."""
+        name = self._attention if entry.others else self._language
+        run = load({"torch": entry.torch, "triton": entry.triton, **entry.others}[name], operation)
+        two_kernels = entry.two_kernels and name == "triton"
+        dtypes = entry.triton_dtypes if name == "triton" else ()
+        label, launches, index = f"{operation}[{name}]", self.launches, cache.buffer.device.index
+
+        def call(*args: Any, **options: Any) -> Any:
+            launches[label] += 1
+            return run(cache, *args, **options)
+
+        def launch(*args: Any, **options: Any) -> Any:
+            x = args[0]
+            if dtypes and x.dtype not in dtypes:
+                names = ", ".join(map(dtype_name, dtypes))
+                fix = f"{operation} of backend=triton takes {names}; choose backend=torch"
+                raise bad("dtype", dtype_name(x.dtype), fix)
+            if index is not None and index != torch.cuda.current_device():
+                with torch.cuda.device(index):
+                    return launch(*args, **options)
+            out = run(cache, *args, **options)
+            if two_kernels:
+                language, out = out
+                launches[f"{operation}[{language}]"] += 1
+            else:
+                launches[label] += 1
+            return out
+
+        return call if name == "torch" and index is None else launch
 
 
 def make_backend(name: str, device: str | torch.device, attention: str = "auto") -> Backend:
-    """``torch`` (any device), ``triton`` (CUDA), or ``auto``: triton on CUDA, torch elsewhere.
+    """The backend of that name.
 
     Args:
-        attention: whose attention kernels: ``auto`` (the backend's own) or a name of
-            :func:`hybridcache.kernels.registry.attention_backends`.
+        name: ``torch`` (any device), ``triton`` (CUDA), or ``auto``: triton on CUDA, torch elsewhere.
+        attention: whose attention kernels: ``auto`` (the backend's own), ``torch``, ``triton`` or ``fa3``.
 
     Raises:
-        UserError: an unknown name, triton without CUDA, or an attention backend that is not installed.
+        UserError: an unknown name, one that needs CUDA on another device, or an attention backend that is not installed.
     """
-    from hybridcache.errors import bad
-    from hybridcache.kernels.registry import with_attention
-
     on_cuda = torch.device(device).type == "cuda"
     chosen = ("triton" if on_cuda else "torch") if name == "auto" else name
-    if chosen == "torch":
-        from hybridcache.kernels.torch_backend import TorchBackend
+    if chosen not in ("torch", "triton"):
+        raise bad("backend", name, "choose auto, torch or triton")
+    if chosen == "triton" and not on_cuda:
+        raise bad("backend", name, f"needs a CUDA device, not {device}; choose torch")
+    if attention not in ("auto", chosen):
+        _require_attention(attention, on_cuda, device)
+    return Backend(chosen, attention)
 
-        return with_attention(TorchBackend(), attention, device)
-    if chosen == "triton":
-        if not on_cuda:
-            raise bad("backend", name, f"needs a CUDA device, not {device}; choose torch")
-        from hybridcache.kernels.triton_backend import TritonBackend
 
-        return with_attention(TritonBackend(), attention, device)
-    raise bad("backend", name, "choose auto, torch or triton")
+def _require_attention(name: str, on_cuda: bool, device: str | torch.device) -> None:
+    if name not in PACKAGES:
+        raise bad("attention_backend", name, f"choose auto or one of {', '.join(PACKAGES)}")
+    if name != "torch" and not on_cuda:
+        raise bad("attention_backend", name, f"needs a CUDA device, not {device}; choose torch")
+    state = attention_backends()[name]
+    if state != "installed":
+        module, install = PACKAGES[name]
+        raise bad("attention_backend", name, f"{module} {state} ({install}); choose triton or torch")
+
+
+def attention_backends() -> dict[str, str]:
+    """Every attention backend's name, with ``installed`` or the reason why it is not."""
+    return {name: _state(module) for name, (module, _) in PACKAGES.items()}
+
+
+def _state(module: str) -> str:
+    try:
+        import_module(module)
+    except ImportError as error:  # also a package that is there and does not load: a wrong CUDA version, for example
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        return "not installed" if absent else f"does not import: {error}"
+    return "installed"

@@ -1,7 +1,7 @@
 """StepBatch: one engine step as the tensors that the model and its kernels read.
 
-Shapes: T tokens of the step, B requests (table rows), P of them prefilling, N table entries, L state layers, R rows
-whose logits are wanted.
+Shapes: T tokens of the step, B requests (table rows), P of them prefilling, N table entries (or checkpoints of a
+row), L state layers, R rows whose logits are wanted.
 
 Requests are ordered decode first: rows ``0 .. num_decode - 1`` have exactly one token each, which are tokens
 ``0 .. num_decode - 1``; the prefilling rows follow, their tokens contiguous in row order.
@@ -24,8 +24,10 @@ class StepBatch:
     """int32; table row of each token."""
     kv_table_BN: torch.Tensor
     """int32; -1 beyond a request's last entry."""
-    state_table_BL: torch.Tensor
-    """int32."""
+    state_read_BL: torch.Tensor
+    """int32; block of each state before this step. -1 in padding rows; not read at position 0."""
+    state_write_BL: torch.Tensor
+    """int32; block that takes it. Equal entries are an update in place, and both tables may be one tensor."""
     context_len_B: torch.Tensor
     """int32; tokens of each request after this step (the new ones included)."""
     prefill_cu_seqlens: torch.Tensor
@@ -39,6 +41,10 @@ class StepBatch:
     """Longest prefilling row of this step, in tokens (0 where none prefills)."""
     max_context_len: int
     """Longest ``context_len_B``."""
+    checkpoint_table_PNL: torch.Tensor | None = None
+    """int32; block that keeps the state of a prefilling row at ``(start // interval + 1 + n) * interval``, -1 for none."""
+    checkpoint_interval: int = 0
+    """Tokens, a multiple of 64; 0 where the step keeps no checkpoint."""
 
     @property
     def num_tokens(self) -> int:

@@ -8,16 +8,15 @@ names are those of FlashAttention 3.0 (``flash_attn_with_kvcache``).
 Shapes: T tokens, B rows, N table entries, H query heads, K KV heads, D head dim.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from hybridcache.errors import bad
-from hybridcache.kernels.torch_ops.addressing import strided_view
+from hybridcache.kernels.caches import AttentionCache, strided
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import dtype_name, torch_dtype
+from hybridcache.spec.dtypes import dtype_name
 
 MAX_HEAD_DIM = 256
 FIX = "choose attention_backend=triton"
@@ -61,92 +60,73 @@ def check(layout: AttentionLayout, q: torch.Tensor) -> None:
         )
 
 
-class FlashAttention3:
-    """Paged decode and prefill through FlashAttention-3. ``launches`` counts ``op[fa3]`` and ``expand_table[fa3]``."""
+def paged_decode(
+    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See :meth:`.AttentionOperations.paged_decode`.
 
-    def __init__(self, module: Any) -> None:
-        """``module`` is ``flash_attn_interface``."""
-        self.launches: Counter[str] = Counter()
-        self._attend = module.flash_attn_with_kvcache
+    Raises:
+        UserError: a layout, width or dtype that FlashAttention-3 cannot do.
+    """
+    paged = _paged(cache, q_BHD, kv_table_BN, context_len_B)
+    return _attend(q_BHD.unsqueeze(1), **paged, softmax_scale=scale, causal=True).squeeze(1)
 
-    def paged_decode(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_BHD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """See :class:`hybridcache.kernels.backend.Backend`.
 
-        Raises:
-            UserError: a layout, width or dtype that FlashAttention-3 cannot do.
-        """
-        check(layout, q_BHD)
-        cache = self._cache(buffer, layout, layer, kv_table_BN, context_len_B)
-        out_B1HD = self._attend(q_BHD.unsqueeze(1), **cache, softmax_scale=scale, causal=True)
-        self.launches["paged_decode[fa3]"] += 1
-        return out_B1HD.squeeze(1)
+def paged_prefill(
+    cache: AttentionCache,
+    q_THD: torch.Tensor,
+    kv_table_BN: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    context_len_B: torch.Tensor,
+    scale: float,
+    max_query_len: int,
+    max_context_len: int,
+) -> torch.Tensor:
+    """See :meth:`.AttentionOperations.paged_prefill`. What stands in the output behind the last
+    row is undefined.
 
-    def paged_prefill(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_THD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-        max_query_len: int,
-        max_context_len: int,
-    ) -> torch.Tensor:
-        """See :class:`hybridcache.kernels.backend.Backend`. What stands in the output behind the last row is undefined.
+    Raises:
+        UserError: a layout, width or dtype that FlashAttention-3 cannot do.
+    """
+    return _attend(
+        q_THD,
+        **_paged(cache, q_THD, kv_table_BN, context_len_B),
+        cu_seqlens_q=cu_seqlens.int(),
+        max_seqlen_q=max_query_len,
+        softmax_scale=scale,
+        causal=True,
+    )
 
-        Raises:
-            UserError: a layout, width or dtype that FlashAttention-3 cannot do.
-        """
-        check(layout, q_THD)
-        cache = self._cache(buffer, layout, layer, kv_table_BN, context_len_B)
-        out_THD = self._attend(
-            q_THD,
-            **cache,
-            cu_seqlens_q=cu_seqlens.int(),
-            max_seqlen_q=max_query_len,
-            softmax_scale=scale,
-            causal=True,
+
+def _attend(q: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """The package is imported at the first call: it is there only where this attention is chosen."""
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    return cast(torch.Tensor, flash_attn_with_kvcache(q, **arguments))
+
+
+def _paged(
+    cache: AttentionCache, q: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The cache's arguments: K and V by page, the page table, and lengths (0 for padding rows)."""
+    layout, size = cache.layout, cache.pool.element_size()
+    check(layout, q)
+    at = pages(layout)
+    k, v = (
+        strided(
+            cache.pool,
+            layout.base[cache.layer] + kv * layout.kv_stride,
+            at.stride,
+            (layout.kernel_block_tokens, layout.num_kv_heads, layout.k_dim),
+            (layout.token_stride[kv], layout.head_stride[kv], size),
         )
-        self.launches["paged_prefill[fa3]"] += 1
-        return out_THD
-
-    def _cache(
-        self,
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        kv_table_BN: torch.Tensor,
-        context_len_B: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The cache's arguments: K and V by page, the page table, and lengths (0 for padding rows)."""
-        at = pages(layout)
-        k, v = (
-            strided_view(
-                buffer,
-                torch_dtype(layout.dtype),
-                layout.base[layer] + kv * layout.kv_stride,
-                at.stride,
-                (layout.kernel_block_tokens, layout.num_kv_heads, layout.k_dim),
-                (layout.token_stride[kv], layout.head_stride[kv], torch_dtype(layout.dtype).itemsize),
-            )
-            for kv in range(2)
-        )
-        table = kv_table_BN
-        if at.per_entry > 1:
-            inside = torch.arange(at.per_entry, dtype=torch.int32, device=table.device)
-            # An entry of -1 becomes negative pages, which no length reaches.
-            table = (table.unsqueeze(2) * at.entry_pages + inside).flatten(1)
-            self.launches["expand_table[fa3]"] += 1
-        length_B = torch.where(kv_table_BN[:, 0] < 0, 0, context_len_B).int()
-        return {"k_cache": k, "v_cache": v, "page_table": table.int(), "cache_seqlens": length_B}
+        for kv in range(2)
+    )
+    table = kv_table_BN
+    if at.per_entry > 1:
+        inside = torch.arange(at.per_entry, dtype=torch.int32, device=table.device)
+        # An entry of -1 becomes negative pages, which no length reaches.
+        table = (table.unsqueeze(2) * at.entry_pages + inside).flatten(1)
+        cache.launches["expand_table[fa3]"] += 1
+    length_B = torch.where(kv_table_BN[:, 0] < 0, 0, context_len_B).int()
+    return {"k_cache": k, "v_cache": v, "page_table": table.int(), "cache_seqlens": length_B}

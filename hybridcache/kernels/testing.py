@@ -8,10 +8,12 @@ channels, W conv kernel width, S tokens of one request.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
+from typing import Any
 
 import torch
 
-from hybridcache.kernels.gdn_decode.naive import stored_state
+from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.caches import StateCache, cache_of
 from hybridcache.memory.layout import AttentionLayout, StateLayout, attention_layout, state_layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.spec.dtypes import itemsize, torch_dtype
@@ -23,6 +25,17 @@ def rel_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """``||out - reference|| / ||reference||`` in float64; NaN where either holds one."""
     out, reference = out.double(), reference.double()
     return ((out - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+
+
+def cached(buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int, *inputs: Any) -> tuple[Any, ...]:
+    """Arguments of an implementation: the layer's cache, then the inputs."""
+    return (cache_of(buffer, layout, layer), *inputs)
+
+
+def run(backend: Backend, operation: str, buffer: torch.Tensor, *call: Any, **options: Any) -> Any:
+    """An operation of a backend, on the layout and the layer that ``call`` begins with."""
+    layout, layer, *inputs = call
+    return getattr(backend.bind_layer(buffer, layout, layer), operation)(*inputs, **options)
 
 
 def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:
@@ -127,7 +140,8 @@ class StateCase:
 
     buffer: torch.Tensor
     layout: StateLayout
-    state_table_BL: torch.Tensor
+    state_read_BL: torch.Tensor
+    state_write_BL: torch.Tensor
     position_B: torch.Tensor
     x_BC: torch.Tensor
     conv_weight_CW: torch.Tensor
@@ -137,9 +151,9 @@ class StateCase:
     dt_bias_V: torch.Tensor
 
     def step(self, layer: int) -> tuple:
-        """Arguments of ``gdn_decode`` after ``buffer``."""
+        """Layout, layer and inputs of ``gdn_decode``."""
         inputs = (self.x_BC, self.conv_weight_CW, self.a_BV, self.b_BV, self.a_log_V, self.dt_bias_V)
-        return (self.layout, layer, *inputs, self.state_table_BL, self.position_B)
+        return (self.layout, layer, *inputs, self.state_read_BL, self.state_write_BL, self.position_B)
 
 
 def state_case(
@@ -158,15 +172,21 @@ def state_case(
     dtype: str = "bfloat16",
     device: str | torch.device = "cpu",
     pool_bytes: int = 0,
+    apart: bool = False,
+    spare: int = 0,
 ) -> StateCase:
     """States of requests at ``positions`` in shuffled slots of a poisoned pool; position -1 makes a padding row.
+
+    Args:
+        apart: each state is written to another slot than it is read from, and rows at position 0 read none (-1).
+        spare: slots more than these need.
 
     At position 0 the whole state stays poisoned, and so do ring columns of positions that were never seen.
     """
     channels = 2 * k_heads * key_dim + v_heads * value_dim
     state = RecurrentState((v_heads, key_dim, value_dim), state_dtype, channels, width, conv_dtype)
     spec = CacheSpec("kernels", tuple(LayerSpec(i, None, state) for i in range(layers)))
-    slots = max(len(positions) * layers + 3, pool_bytes // state.stored_bytes)
+    slots = max(len(positions) * layers * (2 if apart else 1) + 3 + spare, pool_bytes // state.stored_bytes)
     if order == "block_major":
         base, entries = (0,) * layers, slots
     elif order == "layer_major":
@@ -178,15 +198,16 @@ def state_case(
     layout = state_layout(spec, base=base, stride=state.stored_bytes)
     buffer = poisoned(slots * state.stored_bytes, device)
 
-    table_BL = torch.full((len(positions), layers), -1, dtype=torch.int32)
+    read_BL, write_BL = (torch.full((len(positions), layers), -1, dtype=torch.int32) for _ in range(2))
     shuffled = [[entries - 1, *torch.randperm(entries - 1, generator=generator).tolist()] for _ in range(layers)]
     for layer in range(layers):
+        free = shuffled[0 if order == "block_major" else layer]
         for row, position in enumerate(positions):
-            if position < 0:
-                continue
-            entry = shuffled[0 if order == "block_major" else layer].pop(0)
-            table_BL[row, layer] = entry
-            _fill_state(generator, buffer, layout, layer, entry, position)
+            if position >= 0:
+                write_BL[row, layer] = free.pop(0)
+                read_BL[row, layer] = (free.pop(0) if position else -1) if apart else write_BL[row, layer]
+                _fill_state(generator, StateCache(buffer, layout, layer), int(read_BL[row, layer]), position)
+    read_BL, write_BL = read_BL.to(device), write_BL.to(device)
 
     def inputs(*shape: int) -> torch.Tensor:
         return normal(generator, shape, buffer.device, dtype)
@@ -195,7 +216,8 @@ def state_case(
     return StateCase(
         buffer=buffer,
         layout=layout,
-        state_table_BL=table_BL.to(device),
+        state_read_BL=read_BL if apart else write_BL,
+        state_write_BL=write_BL,
         position_B=torch.tensor([max(position, 0) for position in positions], device=device),
         x_BC=inputs(rows, channels),
         conv_weight_CW=inputs(channels, width) / width**0.5,
@@ -206,27 +228,27 @@ def state_case(
     )
 
 
-def _fill_state(
-    generator: torch.Generator, buffer: torch.Tensor, layout: StateLayout, layer: int, entry: int, position: int
-) -> None:
+def _fill_state(generator: torch.Generator, cache: StateCache, entry: int, position: int) -> None:
     if position == 0:
         return
-    state_VIJ, ring_WC = stored_state(buffer, layout, layer, entry)
-    state_VIJ.copy_(normal(generator, state_VIJ.shape, buffer.device, layout.recurrent_dtype) * 0.1)
-    for past in range(max(position - layout.conv_kernel + 1, 0), position):
-        ring_WC[past % layout.conv_kernel] = normal(generator, ring_WC.shape[1:], buffer.device, layout.conv_dtype)
+    state_VIJ, ring_WC = cache.stored(entry)
+    width, device = ring_WC.shape[0], ring_WC.device
+    state_VIJ.copy_(normal(generator, state_VIJ.shape, device, state_VIJ.dtype) * 0.1)
+    for past in range(max(position - width + 1, 0), position):
+        ring_WC[past % width] = normal(generator, ring_WC.shape[1:], device, ring_WC.dtype)
 
 
 def state_error(case: StateCase, expected: torch.Tensor, layer: int) -> float:
     """Largest :func:`rel_error` of the stored states of one layer against those in the pool ``expected``.
 
-    Infinite where any other byte differs: conv rings, the other layers, free slots. Both pools' states are zeroed.
+    Infinite where any other byte differs: conv rings, blocks that are read only, the other layers, free slots. Both pools'
+    states are zeroed.
     """
     worst = 0.0
-    for entry in case.state_table_BL[:, layer].tolist():
+    found, wanted = (StateCache(buffer, case.layout, layer) for buffer in (case.buffer, expected))
+    for entry in case.state_write_BL[:, layer].tolist():
         if entry != -1:
-            state_VIJ, _ = stored_state(case.buffer, case.layout, layer, entry)
-            expected_VIJ, _ = stored_state(expected, case.layout, layer, entry)
+            state_VIJ, expected_VIJ = found.stored(entry)[0], wanted.stored(entry)[0]
             error = rel_error(state_VIJ, expected_VIJ)
             if isnan(error):
                 return error

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3NextConfig
 
-from models.qwen3_next.layers import RMSNorm
-from models.qwen3_next.parameters import Slot, Slots, parameter
-from models.qwen3_next.step import Step
+from models.layers.norms import RMSNorm
+from models.layers.parameters import Slot, Slots, parameter
+from models.layers.step import Step
 
 
 class Attention(nn.Module):
@@ -47,46 +47,29 @@ class Attention(nn.Module):
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
         q_THE, gate_THE = qg.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=2)
         k_TKE, v_TKE = (x.unflatten(1, (self.kv_heads, self.head_dim)) for x in (k, v))
-        return F.linear(self._attend(q_THE, k_TKE, v_TKE, gate_THE, step).flatten(1), self.out, self.out_bias)
-
-    def _attend(
-        self, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor, gate_THE: torch.Tensor, step: Step
-    ) -> torch.Tensor:
-        """What the heads attend to, times the gate: each kind of rows goes into its part of the result."""
-        batch, n = step.batch, step.batch.num_decode
-        pool = (step.buffer, step.layout.attention, self.ordinal)
-        q_THE = step.backend.qk_norm_rope_store(
-            *pool,
-            q_THE,
-            k_TKE,
-            v_TKE,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.q_norm.eps,
-            step.cos_TP,
-            step.sin_TP,
-            batch.kv_table_BN,
-            batch.row_T,
-            batch.position_T,
-        )
+        cache, batch, n = step.caches.attention[self.ordinal], step.batch, step.batch.num_decode
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, step.cos_TP, step.sin_TP)
+        tables = (batch.kv_table_BN, batch.row_T, batch.position_T)
+        q_THE = cache.qk_norm_rope_store(q_THE, k_TKE, v_TKE, *norms, *tables)
+        # Each kind of rows goes into its part of what the output projection reads.
         out_THE = torch.empty(gate_THE.shape, dtype=gate_THE.dtype, device=gate_THE.device)
         if n:
             rows = step.decoding
-            decoded = step.backend.paged_decode(*pool, q_THE[:n], rows.kv_table_BN, rows.context_len_B, self.scale)
-            step.ops.sigmoid_mul(decoded, gate_THE[:n], out_THE[:n])
+            decoded = cache.paged_decode(q_THE[:n], rows.kv_table_BN, rows.context_len_B, self.scale)
+            step.backend.sigmoid_mul(decoded, gate_THE[:n], out_THE[:n])
         if step.has_prefill:
-            prefilled = step.backend.paged_prefill(
-                *pool,
+            rows = step.prefilling
+            prefilled = cache.paged_prefill(
                 q_THE[n:],
-                step.prefilling.kv_table_BN,
+                rows.kv_table_BN,
                 batch.prefill_cu_seqlens,
-                step.prefilling.context_len_B,
+                rows.context_len_B,
                 self.scale,
                 batch.max_prefill_len,
                 batch.max_context_len,
             )
-            step.ops.sigmoid_mul(prefilled, gate_THE[n:], out_THE[n:])
-        return out_THE
+            step.backend.sigmoid_mul(prefilled, gate_THE[n:], out_THE[n:])
+        return F.linear(out_THE.flatten(1), self.out, self.out_bias)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         for name, rows in zip("qkv", self.qkv.split(self.sizes)):

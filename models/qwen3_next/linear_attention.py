@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3NextConfig
 
-from models.qwen3_next.layers import GatedRMSNorm
-from models.qwen3_next.parameters import Slot, Slots, at_least_float32, parameter
-from models.qwen3_next.step import Step
+from models.layers.norms import GatedRMSNorm
+from models.layers.parameters import Slot, Slots, at_least_float32, parameter
+from models.layers.step import Step
 
 
 class LinearAttention(nn.Module):
@@ -44,37 +44,32 @@ class LinearAttention(nn.Module):
     def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
         """Advances the state of every row: decode rows first, prefilling rows behind them."""
         x_TC, z, b_TV, a_TV = F.linear(x_TD, self.in_proj).split(self.sizes, dim=1)
-        batch, n = step.batch, step.batch.num_decode
-        pool = (step.buffer, step.layout.state, self.ordinal)
-        gates = (self.a_log, self.dt_bias)
+        cache, batch, n = step.caches.states[self.ordinal], step.batch, step.batch.num_decode
+        weight_CW, gates, norm = self.conv_WC.t(), (self.a_log, self.dt_bias), self.norm
         gate_TVF = z.unflatten(1, (self.value_heads, self.value_dim))
-        out_TVF = torch.empty(gate_TVF.shape, dtype=z.dtype, device=z.device)
         # Each kind of rows goes into its part of what the output projection reads.
+        out_TVF = torch.empty(gate_TVF.shape, dtype=z.dtype, device=z.device)
         if n:
-            decoded = step.backend.gdn_decode(
-                *pool,
-                x_TC[:n],
-                self.conv_WC.t(),
-                a_TV[:n],
-                b_TV[:n],
-                *gates,
-                step.decoding.state_table_BL,
-                batch.position_T[:n],
-            )
-            self.norm(decoded, gate_TVF[:n], out_TVF[:n], step.ops)
+            rows = step.decoding
+            tables = (rows.state_read_BL, rows.state_write_BL, batch.position_T[:n])
+            decoded = cache.gdn_decode(x_TC[:n], weight_CW, a_TV[:n], b_TV[:n], *gates, *tables)
+            step.backend.gated_norm(decoded, gate_TVF[:n], norm.weight, norm.eps, out_TVF[:n])
         if step.has_prefill:
-            prefilled = step.backend.gdn_prefill(
-                *pool,
+            rows = step.prefilling
+            prefilled = cache.gdn_prefill(
                 x_TC[n:],
-                self.conv_WC.t(),
+                weight_CW,
                 a_TV[n:],
                 b_TV[n:],
                 *gates,
-                step.prefilling.state_table_BL,
+                rows.state_read_BL,
+                rows.state_write_BL,
                 batch.prefill_cu_seqlens,
                 batch.prefill_start_P,
+                batch.checkpoint_table_PNL,
+                batch.checkpoint_interval,
             )
-            self.norm(prefilled, gate_TVF[n:], out_TVF[n:], step.ops)
+            step.backend.gated_norm(prefilled, gate_TVF[n:], norm.weight, norm.eps, out_TVF[n:])
         return F.linear(out_TVF.flatten(1), self.out)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:

@@ -1,7 +1,7 @@
 """Qwen3-Next, whole: embedding, hybrid decoder layers, final norm, language model head.
 
-The model keeps weights only. K, V and recurrent states live in the pool's buffer, which the layers reach through the
-operations of a :class:`~hybridcache.kernels.backend.Backend` and the layout of whatever strategy owns the memory.
+The model keeps weights only. K, V and recurrent states live in a pool, which the layers reach through the operations of its
+:class:`~hybridcache.kernels.backend.Caches`.
 
 Shapes: T tokens of the step, R tokens whose logits are wanted, D hidden, V vocabulary.
 """
@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3NextConfig
 
-from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.backend import Caches
 from hybridcache.kernels.batch import StepBatch
-from hybridcache.memory.layout import Layout
 from hybridcache.spec.dtypes import dtype_name
+from models.layers.moe import MLP, SparseMoe
+from models.layers.norms import RMSNorm
+from models.layers.parameters import Slot, Slots, parameter
+from models.layers.rotary import Rotary
+from models.layers.step import Step
 from models.qwen3_next.attention import Attention
-from models.qwen3_next.layers import MLP, RMSNorm, Rotary
+from models.qwen3_next.config import check_config
 from models.qwen3_next.linear_attention import LinearAttention
-from models.qwen3_next.moe import SparseMoe
-from models.qwen3_next.parameters import Slot, Slots, parameter
-from models.qwen3_next.step import Step
 from models.qwen3_next.workspace import scratch_bytes
 
 
@@ -59,9 +60,10 @@ class DecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the stream and what is still to be added to it, None for nothing, and returns the same: the addition is
         part of the norm behind it."""
-        x_TD, normed_TD = self.mixer_norm.add(x_TD, delta_TD, step.ops)
-        x_TD, normed_TD = self.mlp_norm.add(x_TD, self.mixer(normed_TD, step), step.ops)
-        return x_TD, self.mlp(normed_TD, step.ops)
+        backend, mixer_norm, mlp_norm = step.backend, self.mixer_norm, self.mlp_norm
+        x_TD, normed_TD = backend.add_norm(x_TD, delta_TD, mixer_norm.weight, mixer_norm.eps)
+        x_TD, normed_TD = backend.add_norm(x_TD, self.mixer(normed_TD, step), mlp_norm.weight, mlp_norm.eps)
+        return x_TD, self.mlp(normed_TD, backend)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
         yield from self.mixer_norm.slots(f"{prefix}input_layernorm.", names)
@@ -75,19 +77,21 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen3Next(nn.Module):
-    """The model. Make one with ``build_model`` (random weights) or ``load_model`` (a checkpoint).
+    """The model. Make one with :mod:`models.registry`.
 
     Args:
-        config: Transformers' config; ``check_config`` has accepted it.
+        config: Transformers' config.
         dtype: of weights and activations. Norms, softmax and gates are float32, or float64 with float64.
         device: where the weights are allocated, uninitialised.
+
+    Raises:
+        UserError: a config that this would compute wrongly.
     """
 
     def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
+        check_config(config)
         super().__init__()
         self.config = config
-        self.experts = "tiled"
-        """How experts of many tokens are multiplied; see :class:`~models.qwen3_next.ops.TritonOps`."""
         self.embedding = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.rotary = Rotary(config, dtype, device)
         self.layers = nn.ModuleList(
@@ -124,17 +128,18 @@ class Qwen3Next(nn.Module):
         """Upper bound of what a forward pass holds at once; see :func:`.workspace.scratch_bytes`."""
         return scratch_bytes(self.config, self.dtype, tokens, rows, prefilling)
 
-    def forward(self, batch: StepBatch, buffer: torch.Tensor, layout: Layout, backend: Backend) -> torch.Tensor:
-        """One step: the tokens' K, V and states go into the buffer. Returns logits ``[R, V]`` of the tokens that
+    def forward(self, batch: StepBatch, caches: Caches) -> torch.Tensor:
+        """One step: the tokens' K, V and states go into the caches. Returns logits ``[R, V]`` of the tokens that
         ``batch.logit_index_R`` names, in the model's dtype."""
-        step = Step.of(batch, buffer, layout, backend, self.rotary(batch.position_T), self.dtype, self.experts)
+        step = Step(batch, caches, self.rotary(batch.position_T))
         x_TD, delta_TD = F.embedding(batch.token_ids_T, self.embedding), None
         for layer in self.layers:
             x_TD, delta_TD = layer(x_TD, delta_TD, step)
         if batch.logit_index_R is not None:
             x_TD = x_TD[batch.logit_index_R]
             delta_TD = None if delta_TD is None else delta_TD[batch.logit_index_R]
-        return F.linear(self.norm.add(x_TD, delta_TD, step.ops)[1], self.head)
+        _, normed_RD = caches.backend.add_norm(x_TD, delta_TD, self.norm.weight, self.norm.eps)
+        return F.linear(normed_RD, self.head)
 
     def slots(self, names: Container[str]) -> Slots:
         """Slots of all checkpoint tensors, by the published names."""

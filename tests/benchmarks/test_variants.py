@@ -11,7 +11,7 @@ from benchmarks import attention, copies, experts, measure
 from benchmarks.case import TINY, Case
 from benchmarks.measure import Bench
 from benchmarks.work import Setup
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.torch_ops.attention import paged_decode
 
 CPU = torch.device("cpu")
 
@@ -75,8 +75,7 @@ def test_experts_are_checked(bench):
 
 def test_a_wrong_variant_is_a_row_of_its_own(bench):
     case = Case("paged_decode", (200, 89), TINY, "bfloat16", 8, 11, "block_major", with_torch=False)
-    right = TorchBackend().paged_decode
-    more = {"right": right, "wrong": lambda *args: -right(*args)}
+    more = {"right": paged_decode, "wrong": lambda *args: -paged_decode(*args)}
     rows = {row["impl"]: row for row in bench.rows(case, lambda *at: attention.decode(*at, more))}
     assert rows["right"]["median_ms"] > 0
     assert "wrong result" in rows["wrong"]["error"]

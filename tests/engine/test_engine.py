@@ -164,7 +164,7 @@ def test_a_request_that_keeps_failing_ends_and_the_others_finish(max_retries):
     def fail_on_three(batch):
         # Request 3 fails once it has four output tokens, however they come to be computed.
         for row in range(batch.num_rows):
-            if int(batch.context_len_B[row]) >= 34 and int(batch.state_table_BL[row, 0]) == state_of_three():
+            if int(batch.context_len_B[row]) >= 34 and int(batch.state_write_BL[row, 0]) == state_of_three():
                 raise ValueError("request 3 is cursed")
 
     engine = make_engine(model=PoolModel(before_forward=fail_on_three), max_retries=max_retries, poison=True)

@@ -135,7 +135,7 @@ def test_what_prefills_few_tokens_is_replayed():
 
 def test_graphs_where_they_cannot_be():
     torch_backend = make_backend("torch", "cpu")
-    triton_backend = SimpleNamespace(name="triton")
+    triton_backend = SimpleNamespace(name="triton", capturable=True)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert not wants_graphs("auto", torch_backend, cpu, None)
     assert not wants_graphs(False, triton_backend, cuda, None)

@@ -35,8 +35,8 @@ def test_a_batch_holds_what_the_kernels_read():
     assert (batch.max_prefill_len, batch.max_context_len) == (64, 128)
     assert batch.kv_table_BN.tolist() == tables.kv.tolist()
     assert runner.inputs.table[3].tolist() == [-1] * runner.inputs.table.shape[1]
-    assert batch.state_table_BL.tolist() == tables.state.tolist()
-    names = ("row_T", "kv_table_BN", "state_table_BL", "context_len_B", "prefill_cu_seqlens")
+    assert batch.state_write_BL.tolist() == tables.state.tolist()
+    names = ("row_T", "kv_table_BN", "state_read_BL", "state_write_BL", "context_len_B", "prefill_cu_seqlens")
     assert {str(getattr(batch, name).dtype) for name in names} == {"torch.int32"}
     names = ("token_ids_T", "position_T", "logit_index_R")
     assert {str(getattr(batch, name).dtype) for name in names} == {"torch.int64"}

@@ -10,7 +10,8 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingRow, sample
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.kernels.backend import make_backend
-from hybridcache.kernels.greedy import NOT_FINITE, naive
+from hybridcache.kernels.greedy import NOT_FINITE
+from hybridcache.kernels.torch_ops import layers
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Span, build
 
@@ -192,7 +193,7 @@ def test_greedy_choice_is_that_of_torch(rows, vocabulary):
         logits[1, 7], logits[2], logits[3, -1] = float("nan"), float("-inf"), float("inf")
     ids, feed, expected, expected_feed = torch.full((4, rows), -7, device="cuda")
     triton.greedy(logits, ids, feed)
-    naive.greedy(logits, expected, expected_feed)
+    layers.greedy(logits, expected, expected_feed)
     finite = expected != NOT_FINITE
     assert torch.equal(ids != NOT_FINITE, finite)
     # Of equal logits PyTorch may name another.

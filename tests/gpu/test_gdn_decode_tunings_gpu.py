@@ -15,7 +15,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.gdn_decode.staging import Staging
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
     from hybridcache.kernels.gdn_decode.tuning import STAGED_ROWS, Tuning, choose
-    from hybridcache.kernels.testing import rel_error, state_case, state_error
+    from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
 
     CUTS = {
         "v8-w1": Tuning(8, 1),
@@ -50,8 +50,8 @@ def test_tunings_agree(name, order, state_dtype, weight_by_column):
         case.conv_weight_CW = case.conv_weight_CW.t().contiguous().t()
     for step in range(3):
         expected_buffer = case.buffer.clone()
-        expected = naive.gdn_decode(expected_buffer, *case.step(1))
-        out = gdn_decode(case.buffer, *case.step(1), tuning=CUTS[name])
+        expected = naive.gdn_decode(*cached(expected_buffer, *case.step(1)))
+        out = gdn_decode(*cached(case.buffer, *case.step(1)), tuning=CUTS[name])
         assert rel_error(out, expected) <= 1e-2, f"step {step}"
         after = case.buffer.clone()
         assert state_error(case, expected_buffer, 1) <= (1e-5 if state_dtype == "float32" else 1e-2), f"step {step}"
@@ -68,7 +68,7 @@ def test_dependent_launches_wait_for_each_other(name):
     for dependent in (True, False):
         buffer, cut = case.buffer.clone(), replace(CUTS[name], dependent_launch=dependent)
         steps = [(*case.step(0)[:-1], case.position_B + step) for step in range(20)]
-        results.append(([gdn_decode(buffer, *step, tuning=cut) for step in steps], buffer))
+        results.append(([gdn_decode(*cached(buffer, *step), tuning=cut) for step in steps], buffer))
     (chained, chained_buffer), (alone, alone_buffer) = results
     assert all(torch.equal(first, second) for first, second in zip(chained, alone))
     assert torch.equal(chained_buffer, alone_buffer)
@@ -82,7 +82,7 @@ def test_shared_memory_is_not_read_before_its_copy_arrives(name):
     results = []
     for _ in range(10):
         buffer = case.buffer.clone()
-        results.append((gdn_decode(buffer, *case.step(0), tuning=CUTS[name]), buffer))
+        results.append((gdn_decode(*cached(buffer, *case.step(0)), tuning=CUTS[name]), buffer))
     for out, buffer in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(buffer, results[0][1])
@@ -100,6 +100,6 @@ def test_the_choice_for_a_batch(rows, state_dtype):
     staged = rows >= STAGED_ROWS[4 if state_dtype == "float32" else 2]
     assert isinstance(choose(case.layout, case.x_BC), Staging) == (hopper and staged)
     expected_buffer = case.buffer.clone()
-    expected = naive.gdn_decode(expected_buffer, *case.step(1))
-    assert rel_error(gdn_decode(case.buffer, *case.step(1)), expected) <= 1e-2
+    expected = naive.gdn_decode(*cached(expected_buffer, *case.step(1)))
+    assert rel_error(gdn_decode(*cached(case.buffer, *case.step(1))), expected) <= 1e-2
     assert state_error(case, expected_buffer, 1) <= (1e-5 if state_dtype == "float32" else 1e-2)

@@ -11,6 +11,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
+    from hybridcache.kernels.devices import is_hopper
     from hybridcache.kernels.gdn_decode import naive as naive_decode
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
     from hybridcache.kernels.gdn_prefill import naive
@@ -21,9 +22,9 @@ if torch.cuda.is_available():
         prefill_case,
         reference64,
     )
-    from hybridcache.kernels.gdn_prefill.tiles import choose, default_tiles, is_hopper
+    from hybridcache.kernels.gdn_prefill.tiles import choose, default_tiles
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
-    from hybridcache.kernels.testing import rel_error
+    from hybridcache.kernels.testing import cached, rel_error
 
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 LARGE_POOL = 10 << 30
@@ -41,8 +42,8 @@ def generator():
 def check(case, layer=1, dtype="bfloat16", state_dtype="float32", reference=None, tiles=None):
     """Outputs row by row, states and rings; nothing else in the pool changes."""
     expected_buffer = case.buffer.clone()
-    expected = (reference or naive.gdn_prefill)(expected_buffer, *case.step(layer))
-    out = gdn_prefill(case.buffer, *case.step(layer), tiles=tiles)
+    expected = (reference or naive.gdn_prefill)(*cached(expected_buffer, *case.step(layer)))
+    out = gdn_prefill(*cached(case.buffer, *case.step(layer)), tiles=tiles)
     assert out.dtype == case.x_TC.dtype
     offsets = case.cu_seqlens.tolist()
     for row, (first, last) in enumerate(zip(offsets, [*offsets[1:], out.shape[0]])):
@@ -126,13 +127,13 @@ def test_gdn_prefill_of_correlated_keys_without_decay(generator):
     case.x_TC = 0.05 * case.x_TC + case.x_TC[:1]
     case.state.a_log_V.fill_(-9.0)
     case.b_TV.add_(4.0)
-    expected = naive.gdn_prefill(case.buffer.clone(), *case.step(1))
-    assert rel_error(gdn_prefill(case.buffer.clone(), *case.step(1)), expected) <= 1e-4
+    expected = naive.gdn_prefill(*cached(case.buffer.clone(), *case.step(1)))
+    assert rel_error(gdn_prefill(*cached(case.buffer.clone(), *case.step(1))), expected) <= 1e-4
 
 
 def test_gdn_prefill_beyond_2_31_elements(generator):
     case = prefill_case(generator, lengths=[70, 100], starts=[9, 0], device="cuda", pool_bytes=LARGE_POOL)
-    assert int(case.state.state_table_BL[0, 0]) * (case.state.layout.stride // 4) > 1 << 31
+    assert int(case.state.state_write_BL[0, 0]) * (case.state.layout.stride // 4) > 1 << 31
     check(case, layer=0)
 
 
@@ -140,11 +141,11 @@ def test_gdn_prefill_is_deterministic(generator):
     """Rings are read and written by different launches: a race would change the bits between runs."""
     case = prefill_case(generator, lengths=[3, 700, 64, 2], starts=[62, 100, 0, 5], device="cuda")
     before = case.buffer.clone()
-    first = gdn_prefill(case.buffer, *case.step(0))
+    first = gdn_prefill(*cached(case.buffer, *case.step(0)))
     after = case.buffer.clone()
     for _ in range(20):
         case.buffer.copy_(before)
-        assert torch.equal(gdn_prefill(case.buffer, *case.step(0)), first)
+        assert torch.equal(gdn_prefill(*cached(case.buffer, *case.step(0))), first)
         assert torch.equal(case.buffer, after)
 
 
@@ -159,8 +160,8 @@ def test_checkpoints(generator, lengths, starts, interval):
     expected_buffer = case.buffer.clone()
     kept = checkpointed(case, 1, interval, table_BNL, expected_buffer, reference64)
     assert kept
-    reference64(expected_buffer, *case.step(1))
-    gdn_prefill(case.buffer, *case.step(1), checkpoint_table_BNL=table_BNL, checkpoint_interval=interval)
+    reference64(*cached(expected_buffer, *case.step(1)))
+    gdn_prefill(*cached(case.buffer, *case.step(1)), checkpoint_table_BNL=table_BNL, checkpoint_interval=interval)
     for entries in (None, [entry for _, _, entry in kept]):
         error, rings = block_errors(case, expected_buffer, 1, entries)
         assert error <= 1e-2
@@ -171,15 +172,15 @@ def test_checkpoints(generator, lengths, starts, interval):
 def test_cutting_a_prompt_at_a_multiple_of_64_changes_no_bit(generator):
     """Chunks lie on absolute multiples of 64 whatever the cuts, and a float32 state loses nothing in between."""
     case = prefill_case(generator, lengths=[1000], starts=[0], device="cuda")
-    at, layer, x, weight, a, b, a_log, dt_bias, table_BL, cu, start = case.step(1)
+    at, layer, x, weight, a, b, a_log, dt_bias, *tables, cu, start = case.step(1)
     whole_buffer = case.buffer.clone()
-    whole = gdn_prefill(whole_buffer, *case.step(1))
+    whole = gdn_prefill(*cached(whole_buffer, *case.step(1)))
     for first, last in ((0, 64), (64, 576), (576, 1000)):
         cu = torch.tensor([0, last - first], dtype=torch.int32, device="cuda")
         start = torch.tensor([first], dtype=torch.int32, device="cuda")
         part = slice(first, last)
         out = gdn_prefill(
-            case.buffer, at, layer, x[part], weight, a[part], b[part], a_log, dt_bias, table_BL, cu, start
+            *cached(case.buffer, at, layer, x[part], weight, a[part], b[part], a_log, dt_bias, *tables, cu, start)
         )
         assert torch.equal(out, whole[part])
     assert torch.equal(case.buffer, whole_buffer)
@@ -188,12 +189,12 @@ def test_cutting_a_prompt_at_a_multiple_of_64_changes_no_bit(generator):
 def test_decode_goes_on_from_prefill(generator):
     case = prefill_case(generator, lengths=[130, 5], starts=[0, 60], device="cuda")
     expected_buffer = case.buffer.clone()
-    naive.gdn_prefill(expected_buffer, *case.step(1))
-    gdn_prefill(case.buffer, *case.step(1))
+    naive.gdn_prefill(*cached(expected_buffer, *case.step(1)))
+    gdn_prefill(*cached(case.buffer, *case.step(1)))
     state = case.state
     state.position_B = state.position_B + torch.tensor(case.lengths, device="cuda")
-    expected = naive_decode.gdn_decode(expected_buffer, *state.step(1))
-    assert rel_error(gdn_decode(state.buffer, *state.step(1)), expected) <= 1e-2
+    expected = naive_decode.gdn_decode(*cached(expected_buffer, *state.step(1)))
+    assert rel_error(gdn_decode(*cached(state.buffer, *state.step(1))), expected) <= 1e-2
 
 
 def test_gdn_prefill_replays_in_a_cuda_graph(generator):
@@ -202,7 +203,7 @@ def test_gdn_prefill_replays_in_a_cuda_graph(generator):
     table_BNL = torch.full((3, 2, 2), -1, dtype=torch.int32, device="cuda")
 
     def step(buffer):
-        return gdn_prefill(buffer, *case.step(1), checkpoint_table_BNL=table_BNL, checkpoint_interval=128)
+        return gdn_prefill(*cached(buffer, *case.step(1)), checkpoint_table_BNL=table_BNL, checkpoint_interval=128)
 
     scratch = case.buffer.clone()
     stream = torch.cuda.Stream()
@@ -217,10 +218,10 @@ def test_gdn_prefill_replays_in_a_cuda_graph(generator):
         for tensor in (case.x_TC, case.a_TV, case.b_TV):
             tensor.copy_(torch.randn_like(tensor))
         case.cu_seqlens.copy_(torch.tensor([0, *lengths]).cumsum(0))
-        case.state.state_table_BL.copy_(case.state.state_table_BL.roll(1, 0))
+        case.state.state_write_BL.copy_(case.state.state_write_BL.roll(1, 0))
         case.start_B.copy_(case.start_B.roll(1, 0))
         expected_buffer = case.buffer.clone()
-        expected = reference64(expected_buffer, *case.step(1))
+        expected = reference64(*cached(expected_buffer, *case.step(1)))
         graph.replay()
         torch.cuda.synchronize()
         used = sum(lengths)
@@ -234,7 +235,7 @@ def test_rows_are_apart(generator):
     """NaN in one row's input or state shows in its output and in no other's."""
     case = prefill_case(generator, lengths=[10, 100, 10], starts=[5, 70, 5], device="cuda")
     case.x_TC[10:110] = float("nan")
-    out = gdn_prefill(case.buffer, *case.step(1))
+    out = gdn_prefill(*cached(case.buffer, *case.step(1)))
     assert out[10:110].isnan().all()
     assert out[:10].isfinite().all()
     assert out[110:].isfinite().all()
@@ -275,9 +276,9 @@ def test_checkpoints_in_triton(generator, interval, rows):
     table_BNL = checkpoint_table(case, 1, interval, spare=1)
     expected_buffer = case.buffer.clone()
     kept = checkpointed(case, 1, interval, table_BNL, expected_buffer, reference64)
-    reference64(expected_buffer, *case.step(1))
+    reference64(*cached(expected_buffer, *case.step(1)))
     options = {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": interval, "tiles": triton_tiles(case, rows)}
-    gdn_prefill(case.buffer, *case.step(1), **options)
+    gdn_prefill(*cached(case.buffer, *case.step(1)), **options)
     for entries in (None, [entry for _, _, entry in kept]):
         error, rings = block_errors(case, expected_buffer, 1, entries)
         assert error <= 1e-2
@@ -302,9 +303,9 @@ def test_states_in_triton_are_deterministic(generator):
     """Copies, products and stores overlap: a race would change the bits between runs."""
     case = prefill_case(generator, lengths=[3, 700, 64, 2], starts=[62, 100, 0, 5], device="cuda")
     before, tiles = case.buffer.clone(), triton_tiles(case)
-    first = gdn_prefill(case.buffer, *case.step(0), tiles=tiles)
+    first = gdn_prefill(*cached(case.buffer, *case.step(0)), tiles=tiles)
     after = case.buffer.clone()
     for _ in range(20):
         case.buffer.copy_(before)
-        assert torch.equal(gdn_prefill(case.buffer, *case.step(0), tiles=tiles), first)
+        assert torch.equal(gdn_prefill(*cached(case.buffer, *case.step(0)), tiles=tiles), first)
         assert torch.equal(case.buffer, after)

@@ -22,7 +22,16 @@ if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.tiles import Tuning
     from hybridcache.kernels.paged_decode.triton import paged_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
-    from hybridcache.kernels.testing import attention_case, normal, poisoned, rel_error, state_case, state_error
+    from hybridcache.kernels.testing import (
+        attention_case,
+        cached,
+        normal,
+        poisoned,
+        rel_error,
+        run,
+        state_case,
+        state_error,
+    )
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 LARGE_POOL = 10 << 30
@@ -74,8 +83,8 @@ def test_gdn_decode(backend, generator, rows, order, dtype, state_dtype):
         device="cuda",
     )
     expected_buffer = case.buffer.clone()
-    expected = naive_gdn.gdn_decode(expected_buffer, *case.step(1))
-    out = backend.gdn_decode(case.buffer, *case.step(1))
+    expected = naive_gdn.gdn_decode(*cached(expected_buffer, *case.step(1)))
+    out = run(backend, "gdn_decode", case.buffer, *case.step(1))
     assert rel_error(out, expected) <= TOLERANCE[dtype]
     assert state_error(case, expected_buffer, 1) <= TOLERANCE[state_dtype]
     assert sum(backend.launches.values()) == 1
@@ -86,20 +95,20 @@ def test_gdn_decode_is_deterministic_beside_its_own_ring_writes(backend, generat
     """Value tiles that raced on the ring would change the bits between runs."""
     case = state_case(generator, positions=draw(generator, 0, 50, 64), device="cuda")
     before = case.buffer.clone()
-    first = backend.gdn_decode(case.buffer, *case.step(0))
+    first = run(backend, "gdn_decode", case.buffer, *case.step(0))
     after = case.buffer.clone()
     for _ in range(20):
         case.buffer.copy_(before)
-        assert torch.equal(backend.gdn_decode(case.buffer, *case.step(0)), first)
+        assert torch.equal(run(backend, "gdn_decode", case.buffer, *case.step(0)), first)
         assert torch.equal(case.buffer, after)
 
 
 def test_gdn_decode_beyond_2_31_elements(backend, generator):
     case = state_case(generator, positions=[9, 0, 4000], device="cuda", pool_bytes=LARGE_POOL)
-    assert int(case.state_table_BL[0, 0]) * (case.layout.stride // 4) > 1 << 31
+    assert int(case.state_write_BL[0, 0]) * (case.layout.stride // 4) > 1 << 31
     expected_buffer = case.buffer.clone()
-    expected = naive_gdn.gdn_decode(expected_buffer, *case.step(0))
-    out = backend.gdn_decode(case.buffer, *case.step(0))
+    expected = naive_gdn.gdn_decode(*cached(expected_buffer, *case.step(0)))
+    out = run(backend, "gdn_decode", case.buffer, *case.step(0))
     assert rel_error(out, expected) <= 1e-2
     assert state_error(case, expected_buffer, 0) <= 1e-5
 
@@ -129,8 +138,8 @@ def check_paged_decode(backend, generator, case, dtype="bfloat16"):
     rows = len(case.lengths)
     q_BHD = normal(generator, (rows, HEADS, DIM), case.buffer.device, dtype)
     inputs = (case.layout, 7, q_BHD, case.kv_table_BN, case.context_len_B, DIM**-0.5)
-    expected = naive_decode.paged_decode(case.buffer, *inputs)
-    out = backend.paged_decode(case.buffer, *inputs)
+    expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
+    out = run(backend, "paged_decode", case.buffer, *inputs)
     assert out.dtype == q_BHD.dtype
     padding = torch.tensor([length == 0 for length in case.lengths], device="cuda")
     assert (out[padding] == 0).all()
@@ -178,8 +187,8 @@ def test_paged_decode_of_other_shapes(backend, generator, dim, heads, kv_heads):
     )
     q_BHD = normal(generator, (4, heads, dim), case.buffer.device, "bfloat16")
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, dim**-0.5)
-    expected = naive_decode.paged_decode(case.buffer, *inputs)
-    assert rel_error(backend.paged_decode(case.buffer, *inputs), expected) <= 1e-2
+    expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
+    assert rel_error(run(backend, "paged_decode", case.buffer, *inputs), expected) <= 1e-2
 
 
 @pytest.mark.parametrize("tuning", [(64, 4, 3, 1), (64, 8, 3, 1), (32, 4, 4, 1), (16, 4, 3, 4), (16, 2, 3, 4)], ids=str)
@@ -206,7 +215,7 @@ def test_a_reduction_waits_for_every_split(generator):
         outs = [first_BHD]
         for _ in range(40):
             inputs = (case.layout, 7, outs[-1], case.kv_table_BN, case.context_len_B, 1.0)
-            outs.append(paged_decode(case.buffer, *inputs, tuning=tuning))
+            outs.append(paged_decode(*cached(case.buffer, *inputs), tuning=tuning))
             after()
         return outs[1:]
 
@@ -232,10 +241,10 @@ def test_paged_decode_reads_the_pool_at_each_call(backend, generator):
     case = paged_case(generator, [500, 500], "block_major", 8, 11)
     q_BHD = normal(generator, (2, HEADS, DIM), case.buffer.device, "bfloat16")
     inputs = (case.layout, 7, q_BHD, case.kv_table_BN, case.context_len_B, DIM**-0.5)
-    assert backend.paged_decode(case.buffer, *inputs).isfinite().all()
+    assert run(backend, "paged_decode", case.buffer, *inputs).isfinite().all()
     address = case.layout.address(7, int(case.kv_table_BN[1, 499 // 88]), 499, 1, 0)
     case.buffer[address : address + 2 * DIM] = 0xFF
-    out = backend.paged_decode(case.buffer, *inputs)
+    out = run(backend, "paged_decode", case.buffer, *inputs)
     assert out[0].isfinite().all()
     assert out[1, : HEADS // 2].isnan().all()
     assert out[1, HEADS // 2 :].isfinite().all()
@@ -254,8 +263,8 @@ def check_kv_store(backend, generator, case):
     case.buffer.fill_(0xFF)
     expected_buffer = case.buffer.clone()
     inputs = (case.layout, 7, k_TKD, v_TKD, case.kv_table_BN, row_T, position_T)
-    naive_store.kv_store(expected_buffer, *inputs)
-    backend.kv_store(case.buffer, *inputs)
+    naive_store.kv_store(*cached(expected_buffer, *inputs))
+    run(backend, "kv_store", case.buffer, *inputs)
     assert torch.equal(case.buffer, expected_buffer)
     assert backend.launches == {"kv_store[triton]": 1}
 
@@ -311,9 +320,11 @@ def test_decode_operations_replay_in_a_cuda_graph(backend, generator):
     position_B = kv.context_len_B.long() - 1
 
     def step(operations, state_buffer, kv_buffer):
-        out = operations.gdn_decode(state_buffer, *state.step(1))
-        operations.kv_store(kv_buffer, kv.layout, 7, k_BKD, v_BKD, kv.kv_table_BN, row_B, position_B)
-        attended = operations.paged_decode(kv_buffer, kv.layout, 7, q_BHD, kv.kv_table_BN, kv.context_len_B, DIM**-0.5)
+        out = run(operations, "gdn_decode", state_buffer, *state.step(1))
+        run(operations, "kv_store", kv_buffer, kv.layout, 7, k_BKD, v_BKD, kv.kv_table_BN, row_B, position_B)
+        attended = run(
+            operations, "paged_decode", kv_buffer, kv.layout, 7, q_BHD, kv.kv_table_BN, kv.context_len_B, DIM**-0.5
+        )
         return out, attended
 
     class Reference:
@@ -358,8 +369,8 @@ def test_gdn_prefill(backend, generator, dtype):
     options = {"dtype": dtype, "conv_dtype": dtype, "device": "cuda"}
     case = prefill_case(generator, lengths=[40, 3, 70, 129], starts=[0, -1, 100, 63], tail=5, **options)
     expected_buffer = case.buffer.clone()
-    expected = naive_gdn_prefill.gdn_prefill(expected_buffer, *case.step(1))
-    assert rel_error(backend.gdn_prefill(case.buffer, *case.step(1)), expected) <= TOLERANCE[dtype]
+    expected = naive_gdn_prefill.gdn_prefill(*cached(expected_buffer, *case.step(1)))
+    assert rel_error(run(backend, "gdn_prefill", case.buffer, *case.step(1)), expected) <= TOLERANCE[dtype]
     error, rings = block_errors(case, expected_buffer, 1)
     assert error <= TOLERANCE[dtype]
     assert rings
@@ -376,8 +387,8 @@ def test_paged_prefill_is_chosen_by_device_and_dtype(backend, generator, order, 
     q_THD = normal(generator, (sum(queries), HEADS, DIM), case.buffer.device, dtype)
     cu_seqlens = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
     inputs = (case.layout, 7, q_THD, case.kv_table_BN, cu_seqlens, case.context_len_B, DIM**-0.5, 129, 300)
-    expected = naive_prefill.paged_prefill(case.buffer, *inputs)
-    out = backend.paged_prefill(case.buffer, *inputs)
+    expected = naive_prefill.paged_prefill(*cached(case.buffer, *inputs))
+    out = run(backend, "paged_prefill", case.buffer, *inputs)
     assert out.dtype == q_THD.dtype
     for first, last in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
         if (expected[first:last] == 0).all():
@@ -395,6 +406,6 @@ def test_paged_prefill_of_what_the_hopper_kernel_cannot_do(backend, generator):
     q_THD = wide[1:].view(90, HEADS, DIM)
     cu_seqlens = torch.tensor([0, 90], dtype=torch.int32, device="cuda")
     inputs = (case.layout, 7, q_THD, case.kv_table_BN, cu_seqlens, case.context_len_B, DIM**-0.5, 90, 90)
-    expected = naive_prefill.paged_prefill(case.buffer, *inputs)
-    assert rel_error(backend.paged_prefill(case.buffer, *inputs), expected) <= 1e-2
+    expected = naive_prefill.paged_prefill(*cached(case.buffer, *inputs))
+    assert rel_error(run(backend, "paged_prefill", case.buffer, *inputs), expected) <= 1e-2
     assert backend.launches == {"paged_prefill[triton]": 1}

@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.naive import gather
     from hybridcache.kernels.paged_prefill import hopper, triton
     from hybridcache.kernels.paged_prefill.tiles import Tile
-    from hybridcache.kernels.testing import attention_case, normal, rel_error
+    from hybridcache.kernels.testing import attention_case, cached, normal, rel_error
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 LARGE_POOL = 10 << 30
@@ -66,7 +66,9 @@ def expected_rows(case, q_THD, offsets, scale):
         limit_Q = torch.arange(length - (end - begin), length, device="cuda")
         hidden_QS = key_S > limit_Q[:, None]
         for head in range(kv_heads):
-            k_SD, v_SD = (gather(case.buffer, case.layout, LAYER, entries, length, kv, head) for kv in range(2))
+            k_SD, v_SD = (
+                gather(*cached(case.buffer, case.layout, LAYER), entries, length, kv, head) for kv in range(2)
+            )
             group = slice(head * heads // kv_heads, (head + 1) * heads // kv_heads)
             for q_QD, out_QD in zip(q_THD[begin:end, group].unbind(1), out_THD[begin:end, group].unbind(1)):
                 score_QS = (q_QD.double() @ k_SD.T * scale).masked_fill_(hidden_QS, float("-inf"))
@@ -83,16 +85,18 @@ def check(prefill, generator, case, queries, heads=16, dtype="bfloat16", **optio
     expected = expected_rows(case, q_THD, offsets, scale)
     torch.full(expected.shape, float("nan"), dtype=q_THD.dtype, device="cuda")  # the memory that the output gets next
     out = prefill(
-        case.buffer,
-        case.layout,
-        LAYER,
-        q_THD,
-        case.kv_table_BN,
-        torch.tensor(offsets, dtype=torch.int32, device="cuda"),
-        case.context_len_B,
-        scale,
-        max(queries),
-        max(case.lengths),
+        *cached(
+            case.buffer,
+            case.layout,
+            LAYER,
+            q_THD,
+            case.kv_table_BN,
+            torch.tensor(offsets, dtype=torch.int32, device="cuda"),
+            case.context_len_B,
+            scale,
+            max(queries),
+            max(case.lengths),
+        ),
         **options,
     )
     assert out.dtype == q_THD.dtype
@@ -172,10 +176,10 @@ def test_the_same_bits_every_time(prefill, generator):
     q_THD = normal(generator, (3705, 16, 256), case.buffer.device, "bfloat16")
     offsets = torch.tensor([0, 3000, 3005, 3705], dtype=torch.int32, device="cuda")
     inputs = (case.layout, LAYER, q_THD, case.kv_table_BN, offsets, case.context_len_B, 1 / 16, 3000, 3000)
-    first = prefill(case.buffer, *inputs)
+    first = prefill(*cached(case.buffer, *inputs))
     assert first.isfinite().all()
     for _ in range(20):
-        assert torch.equal(prefill(case.buffer, *inputs), first)
+        assert torch.equal(prefill(*cached(case.buffer, *inputs)), first)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_poison_in_a_live_block_shows(prefill, generator):
     q_THD = normal(generator, (400, 16, 256), case.buffer.device, "bfloat16")
     offsets = torch.tensor([0, 200, 400], dtype=torch.int32, device="cuda")
     out = prefill(
-        case.buffer, case.layout, LAYER, q_THD, case.kv_table_BN, offsets, case.context_len_B, 1 / 16, 200, 200
+        *cached(case.buffer, case.layout, LAYER, q_THD, case.kv_table_BN, offsets, case.context_len_B, 1 / 16, 200, 200)
     )
     assert out[:200].isfinite().all()
     assert out[221:, :8].isnan().all()

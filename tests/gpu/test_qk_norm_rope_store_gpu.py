@@ -12,7 +12,7 @@ pytestmark = [
 if torch.cuda.is_available():
     from hybridcache.kernels.qk_norm_rope_store import naive
     from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
-    from hybridcache.kernels.testing import attention_case, byte_index, normal, rel_error
+    from hybridcache.kernels.testing import attention_case, byte_index, cached, normal, rel_error
     from hybridcache.spec.dtypes import torch_dtype
 
 HEADS, KV_HEADS, DIM, PAIRS, EPS = 16, 2, 256, 32, 1e-6
@@ -55,8 +55,8 @@ def check(generator, case, dtype):
     case.buffer.fill_(0xFF)
     inputs = inputs_of(generator, case, dtype)
     expected_buffer = case.buffer.clone()
-    expected = naive.qk_norm_rope_store(expected_buffer, case.layout, 7, *inputs)
-    out = qk_norm_rope_store(case.buffer, case.layout, 7, *inputs)
+    expected = naive.qk_norm_rope_store(*cached(expected_buffer, case.layout, 7, *inputs))
+    out = qk_norm_rope_store(*cached(case.buffer, case.layout, 7, *inputs))
     assert out.dtype == inputs[0].dtype
     assert rel_error(out, expected) <= TOLERANCE[dtype]
     for row, length in enumerate(case.lengths):
@@ -104,17 +104,17 @@ def test_it_replays_in_a_cuda_graph(generator):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        qk_norm_rope_store(case.buffer, case.layout, 7, *inputs)  # compiles
+        qk_norm_rope_store(*cached(case.buffer, case.layout, 7, *inputs))  # compiles
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = qk_norm_rope_store(case.buffer, case.layout, 7, *inputs)
+        out = qk_norm_rope_store(*cached(case.buffer, case.layout, 7, *inputs))
     for _ in range(3):
         for x in (*inputs[:3], inputs[6], inputs[7]):
             x.copy_(torch.randn_like(x))
         graph.replay()
         expected_buffer = torch.full_like(case.buffer, 0xFF)
-        expected = naive.qk_norm_rope_store(expected_buffer, case.layout, 7, *inputs)
+        expected = naive.qk_norm_rope_store(*cached(expected_buffer, case.layout, 7, *inputs))
         assert rel_error(out, expected) <= 1e-2
         stored, wanted = (buffer.view(torch.bfloat16).nan_to_num() for buffer in (case.buffer, expected_buffer))
         assert rel_error(stored, wanted) <= 1e-2

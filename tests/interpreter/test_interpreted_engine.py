@@ -8,8 +8,7 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.inputs import padding_batch
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.kernels.torch_backend import TorchBackend
-from hybridcache.kernels.triton_backend import TritonBackend
+from hybridcache.kernels.backend import Backend
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies import build
 from models.configs import shipped_config
@@ -32,7 +31,7 @@ def test_decode_on_static_rows():
     spec = CacheSpec.from_config(config, kv_dtype="float32", state_dtype="float32")
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (7, 3, 1)]
     found, kept = [], []
-    for backend in (TorchBackend(), TritonBackend()):
+    for backend in (Backend("torch"), Backend("triton")):
         strategy = build("shared_pool", spec=spec, budget_bytes=1 << 22, physical=True, placement_seed=seed)
         engine = Engine(
             model, strategy, SchedulerConfig(max_running=5, max_tokens_per_step=64), backend, overlap=True, poison=True

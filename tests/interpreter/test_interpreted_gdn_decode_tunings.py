@@ -9,7 +9,7 @@ from hybridcache.errors import UserError
 from hybridcache.kernels.gdn_decode import naive
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
 from hybridcache.kernels.gdn_decode.tuning import Tuning
-from hybridcache.kernels.testing import rel_error, state_case, state_error
+from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_tunings_agree(generator, block_v, conv_first, weight_by_column):
     if weight_by_column:
         case.conv_weight_CW = case.conv_weight_CW.t().contiguous().t()
     expected_buffer = case.buffer.clone()
-    expected = naive.gdn_decode(expected_buffer, *case.step(1))
+    expected = naive.gdn_decode(*cached(expected_buffer, *case.step(1)))
     tuning = Tuning(block_v, num_warps=2, evict_first=True, max_registers=128, conv_first=conv_first)
-    assert rel_error(gdn_decode(case.buffer, *case.step(1), tuning=tuning), expected) <= 1e-5
+    assert rel_error(gdn_decode(*cached(case.buffer, *case.step(1)), tuning=tuning), expected) <= 1e-5
     assert state_error(case, expected_buffer, 1) <= 1e-5
 
 

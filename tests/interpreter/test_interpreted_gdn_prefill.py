@@ -10,9 +10,11 @@ import triton as triton_package
 from packaging.version import Version
 
 from hybridcache.errors import UserError
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.gdn_prefill import naive, triton
 from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, checkpointed, prefill_case
 from hybridcache.kernels.gdn_prefill.tiles import Tiles
+from hybridcache.kernels.testing import cached, run
 
 pytestmark = pytest.mark.skipif(
     Version(triton_package.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
@@ -35,8 +37,8 @@ def generator() -> torch.Generator:
 def check(case, tiles, out_tolerance, state_tolerance):
     """Outputs, states and rings; nothing else in the pool changes."""
     expected_buffer = case.buffer.clone()
-    expected = naive.gdn_prefill(expected_buffer, *case.step(1))
-    out = triton.gdn_prefill(case.buffer, *case.step(1), tiles=tiles)
+    expected = naive.gdn_prefill(*cached(expected_buffer, *case.step(1)))
+    out = triton.gdn_prefill(*cached(case.buffer, *case.step(1)), tiles=tiles)
     assert out.dtype == case.x_TC.dtype
     offsets = case.cu_seqlens.tolist()
     # A row of one token from position 0 has the output (q . k) beta v, which may nearly vanish: no relative error there.
@@ -134,8 +136,8 @@ def test_checkpoints(generator, width):
     expected_buffer = case.buffer.clone()
     kept = checkpointed(case, 1, 64, table_BNL, expected_buffer, naive.gdn_prefill)
     assert [(row, position) for row, position, _ in kept] == [(0, 64), (0, 128), (1, 64), (1, 128), (2, 64)]
-    naive.gdn_prefill(expected_buffer, *case.step(1))
-    triton.gdn_prefill(case.buffer, *case.step(1), checkpoint_table_BNL=table_BNL, checkpoint_interval=64)
+    naive.gdn_prefill(*cached(expected_buffer, *case.step(1)))
+    triton.gdn_prefill(*cached(case.buffer, *case.step(1)), checkpoint_table_BNL=table_BNL, checkpoint_interval=64)
     for entries in (None, [entry for _, _, entry in kept]):
         error, rings = block_errors(case, expected_buffer, 1, entries)
         # Of a state that strong decay has nearly erased, rounded sums of log decays are what is left.
@@ -149,12 +151,12 @@ def test_a_checkpoint_resumes_where_it_was_taken(generator):
     case = prefill_case(generator, lengths=[96], starts=[0], **FLOAT32, **SMALL)
     table_BNL = checkpoint_table(case, 1, 64)
     inputs = case.step(1)
-    first = triton.gdn_prefill(case.buffer, *inputs, checkpoint_table_BNL=table_BNL, checkpoint_interval=64)
-    at, layer, x, weight, a, b, a_log, dt_bias, table_BL, _, _ = inputs
-    table_BL = table_BNL[:, 0]
+    first = triton.gdn_prefill(*cached(case.buffer, *inputs), checkpoint_table_BNL=table_BNL, checkpoint_interval=64)
+    at, layer, x, weight, a, b, a_log, dt_bias, table_BL, *_ = inputs
+    tables = (table_BNL[:, 0], table_BL)
     cu, start = torch.tensor([0, 32], dtype=torch.int32), torch.tensor([64], dtype=torch.int32)
     gates = (a[64:], b[64:], a_log, dt_bias)
-    again = triton.gdn_prefill(case.buffer, at, layer, x[64:], weight, *gates, table_BL, cu, start)
+    again = triton.gdn_prefill(*cached(case.buffer, at, layer, x[64:], weight, *gates, *tables, cu, start))
     assert torch.equal(again, first[64:])
 
 
@@ -162,14 +164,14 @@ def test_rows_are_apart(generator):
     """NaN in one row's input or state shows in its output and in no other's."""
     case = prefill_case(generator, lengths=[10, 10, 10], starts=[5, 70, 5], **FLOAT32, **SMALL)
     case.x_TC[10:20] = float("nan")
-    out = triton.gdn_prefill(case.buffer, *case.step(1), tiles=LARGE_CHUNKS)
+    out = triton.gdn_prefill(*cached(case.buffer, *case.step(1)), tiles=LARGE_CHUNKS)
     assert out[10:20].isnan().all()
     assert out[:10].isfinite().all()
     assert out[20:].isfinite().all()
     case = prefill_case(generator, lengths=[10, 10], starts=[5, 70], **FLOAT32, **SMALL)
-    address = case.state.layout.address(1, int(case.state.state_table_BL[1, 1]))
+    address = case.state.layout.address(1, int(case.state.state_write_BL[1, 1]))
     case.buffer[address : address + 4 * 16 * 16] = 0xFF
-    out = triton.gdn_prefill(case.buffer, *case.step(1))
+    out = triton.gdn_prefill(*cached(case.buffer, *case.step(1)))
     assert out[10:, 0].isnan().all()
     assert out[10:, 1].isfinite().all()
     assert out[:10].isfinite().all()
@@ -178,19 +180,21 @@ def test_rows_are_apart(generator):
 def test_gdn_prefill_refuses_what_it_cannot_do(generator):
     case = prefill_case(generator, lengths=[4], starts=[0], dtype="float64", **SMALL)
     with pytest.raises(UserError, match="float64"):
-        triton.gdn_prefill(case.buffer, *case.step(1))
+        run(Backend("triton"), "gdn_prefill", case.buffer, *case.step(1))
     case = prefill_case(generator, lengths=[4], starts=[0], **FLOAT32, **SMALL)
     table_BNL = torch.full((1, 1, 2), -1, dtype=torch.int32)
     for interval in (0, 100):
         with pytest.raises(UserError, match=f"checkpoint_interval={interval}"):
-            triton.gdn_prefill(case.buffer, *case.step(1), checkpoint_table_BNL=table_BNL, checkpoint_interval=interval)
+            triton.gdn_prefill(
+                *cached(case.buffer, *case.step(1)), checkpoint_table_BNL=table_BNL, checkpoint_interval=interval
+            )
     case.x_TC = case.x_TC.t().contiguous().t()
     with pytest.raises(ValueError, match="contiguous"):
-        triton.gdn_prefill(case.buffer, *case.step(1))
+        triton.gdn_prefill(*cached(case.buffer, *case.step(1)))
 
 
 def test_nothing_to_do(generator):
     case = prefill_case(generator, lengths=[0, 0], starts=[0, 3], **FLOAT32, **SMALL)
     before = case.buffer.clone()
-    assert triton.gdn_prefill(case.buffer, *case.step(1)).shape == (0, 2, 16)
+    assert triton.gdn_prefill(*cached(case.buffer, *case.step(1))).shape == (0, 2, 16)
     assert torch.equal(case.buffer, before)

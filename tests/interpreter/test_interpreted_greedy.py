@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from hybridcache.kernels.greedy import NOT_FINITE, naive, triton
+from hybridcache.kernels.greedy import NOT_FINITE, triton
+from hybridcache.kernels.torch_ops import layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,7 +22,7 @@ def test_greedy(rows, vocabulary, dtype):
         logits[4] = float("-inf")
         logits[5, :-1] = float("-inf")
     found = []
-    for way in (naive, triton):
+    for way in (layers, triton):
         ids, feed = torch.full((2, rows), -7)
         way.greedy(logits, ids, feed)
         assert torch.equal(feed, ids.clamp_min(0)), seed

@@ -12,7 +12,6 @@ import triton
 from packaging.version import Version
 
 from hybridcache.errors import UserError
-from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.block_copy import naive as naive_copy
 from hybridcache.kernels.block_copy import triton as triton_copy
 from hybridcache.kernels.gdn_decode import naive as naive_gdn
@@ -22,7 +21,8 @@ from hybridcache.kernels.kv_store import triton as triton_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
 from hybridcache.kernels.paged_decode.tiles import Tuning
-from hybridcache.kernels.testing import attention_case, poisoned, rel_error, state_case, state_error
+from hybridcache.kernels.pool_rows import interpreting
+from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, state_case, state_error
 
 device_loop_bounds = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
@@ -77,8 +77,8 @@ def test_gdn_decode(generator, k_heads, v_heads, key_dim, value_dim, width, orde
         conv_dtype=conv_dtype,
     )
     expected_buffer = case.buffer.clone()
-    expected = naive_gdn.gdn_decode(expected_buffer, *case.step(1))
-    out = triton_gdn.gdn_decode(case.buffer, *case.step(1))
+    expected = naive_gdn.gdn_decode(*cached(expected_buffer, *case.step(1)))
+    out = triton_gdn.gdn_decode(*cached(case.buffer, *case.step(1)))
     assert out.dtype == case.x_BC.dtype
     assert rel_error(out, expected) <= TOLERANCE[dtype]
     assert state_error(case, expected_buffer, 1) <= TOLERANCE[state_dtype]
@@ -94,8 +94,8 @@ def test_gdn_decode_over_many_steps_keeps_the_ring_right(generator):
     for _ in range(9):
         case.x_BC = torch.randn(rows, channels + 3, generator=generator)[:, 1 : channels + 1]
         case.a_BV, case.b_BV = torch.randn(rows, 4, generator=generator).split(2, dim=1)
-        expected = naive_gdn.gdn_decode(expected_buffer, *case.step(1))
-        out = triton_gdn.gdn_decode(case.buffer, *case.step(1))
+        expected = naive_gdn.gdn_decode(*cached(expected_buffer, *case.step(1)))
+        out = triton_gdn.gdn_decode(*cached(case.buffer, *case.step(1)))
         assert rel_error(out, expected) <= 1e-5
         case.position_B += 1
 
@@ -136,8 +136,8 @@ def test_kv_store(generator, order, kb, blocks, kv_heads, k_dim, v_dim, dtype):
     v_TKD = torch.randn(len(tokens), kv_heads, v_dim, generator=generator).to(getattr(torch, dtype))
     expected_buffer = case.buffer.clone()
     inputs = (case.layout, 1, k_TKD, v_TKD, case.kv_table_BN, row_T, position_T)
-    naive_store.kv_store(expected_buffer, *inputs)
-    triton_store.kv_store(case.buffer, *inputs)
+    naive_store.kv_store(*cached(expected_buffer, *inputs))
+    triton_store.kv_store(*cached(case.buffer, *inputs))
     assert torch.equal(case.buffer, expected_buffer)
     assert (case.buffer != 0xFF).any()
 
@@ -156,8 +156,8 @@ def test_kv_store_of_a_latent_without_values(generator):
         torch.zeros(9, dtype=torch.int32),
         torch.arange(9),
     )
-    naive_store.kv_store(expected_buffer, *inputs)
-    triton_store.kv_store(case.buffer, *inputs)
+    naive_store.kv_store(*cached(expected_buffer, *inputs))
+    triton_store.kv_store(*cached(case.buffer, *inputs))
     assert torch.equal(case.buffer, expected_buffer)
 
 
@@ -182,8 +182,8 @@ def test_paged_decode(generator, order, kb, blocks, kv_heads, k_dim, v_dim, dtyp
     )
     q_BHD = torch.randn(4, kv_heads * group, k_dim, generator=generator).to(getattr(torch, dtype))
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, k_dim**-0.5)
-    expected, before = naive_decode.paged_decode(case.buffer, *inputs), case.buffer.clone()
-    out = triton_decode.paged_decode(case.buffer, *inputs, num_splits=splits)
+    expected, before = naive_decode.paged_decode(*cached(case.buffer, *inputs)), case.buffer.clone()
+    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits)
     assert out.dtype == q_BHD.dtype
     assert (out[1] == 0).all()
     assert torch.equal(case.buffer, before)
@@ -196,9 +196,9 @@ def test_paged_decode_with_more_heads_than_a_tile(generator):
     case = attention_case(generator, lengths=[70, 0, 33], kv_heads=2, k_dim=16, v_dim=16, dtype="float32")
     q_BHD = torch.randn(3, 72, 16, generator=generator)
     inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
-    expected = naive_decode.paged_decode(case.buffer, *inputs)
+    expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
     for splits in (1, 2):
-        out = triton_decode.paged_decode(case.buffer, *inputs, num_splits=splits)
+        out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits)
         assert (out[1] == 0).all()
         for row in (0, 2):
             assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} in {splits} splits"
@@ -213,8 +213,8 @@ def test_paged_decode_around_a_tile_and_a_split(generator, keys, splits):
     case = attention_case(generator, lengths=lengths, kv_heads=2, k_dim=16, v_dim=32, dtype="float32")
     q_BHD = torch.randn(len(lengths), 6, 16, generator=generator)
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
-    expected = naive_decode.paged_decode(case.buffer, *inputs)
-    out = triton_decode.paged_decode(case.buffer, *inputs, num_splits=splits, tuning=Tuning(keys, 4, 1, 1))
+    expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
+    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tuning=Tuning(keys, 4, 1, 1))
     for row, length in enumerate(lengths):
         assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
 
@@ -226,7 +226,9 @@ def test_paged_decode_sees_its_keys_and_values(generator):
     q_BHD = torch.randn(2, 4, 16, generator=generator)
     address = case.layout.address(0, int(case.kv_table_BN[1, 0]), 19, 1, 0)
     case.buffer[address : address + 64] = 0xFF
-    out = triton_decode.paged_decode(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
+    out = triton_decode.paged_decode(
+        *cached(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
+    )
     assert out[0].isfinite().all()
     assert out[1, :2].isnan().all()
     assert out[1, 2:].isfinite().all()
@@ -236,12 +238,12 @@ def test_paged_decode_refuses_what_it_cannot_do(generator):
     case = attention_case(generator, lengths=[4], k_dim=16, v_dim=16, dtype="float32")
     inputs = (case.kv_table_BN, case.context_len_B, 0.25)
     with pytest.raises(UserError, match="float64"):
-        triton_decode.paged_decode(case.buffer, case.layout, 0, torch.randn(1, 2, 16).double(), *inputs)
+        triton_decode.paged_decode(*cached(case.buffer, case.layout, 0, torch.randn(1, 2, 16).double(), *inputs))
     latent = attention_case(generator, lengths=[4], kv_heads=1, k_dim=16, v_dim=0, dtype="float32")
     with pytest.raises(UserError, match="v_dim=0"):
-        triton_decode.paged_decode(latent.buffer, latent.layout, 0, torch.randn(1, 2, 16), *inputs)
+        triton_decode.paged_decode(*cached(latent.buffer, latent.layout, 0, torch.randn(1, 2, 16), *inputs))
     with pytest.raises(UserError, match=r"scale=-0\.5"):
-        triton_decode.paged_decode(case.buffer, case.layout, 0, torch.randn(1, 2, 16), *inputs[:2], -0.5)
+        triton_decode.paged_decode(*cached(case.buffer, case.layout, 0, torch.randn(1, 2, 16), *inputs[:2], -0.5))
 
 
 # -- Block copy ----------------------------------------------------------------------------------------------------------

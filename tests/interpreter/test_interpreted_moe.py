@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, tiled, tilings
+from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.moe import few_tokens, grouped, router_rows, tiled, tilings
 from hybridcache.kernels.moe.routing import route
-from hybridcache.kernels.norms import naive as naive_norms
 from hybridcache.kernels.norms import triton as triton_norms
 from hybridcache.kernels.testing import rel_error
+from hybridcache.kernels.torch_ops import layers
 from models.configs import shipped_config
-from models.qwen3_next.moe import SparseMoe
-from models.qwen3_next.ops import TritonOps
+from models.layers.moe import SparseMoe
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -32,7 +32,7 @@ def weights(generator, experts, hidden, inner, shared, dtype):
 
 def routed(generator, tokens, experts, k):
     logits = torch.randn(tokens, router_rows(experts), generator=generator)
-    return naive.route(logits, experts, k, True)
+    return layers.route(logits, experts, k, True)
 
 
 @pytest.mark.parametrize("renormalise", [True, False])
@@ -40,7 +40,7 @@ def routed(generator, tokens, experts, k):
 def test_routing(generator, tokens, experts, k, renormalise):
     logits = torch.randn(tokens + 1, router_rows(experts) + 3, generator=generator)[1:, :-3]
     weight, expert = route(logits, experts, k, renormalise)
-    expected_weight, expected_expert = naive.route(logits.double(), experts, k, renormalise)
+    expected_weight, expected_expert = layers.route(logits.double(), experts, k, renormalise)
     assert expert.tolist() == expected_expert.tolist()
     assert expert.dtype == torch.int32
     assert weight.shape == (tokens, k + 1)
@@ -52,7 +52,7 @@ def test_routing(generator, tokens, experts, k, renormalise):
 def test_of_equal_logits_the_first_expert_is_chosen(generator):
     logits = torch.randn(40, router_rows(61), generator=generator).mul(2).round()
     weight, expert = route(logits, 61, 10, True)
-    expected_weight, _ = naive.route(logits.double(), 61, 10, True)
+    expected_weight, _ = layers.route(logits.double(), 61, 10, True)
     expected = logits[:, :61].sort(dim=1, descending=True, stable=True).indices[:, :10]
     assert expert.tolist() == expected.tolist()
     assert rel_error(weight, expected_weight) < 1e-6
@@ -76,7 +76,7 @@ def test_few_tokens(generator, tokens, experts, k, hidden, inner, dtype):
     matrices = weights(generator, experts, hidden, inner, inner, dtype)
     x = torch.randn(tokens, 2 * hidden, generator=generator).to(dtype)[:, :hidden]
     weight, expert = routed(generator, tokens, experts, k)
-    expected = naive.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
+    expected = layers.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
     for tuning in (few_tokens.Tuning(), few_tokens.Tuning(gate_rows=4, gate_dims=32, down_rows=16)):
         out = few_tokens.mixture(x, weight, expert, *matrices, tuning=tuning)
         assert out.dtype == dtype
@@ -94,7 +94,7 @@ def test_what_stands_between_grouped_products(generator, tokens, experts, k, dim
     assert torch.equal(x_rows, x[order // k])
     assert torch.equal(order[place.long()], torch.arange(tokens * k))
     narrow = grouped.silu_mul(x_rows, weight, order)
-    gated = naive.silu_mul(x.double())
+    gated = layers.silu_mul(x.double())
     expected = gated[order // k] * weight[:, :k].double().flatten()[order, None]
     assert rel_error(narrow, expected) < TOLERANCE[dtype]
     assert rel_error(grouped.silu_mul(x), gated) < TOLERANCE[dtype]
@@ -126,7 +126,7 @@ def test_tiles(generator, tokens, experts, k, hidden, inner, shared, name, dtype
     weight, expert = routed(generator, tokens, experts, k)
     if tokens == 150:  # one expert has all first choices: two whole tiles of 64 and one of 22
         expert[:, 0], expert[:, 1] = 2, expert[:, 1] % 2
-    expected = naive.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
+    expected = layers.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
     out = tiled.mixture(x, weight, expert, *matrices, tiling=TILINGS[name])
     assert out.dtype == dtype
     # The interpreter cuts bits off where it casts to bfloat16, here three times.
@@ -146,10 +146,10 @@ def test_add_norm(generator, tokens, dim, dtype):
     weight = torch.randn(dim, generator=generator) * 0.3
     for added in (None, delta):
         total, out = triton_norms.add_norm(x, added, weight, 1e-6)
-        expected_total, _ = naive_norms.add_norm(x, added, weight, 1e-6)
+        expected_total, _ = layers.add_norm(x, added, weight, 1e-6)
         # The interpreter truncates to bf16.
         assert rel_error(total, expected_total) < (1e-7 if dtype == torch.float32 else 1e-2)
-        _, expected = naive_norms.add_norm(total.double(), None, weight.double(), 1e-6)
+        _, expected = layers.add_norm(total.double(), None, weight.double(), 1e-6)
         assert out.dtype == dtype
         assert rel_error(out, expected) < TOLERANCE[dtype]
 
@@ -164,11 +164,11 @@ def test_gates(generator, tokens, heads, dim, dtype):
     weight = torch.randn(dim, generator=generator)
     out, expected = torch.full_like(x, float("nan")), torch.empty_like(x, dtype=torch.float64)
     triton_norms.gated_norm(x, gate, weight, 1e-6, out)
-    naive_norms.gated_norm(x.double(), gate.double(), weight.double(), 1e-6, expected)
+    layers.gated_norm(x.double(), gate.double(), weight.double(), 1e-6, expected)
     assert rel_error(out, expected) < TOLERANCE[dtype]
     out.fill_(float("nan"))
     triton_norms.sigmoid_mul(x, gate, out)
-    naive_norms.sigmoid_mul(x.double(), gate.double(), expected)
+    layers.sigmoid_mul(x.double(), gate.double(), expected)
     assert rel_error(out, expected) < TOLERANCE[dtype]
 
 
@@ -184,8 +184,10 @@ def test_the_models_experts(generator, tokens, experts):
     exact.load_state_dict(fused.state_dict())
     x = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16()
     logits = torch.nn.functional.linear(x, fused.router)
-    ops = TritonOps(experts)
-    weight, expert = ops.route(logits, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+    backend = Backend("triton")
+    if experts == "grouped" and tokens > few_tokens.MAX_TOKENS:
+        backend.mixture = grouped.mixture
+    weight, expert = backend.route(logits, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
     matrices = (exact.experts.gate_up, exact.experts.down, exact.shared.gate_up, exact.shared.down)
-    expected = naive.mixture(x.double(), weight.double(), expert, *matrices)
-    assert rel_error(fused(x, ops), expected) < 2e-2
+    expected = layers.mixture(x.double(), weight.double(), expert, *matrices)
+    assert rel_error(fused(x, backend), expected) < 2e-2

@@ -8,7 +8,7 @@ import torch
 from hybridcache.errors import UserError
 from hybridcache.kernels.qk_norm_rope_store import naive
 from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
-from hybridcache.kernels.testing import attention_case, byte_index, rel_error
+from hybridcache.kernels.testing import attention_case, byte_index, cached, rel_error
 
 EPS = 1e-6
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2}
@@ -74,8 +74,8 @@ def test_qk_norm_rope_store(generator, order, kb, blocks, heads, kv_heads, dim, 
     case.buffer.fill_(0xFF)
     inputs = inputs_of(generator, case, heads, pairs, dtype)
     expected_buffer = case.buffer.clone()
-    expected = naive.qk_norm_rope_store(expected_buffer, case.layout, 1, *inputs)
-    out = qk_norm_rope_store(case.buffer, case.layout, 1, *inputs)
+    expected = naive.qk_norm_rope_store(*cached(expected_buffer, case.layout, 1, *inputs))
+    out = qk_norm_rope_store(*cached(case.buffer, case.layout, 1, *inputs))
     assert out.dtype == inputs[0].dtype
     assert out.is_contiguous()
     assert rel_error(out, expected) <= TOLERANCE[dtype]
@@ -92,19 +92,21 @@ def test_what_does_not_fit_is_refused(generator):
     inputs = list(inputs_of(generator, case, 2, 2, "float32"))
     wide = torch.randn(4, 2, 24)
     with pytest.raises(UserError, match="head_dim=24"):
-        qk_norm_rope_store(case.buffer, case.layout, 0, wide, *inputs[1:])
+        qk_norm_rope_store(*cached(case.buffer, case.layout, 0, wide, *inputs[1:]))
     angles = torch.zeros(4, 9)
     with pytest.raises(UserError, match="rotary_dim=18"):
-        qk_norm_rope_store(case.buffer, case.layout, 0, *inputs[:6], angles, angles, *inputs[8:])
+        qk_norm_rope_store(*cached(case.buffer, case.layout, 0, *inputs[:6], angles, angles, *inputs[8:]))
     strided = torch.randn(4, 16, 2).transpose(1, 2)
     with pytest.raises(ValueError, match="q strides"):
-        qk_norm_rope_store(case.buffer, case.layout, 0, strided, *inputs[1:])
+        qk_norm_rope_store(*cached(case.buffer, case.layout, 0, strided, *inputs[1:]))
     assert qk_norm_rope_store(
-        case.buffer,
-        case.layout,
-        0,
-        *(x[:0] for x in inputs[:3]),
-        *inputs[3:6],
-        *(x[:0] for x in inputs[6:8]),
-        *inputs[8:],
+        *cached(
+            case.buffer,
+            case.layout,
+            0,
+            *(x[:0] for x in inputs[:3]),
+            *inputs[3:6],
+            *(x[:0] for x in inputs[6:8]),
+            *inputs[8:],
+        )
     ).shape == (0, 2, 16)

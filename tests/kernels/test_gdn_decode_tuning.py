@@ -17,7 +17,7 @@ def case_of(rows: int, state_dtype: str = "bfloat16", **shape):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(tuning, "is_hopper_or_later", lambda device: True)
+    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from benchmarks.checks.dispatch import unordered  # noqa: E402
+from hybridcache.kernels.caches import cache_of  # noqa: E402
 from hybridcache.kernels.paged_prefill import hopper, hopper_kernel  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
 from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tile  # noqa: E402
@@ -108,7 +109,7 @@ def test_paged_prefill_in_gluon(dtype, kb, blocks, dim, heads, kv_heads, tmp_pat
         v_dim=dim,
         dtype=dtype,
     )
-    ring = choose_ring(case.layout, 1, torch.empty(1, heads, dim, dtype=getattr(torch, dtype)))
+    ring = choose_ring(cache_of(case.buffer, case.layout, 1), torch.empty(1, heads, dim, dtype=getattr(torch, dtype)))
     assert ring is not None
     assert 2 * ring.consumer_registers + ring.producer_registers <= 504, "three groups of 128 threads, 65,536 registers"
     pointers = {
@@ -131,7 +132,9 @@ def test_paged_prefill_in_gluon(dtype, kb, blocks, dim, heads, kv_heads, tmp_pat
 def test_what_the_gluon_kernel_leaves_to_the_other():
     def ring(heads=16, q_dtype=torch.bfloat16, **options):
         case = attention_case(torch.Generator(), lengths=[0], layers=1, **options)
-        return choose_ring(case.layout, 0, torch.empty(3, heads, case.layout.k_dim, dtype=q_dtype))
+        return choose_ring(
+            cache_of(case.buffer, case.layout, 0), torch.empty(3, heads, case.layout.k_dim, dtype=q_dtype)
+        )
 
     assert ring() is not None
     assert ring(q_dtype=torch.float16) is None

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.qk_norm_rope_store import naive
-from hybridcache.kernels.testing import attention_case
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.testing import attention_case, cached, run
 
 triton = pytest.importorskip("triton")
 
@@ -45,11 +45,11 @@ def poisoned_case(generator, heads, dim, dtype):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "pairs"), [(4, 2, 16, 2), (16, 2, 256, 32), (6, 3, 24, 12)])
 def test_the_torch_operation_equals_the_reference(generator, heads, kv_heads, dim, pairs):
-    case, backend = poisoned_case(generator, kv_heads, dim, "float64"), TorchBackend()
+    case, backend = poisoned_case(generator, kv_heads, dim, "float64"), Backend("torch")
     inputs = inputs_of(generator, case, heads, kv_heads, dim, pairs)
     expected_buffer = case.buffer.clone()
-    expected = naive.qk_norm_rope_store(expected_buffer, case.layout, 1, *inputs)
-    out = backend.qk_norm_rope_store(case.buffer, case.layout, 1, *inputs)
+    expected = naive.qk_norm_rope_store(*cached(expected_buffer, case.layout, 1, *inputs))
+    out = run(backend, "qk_norm_rope_store", case.buffer, case.layout, 1, *inputs)
     torch.testing.assert_close(out, expected)
     stored, wanted = (buffer.view(torch.float64) for buffer in (case.buffer, expected_buffer))
     assert torch.equal(stored.isnan(), wanted.isnan())
@@ -63,8 +63,8 @@ def test_results_are_rounded_once(generator, kv_dtype):
     """In bfloat16 the torch operation gives the float64 reference, rounded, but where it lies half-way between two values."""
     case = poisoned_case(generator, 2, 32, kv_dtype)
     inputs = inputs_of(generator, case, 4, 2, 32, 4, "bfloat16")
-    expected = naive.qk_norm_rope_store(case.buffer.clone(), case.layout, 0, *inputs)
-    out = TorchBackend().qk_norm_rope_store(case.buffer, case.layout, 0, *inputs)
+    expected = naive.qk_norm_rope_store(*cached(case.buffer.clone(), case.layout, 0, *inputs))
+    out = run(Backend("torch"), "qk_norm_rope_store", case.buffer, case.layout, 0, *inputs)
     assert out.dtype == torch.bfloat16
     assert (out == expected.bfloat16()).double().mean() > 0.99
 

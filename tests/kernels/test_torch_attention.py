@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch_pools import TOLERANCE, poisoned, read
 
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.testing import run
 from hybridcache.kernels.torch_ops.attention import GROUP_POSITIONS
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import torch_dtype
@@ -108,7 +109,7 @@ def fill_context(buffer, layout, layer, table, lengths, backend):
     position_T = torch.cat([torch.arange(n) for n in lengths])
     k = torch.randn(len(row_T), HEADS_K, layout.k_dim, dtype=torch.float64)
     v = torch.randn(len(row_T), HEADS_K, layout.v_dim, dtype=torch.float64)
-    backend.kv_store(buffer, layout, layer, k, v, table, row_T, position_T)
+    run(backend, "kv_store", buffer, layout, layer, k, v, table, row_T, position_T)
 
 
 def naive_attention(buffer, layout, layer, q_QHD, table_N, length, scale) -> torch.Tensor:
@@ -135,7 +136,7 @@ def naive_attention(buffer, layout, layer, q_QHD, table_N, length, scale) -> tor
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16", "float8_e4m3fn"])
 def test_kv_store_writes_rows_by_the_formula_and_nothing_else(rng, kind, dtype):
     layout, entries = kv_layout(kind, dtype)
-    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), TorchBackend()
+    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), Backend("torch")
     lengths = [rng.randint(1, 70), 0, rng.randint(1, 70), 24]
     table = shuffled_tables(rng, layout, entries, lengths)
     tokens = [(b, p) for b, n in enumerate(lengths) for p in range(n) if rng.random() < 0.7] or [(0, 0)]
@@ -145,7 +146,7 @@ def test_kv_store_writes_rows_by_the_formula_and_nothing_else(rng, kind, dtype):
     position_T = torch.tensor([p for _, p in tokens])
     k, v = torch.randn(2, len(tokens), HEADS_K, DIM).unbind()
     layer = rng.randrange(LAYERS)
-    backend.kv_store(buffer, layout, layer, k, v, table, row_T, position_T)
+    run(backend, "kv_store", buffer, layout, layer, k, v, table, row_T, position_T)
 
     expected = poisoned(buffer.numel())
     size = torch_dtype(dtype).itemsize
@@ -173,14 +174,14 @@ def test_kv_store_writes_rows_by_the_formula_and_nothing_else(rng, kind, dtype):
 )
 def test_decode(rng, kind, dtype, pool_dtype):
     layout, entries = kv_layout(kind, pool_dtype, v_dim=rng.choice([DIM, 16]))
-    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), TorchBackend()
+    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), Backend("torch")
     lengths = [1, 0, 63, 64, 65, rng.randint(130, 260), 2]
     table = shuffled_tables(rng, layout, entries, lengths)
     fill_context(buffer, layout, 1, table, lengths, backend)
     q = torch.randn(len(lengths), 6, DIM).to(torch_dtype(dtype))
     context = torch.tensor([max(n, 1) for n in lengths], dtype=torch.int32)
     before = buffer.clone()
-    out = backend.paged_decode(buffer, layout, 1, q, table, context, DIM**-0.5)
+    out = run(backend, "paged_decode", buffer, layout, 1, q, table, context, DIM**-0.5)
     assert out.dtype == q.dtype
     assert torch.equal(buffer, before)
     for b, n in enumerate(lengths):
@@ -206,7 +207,7 @@ def test_decode(rng, kind, dtype, pool_dtype):
 )
 def test_prefill(rng, rows, dtype, pool_dtype):
     layout, entries = kv_layout(rng.choice(["block_major", "layer_major", "gaps"]), pool_dtype)
-    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), TorchBackend()
+    buffer, backend = poisoned(kv_pool_bytes(layout, entries)), Backend("torch")
     lengths = [context for _, context in rows]
     table = shuffled_tables(rng, layout, entries, lengths)
     fill_context(buffer, layout, 0, table, lengths, backend)
@@ -215,7 +216,9 @@ def test_prefill(rng, rows, dtype, pool_dtype):
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     q = torch.randn(sum(counts), 4, DIM).to(torch_dtype(dtype))
     context = torch.tensor([c or 2 for c in lengths], dtype=torch.int32)
-    out = backend.paged_prefill(buffer, layout, 0, q, table, offsets, context, 0.3, max(counts), max(max(lengths), 2))
+    out = run(
+        backend, "paged_prefill", buffer, layout, 0, q, table, offsets, context, 0.3, max(counts), max(max(lengths), 2)
+    )
     for b, (queries, length) in enumerate(rows):
         if queries:
             here = slice(int(offsets[b]), int(offsets[b]) + queries)
@@ -229,15 +232,15 @@ def test_long_rows_are_not_padded_together(rng):
     layout, entries = kv_layout("block_major", "float32")
     layout = replace(layout, num_kv_heads=1, head_stride=(DIM * 4, DIM * 4))
     entries = 1 + GROUP_POSITIONS // 64 // layout.tokens_per_entry + 200
-    buffer, backend = poisoned(entries * layout.manager_stride), TorchBackend()
+    buffer, backend = poisoned(entries * layout.manager_stride), Backend("torch")
     lengths = [GROUP_POSITIONS // 64, *(rng.randint(1, 9) for _ in range(100))]
     table = shuffled_tables(rng, layout, entries, lengths)
     row_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
     position_T = torch.cat([torch.arange(n) for n in lengths])
     k, v = torch.randn(2, len(row_T), 1, DIM).unbind()
-    backend.kv_store(buffer, layout, 0, k, v, table, row_T, position_T)
+    run(backend, "kv_store", buffer, layout, 0, k, v, table, row_T, position_T)
     q = torch.randn(len(lengths), 2, DIM)
-    out = backend.paged_decode(buffer, layout, 0, q, table, torch.tensor(lengths, dtype=torch.int32), 1.0)
+    out = run(backend, "paged_decode", buffer, layout, 0, q, table, torch.tensor(lengths, dtype=torch.int32), 1.0)
     for b in range(len(lengths)):
         rows = row_T == b
         expected = (q[b].double() @ k[rows, 0].double().T).softmax(-1) @ v[rows, 0].double()
@@ -254,7 +257,7 @@ def test_block_copy_runs_moves_in_order(rng):
             src, dst = dst, src
         moves.append((src, dst, size))
         expected[dst : dst + size] = expected[src : src + size]
-    backend = TorchBackend()
+    backend = Backend("torch")
     assert backend.block_copy(buffer, moves) == sum(size for _, _, size in moves)
     assert buffer.numpy().tobytes() == bytes(expected)
     assert backend.launches == {"block_copy[torch]": 1}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch_pools import TOLERANCE, poisoned, read
 
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.testing import run
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
 
@@ -116,7 +117,7 @@ class DeltaNetCase:
         for row, length in enumerate(lengths):
             if length:
                 table[row] = numbers[row]
-        self.table, self.layer, self.backend = table, rng.randrange(LAYERS), TorchBackend()
+        self.table, self.layer, self.backend = table, rng.randrange(LAYERS), Backend("torch")
         channels = self.layout.conv_channels
         self.weight = (torch.randn(channels, width) * 0.7).to(self.dtype)
         self.a_log, self.dt_bias = torch.rand(heads) * 3 - 1, torch.randn(heads)
@@ -149,7 +150,9 @@ class DeltaNetCase:
         x, a, b = (torch.cat(part) for part in parts)
         offsets = torch.tensor([0, *lengths]).cumsum(0).int()
         start = torch.tensor([self.done[row] for row in rows], dtype=torch.int32)
-        out = self.backend.gdn_prefill(
+        out = run(
+            self.backend,
+            "gdn_prefill",
             self.buffer,
             self.layout,
             self.layer,
@@ -159,6 +162,7 @@ class DeltaNetCase:
             b,
             self.a_log,
             self.dt_bias,
+            self.table[rows],
             self.table[rows],
             offsets,
             start,
@@ -178,7 +182,9 @@ class DeltaNetCase:
             )
             for source in (self.x, self.a, self.b)
         )
-        out = self.backend.gdn_decode(
+        out = run(
+            self.backend,
+            "gdn_decode",
             self.buffer,
             self.layout,
             self.layer,
@@ -188,6 +194,7 @@ class DeltaNetCase:
             b,
             self.a_log,
             self.dt_bias,
+            self.table[rows],
             self.table[rows],
             torch.tensor([self.done[row] for row in rows]),
         )

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from qwen3_next_runs import Loop, tiny_config
 
-from hybridcache.kernels.moe import few_tokens, grouped, naive, router_rows, routing, tiled, tilings
-from hybridcache.kernels.norms import naive as naive_norms
+from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tilings
 from hybridcache.kernels.norms import triton as norms
 from hybridcache.kernels.testing import rel_error
+from hybridcache.kernels.torch_ops import layers
 from models.qwen3_next import build_model
 
 pytestmark = [
@@ -50,9 +50,9 @@ def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     shapes = ((experts, 2 * inner, hidden), (experts, hidden, inner), (2 * inner, hidden), (hidden, inner))
     matrices = [torch.randn(shape, device="cuda").mul(0.1).bfloat16() for shape in shapes]
     x = torch.randn(tokens, hidden, device="cuda").bfloat16()
-    weight, chosen = naive.route(torch.randn(tokens, router_rows(experts), device="cuda"), experts, k, True)
+    weight, chosen = layers.route(torch.randn(tokens, router_rows(experts), device="cuda"), experts, k, True)
     out = way.mixture(x, weight, chosen, *matrices)
-    expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
+    expected = layers.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
     assert rel_error(out, expected) < 1e-2
 
 
@@ -66,9 +66,9 @@ def test_every_tiling_of_experts(rng, name):
     logits = torch.randn(tokens, router_rows(experts), device="cuda") + torch.arange(
         router_rows(experts), device="cuda"
     )
-    weight, chosen = naive.route(logits, experts, k, True)
+    weight, chosen = layers.route(logits, experts, k, True)
     out = tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name])
-    expected = naive.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
+    expected = layers.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
     assert rel_error(out, expected) < 1e-2
     for _ in range(3):
         assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name]))
@@ -80,7 +80,7 @@ def test_routing_is_that_of_torch(rng, tokens, experts, k, renormalise):
     logits = torch.randn(tokens, router_rows(experts), device="cuda")
     logits[::2] = logits[::2].mul(4).round().div(4)  # full of equal logits, which chance makes too
     weight, chosen = routing.route(logits, experts, k, renormalise)
-    expected_weight, _ = naive.route(logits.double(), experts, k, renormalise)
+    expected_weight, _ = layers.route(logits.double(), experts, k, renormalise)
     # PyTorch's top-k promises no order of equals; its stable sort does.
     expected = logits[:, :experts].sort(dim=1, descending=True, stable=True).indices[:, :k]
     assert torch.equal(chosen, expected.int())
@@ -92,28 +92,28 @@ def test_fused_norms_are_those_of_torch(rng, tokens):
     x, delta = torch.randn(2, tokens, 2048, device="cuda").bfloat16()
     weight = torch.randn(2048, device="cuda")
     total, out = norms.add_norm(x, delta, weight, 1e-6)
-    expected_total, expected = naive_norms.add_norm(x, delta, weight, 1e-6)
+    expected_total, expected = layers.add_norm(x, delta, weight, 1e-6)
     assert torch.equal(total, expected_total)
     assert rel_error(out, expected) < 1e-2
     heads, gate = torch.randn(2, tokens, 32, 128, device="cuda").bfloat16()
     out, exact = torch.empty_like(heads), torch.empty_like(heads, dtype=torch.float64)
     norms.gated_norm(heads, gate, weight[:128], 1e-6, out)
-    naive_norms.gated_norm(heads.double(), gate.double(), weight[:128].double(), 1e-6, exact)
+    layers.gated_norm(heads.double(), gate.double(), weight[:128].double(), 1e-6, exact)
     assert rel_error(out, exact) < 1e-2
     norms.sigmoid_mul(heads, gate, out)
-    naive_norms.sigmoid_mul(heads.double(), gate.double(), exact)
+    layers.sigmoid_mul(heads.double(), gate.double(), exact)
     assert rel_error(out, exact) < 1e-2
 
 
 def test_decode_in_a_cuda_graph_with_padding_rows(rng):
     """The captured forward pass gives what the eager one gives, to the bit, and padding rows change nothing."""
-    from hybridcache.kernels.triton_backend import TritonBackend
+    from hybridcache.kernels.backend import Backend
 
     config = tiny_config(
         hidden_size=64, head_dim=32, linear_key_head_dim=16, moe_intermediate_size=32, initializer_range=0.1
     )
     model = build_model(config, "bfloat16", "cuda", seed=3)
-    loop = Loop(model, placement_seed=1, backend=TritonBackend())
+    loop = Loop(model, placement_seed=1, backend=Backend("triton"))
     lengths = [5, 70, 33]
     for seq_id, n in enumerate(lengths):
         loop.admit(seq_id, [rng.randrange(97) for _ in range(n + 3)])
@@ -127,20 +127,21 @@ def test_decode_in_a_cuda_graph_with_padding_rows(rng):
         position_T=F.pad(real.position_T, (0, 2), value=10**6),
         row_T=torch.arange(5, dtype=torch.int32, device="cuda"),
         kv_table_BN=F.pad(real.kv_table_BN, (0, 0, 0, 2), value=-1),
-        state_table_BL=F.pad(real.state_table_BL, (0, 0, 0, 2), value=-1),
+        state_read_BL=F.pad(real.state_read_BL, (0, 0, 0, 2), value=-1),
+        state_write_BL=F.pad(real.state_write_BL, (0, 0, 0, 2), value=-1),
         context_len_B=F.pad(real.context_len_B, (0, 2), value=1),
         logit_index_R=torch.arange(5, device="cuda"),
         num_decode=5,
     )
-    buffer, layout = loop.pool.buffer, loop.strategy.layout
+    buffer = loop.pool.buffer
     before = buffer.clone()
     with torch.inference_mode():
-        expected = model(padded, buffer, layout, loop.backend).clone()
+        expected = model(padded, loop.caches).clone()
         after = buffer.clone()
         buffer.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model(padded, buffer, layout, loop.backend)
+            out = model(padded, loop.caches)
         assert torch.equal(buffer, before), "capture must not run"
         graph.replay()
     torch.cuda.synchronize()

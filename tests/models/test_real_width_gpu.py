@@ -25,7 +25,7 @@ from real_width import (
     transformers_model,
 )
 
-from hybridcache.kernels.moe import naive
+from hybridcache.kernels.torch_ops import layers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,9 +81,9 @@ class Models:
         return [reference_logits(self.reference, prompt, c)[0] for prompt, c in zip(of.prompts, of.chosen)]
 
     def our_logits(self, of: Compared, forced: bool = True) -> list[torch.Tensor]:
-        from hybridcache.kernels.triton_backend import TritonBackend
+        from hybridcache.kernels.backend import Backend
 
-        backend = TritonBackend()
+        backend = Backend("triton")
         rng = random.Random(random.randrange(1 << 30))
         found = our_logits(self.ours, backend, of.prompts, of.chosen if forced else None, rng)
         assert not any("[torch]" in name for name in backend.launches), backend.launches
@@ -133,7 +133,7 @@ def test_router_agrees_with_transformers_but_for_near_ties(models, record_proper
     for theirs, layer in zip(reference.model.layers, ours.layers):
         with torch.inference_mode():
             logits, _, expected = theirs.mlp.gate(x)
-            _, found = naive.route(F.linear(x, layer.mlp.router), layer.mlp.num_experts, layer.mlp.top_k, True)
+            _, found = layers.route(F.linear(x, layer.mlp.router), layer.mlp.num_experts, layer.mlp.top_k, True)
         k = layer.mlp.top_k
         top = logits.float().topk(k + 1, dim=1).values
         near_tie = top[:, k - 1] - top[:, k] <= 2.0**-7 * top[:, k - 1].abs()

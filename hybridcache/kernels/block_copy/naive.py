@@ -6,7 +6,7 @@ import torch
 
 
 def block_copy(buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
-    """See :meth:`hybridcache.kernels.backend.Backend.block_copy`."""
+    """See :meth:`.LayerOperations.block_copy`."""
     total = 0
     for src, dst, num_bytes in moves:
         buffer[dst : dst + num_bytes] = buffer[src : src + num_bytes].clone()

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.caches import elements
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.sizes import ceil_div
 
 MAX_MOVES = 65_535
@@ -211,7 +211,7 @@ def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], tu
 
 
 def block_copy(buffer: torch.Tensor, moves: Sequence[Move]) -> int:
-    """See :meth:`hybridcache.kernels.backend.Backend.block_copy`.
+    """See :meth:`.LayerOperations.block_copy`.
 
     Raises:
         ValueError: a move leaves the buffer, or its source and destination overlap.

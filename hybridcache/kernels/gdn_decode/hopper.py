@@ -21,10 +21,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.gdn_decode.staging import Staging, rows_at_once, why_not
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
 
@@ -81,7 +81,7 @@ def add_triples(a0, b0, c0, a1, b1, c1):
 
 @gluon.jit(
     do_not_specialize=["layer"],
-    do_not_specialize_on_alignment=["a_ptr", "b_ptr", "table_ptr", "position_ptr"],
+    do_not_specialize_on_alignment=["a_ptr", "b_ptr", "read_ptr", "write_ptr", "position_ptr"],
 )
 def shared_decode_kernel(
     state_ptr,
@@ -92,14 +92,16 @@ def shared_decode_kernel(
     b_ptr,
     a_log_ptr,
     dt_bias_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     position_ptr,
     out_ptr,
     layer,
     x_stride: gl.int64,
     a_stride: gl.int64,
     b_stride: gl.int64,
-    table_stride: gl.int64,
+    read_stride: gl.int64,
+    write_stride: gl.int64,
     state_base: gl.int64,
     state_stride: gl.int64,
     ring_base: gl.int64,
@@ -139,16 +141,20 @@ def shared_decode_kernel(
         gdc_launch_dependents()
         gdc_wait()
     position = gl.load(position_ptr + row).to(gl.int32)
-    entry = gl.load(table_ptr + row * table_stride + layer).to(gl.int64)
+    source = gl.load(read_ptr + row * read_stride + layer).to(gl.int64)
+    target = gl.load(write_ptr + row * write_stride + layer).to(gl.int64)
     a = gl.load(a_ptr + row * a_stride + head).to(gl.float32) + gl.load(dt_bias_ptr + head).to(gl.float32)
     b = gl.load(b_ptr + row * b_stride + head).to(gl.float32)
     rate = gl.load(a_log_ptr + head).to(gl.float32)
-    if entry < 0:
+    if target < 0:
         gl.store(out_ptr + j, gl.zeros([BLOCK_V], gl.float32, layout=value_layout).to(out_ptr.dtype.element_ty))
         return
 
-    state_ptr += state_base + entry * state_stride + head * (KEY_DIM * VALUE_DIM) + first_value
-    ring_ptr += ring_base + entry * ring_stride
+    state_ptr += state_base + head * (KEY_DIM * VALUE_DIM) + first_value
+    written_state_ptr = state_ptr + target * state_stride
+    state_ptr += source * state_stride
+    written_ring_ptr = ring_ptr + ring_base + target * ring_stride
+    ring_ptr += ring_base + source * ring_stride
     x_ptr += row * x_stride
     tiles = gl.allocate_shared_memory(dtype, [CHUNKS, CHUNK, BLOCK_V], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -166,9 +172,8 @@ def shared_decode_kernel(
     tap = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, own_layout))[None, :]
     # Tap t takes position - (WIDTH - 1 - t), which lies in the column below; positions before the first are not read.
     seen = (tap < WIDTH - 1) & (position >= WIDTH - 1 - tap)
-    past = gl.load(
-        ring_ptr + ((position + 1 + tap) % WIDTH) * CHANNELS + channel[:, None], mask=seen & inside[:, None], other=0.0
-    )
+    past_offset = ((position + 1 + tap) % WIDTH) * CHANNELS + channel[:, None]
+    past = gl.load(ring_ptr + past_offset, mask=seen & inside[:, None], other=0.0)
     x = gl.load(x_ptr + channel, mask=inside, other=0.0)
     weight_c = gl.convert_layout(channel, gl.SliceLayout(1, weight_layout))[:, None]
     weight_inside = gl.convert_layout(inside, gl.SliceLayout(1, weight_layout))[:, None]
@@ -185,7 +190,9 @@ def shared_decode_kernel(
     qkv = gl.allocate_shared_memory(gl.float32, [OWN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     qkv.store(acc / (1.0 + gl.exp(-acc)))
     written = inside & ((c >= 2 * KEY_DIM) | ((tile == 0) & (head % GROUP == 0)))
-    gl.store(ring_ptr + (position % WIDTH) * CHANNELS + channel, x, mask=written)
+    gl.store(written_ring_ptr + (position % WIDTH) * CHANNELS + channel, x, mask=written)
+    if source != target:
+        gl.store(written_ring_ptr + past_offset, past, mask=seen & written[:, None])
 
     q = qkv.slice(0, KEY_DIM).load(warp_layout(KEY_DIM, gl.num_warps()))
     k = qkv.slice(KEY_DIM, KEY_DIM).load(warp_layout(KEY_DIM, gl.num_warps()))
@@ -215,7 +222,7 @@ def shared_decode_kernel(
     for n in gl.static_range(CHUNKS):
         k_rows = qkv.slice(KEY_DIM + n * CHUNK, CHUNK).load(key_layout)[:, None]
         state = (tiles.index(n).load(layout).to(gl.float32) * decay + k_rows * delta).to(dtype)
-        gl.store(state_ptr + n * (CHUNK * VALUE_DIM) + in_chunk, state, eviction_policy=EVICTION)
+        gl.store(written_state_ptr + n * (CHUNK * VALUE_DIM) + in_chunk, state, eviction_policy=EVICTION)
 
 
 def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -244,16 +251,15 @@ def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int
 
 
 def gdn_decode(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_BC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_BV: torch.Tensor,
     b_BV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
     staging: Staging,
 ) -> torch.Tensor:
@@ -262,6 +268,7 @@ def gdn_decode(
     Raises:
         ValueError: :func:`why_not` has a reason.
     """
+    layout = cache.layout
     reason = why_not(layout, x_BC.dtype, staging)
     if reason is not None:
         raise ValueError(f"GDN decode through shared memory cannot do {reason}")
@@ -273,30 +280,29 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
     constant = constants(layout, staging, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (value_dim // staging.block_v, v_heads, rows)
     launcher(shared_decode_kernel)[grid](
-        elements(buffer, state_dtype),
-        elements(buffer, conv_dtype),
+        cache.state,
+        cache.ring,
         x_BC,
         conv_weight_CW,
         a_BV,
         b_BV,
         a_log_V,
         dt_bias_V,
-        state_table_BL,
+        state_read_BL,
+        state_write_BL,
         position_B,
         out_BVJ,
-        layer,
+        cache.layer,
         x_BC.stride(0),
         a_BV.stride(0),
         b_BV.stride(0),
-        state_table_BL.stride(0),
-        layout.base[layer] // state_dtype.itemsize,
-        layout.stride // state_dtype.itemsize,
-        (layout.base[layer] + layout.conv_offset) // conv_dtype.itemsize,
-        layout.stride // conv_dtype.itemsize,
+        state_read_BL.stride(0),
+        state_write_BL.stride(0),
+        *cache.state_place,
+        *cache.ring_place,
         **constant,
         num_warps=staging.num_warps,
         **({"launch_pdl": True} if staging.dependent_launch else {}),

@@ -7,24 +7,24 @@ I key dim, J value dim.
 import torch
 import torch.nn.functional as F
 
+from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
-from hybridcache.kernels.memory import at
-from hybridcache.memory.layout import StateLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 
 def _l2norm(x_KI: torch.Tensor) -> torch.Tensor:
     return x_KI * torch.rsqrt((x_KI * x_KI).sum(-1, keepdim=True) + L2NORM_EPS)
 
 
-def stored_state(
-    buffer: torch.Tensor, layout: StateLayout, layer: int, entry: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrent part ``[V, I, J]`` and the conv ring ``[W, C]`` of one stored state, as views of the pool."""
-    address = layout.address(layer, entry)
-    state_VIJ = at(buffer, address, layout.recurrent_shape, torch_dtype(layout.recurrent_dtype))
-    shape = (layout.conv_kernel, layout.conv_channels)
-    return state_VIJ, at(buffer, address + layout.conv_offset, shape, torch_dtype(layout.conv_dtype))
+def resume(cache: StateCache, source: int, target: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state that a step at ``position`` starts from, ``[V, I, J]`` in float64, and the ring ``[W, C]`` that it writes: that
+    of entry ``target``, with the inputs before ``position`` in it."""
+    stored_VIJ, ring_WC = cache.stored(target)
+    if position == 0:
+        return torch.zeros_like(stored_VIJ, dtype=torch.float64), ring_WC
+    source_VIJ, source_WC = cache.stored(source)
+    for past in range(max(position - ring_WC.shape[0] + 1, 0), position):
+        ring_WC[past % ring_WC.shape[0]] = source_WC[past % ring_WC.shape[0]]
+    return source_VIJ.double(), ring_WC
 
 
 def step(
@@ -68,29 +68,27 @@ def step(
 
 
 def gdn_decode(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_BC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_BV: torch.Tensor,
     b_BV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.gdn_decode`. Returns float64; padding rows are 0."""
-    v_heads, _, value_dim = layout.recurrent_shape
+    """See :meth:`.StateOperations.gdn_decode`. Returns float64; padding rows are 0."""
+    v_heads, _, value_dim = cache.layout.recurrent_shape
     out_BVJ = x_BC.new_zeros((x_BC.shape[0], v_heads, value_dim), dtype=torch.float64)
-    entries = state_table_BL[:, layer].tolist()
-    for b, (entry, position) in enumerate(zip(entries, position_B.tolist())):
-        if entry == -1:
+    tables = (table_BL[:, cache.layer].tolist() for table_BL in (state_read_BL, state_write_BL))
+    for b, (source, target, position) in enumerate(zip(*tables, position_B.tolist())):
+        if target == -1:
             continue
-        stored_VIJ, ring_WC = stored_state(buffer, layout, layer, entry)
-        state_VIJ = stored_VIJ.double() if position > 0 else torch.zeros_like(stored_VIJ, dtype=torch.float64)
-        out_BVJ[b], new_VIJ = step(
+        state_VIJ, ring_WC = resume(cache, source, target, position)
+        out_BVJ[b], state_VIJ = step(
             state_VIJ, ring_WC, x_BC[b], conv_weight_CW, a_BV[b], b_BV[b], a_log_V, dt_bias_V, position
         )
-        stored_VIJ.copy_(new_VIJ)
+        cache.stored(target)[0].copy_(state_VIJ)
     return out_BVJ

@@ -22,14 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
 from hybridcache.kernels.gdn_decode.staging import Staging
 from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import StateLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 
 @triton.jit
@@ -82,7 +81,10 @@ def add_triples(a0, b0, c0, a1, b1, c1):
     return a0 + a1, b0 + b1, c0 + c1
 
 
-@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["a_ptr", "b_ptr", "table_ptr", "position_ptr"])
+@triton.jit(
+    do_not_specialize=["layer"],
+    do_not_specialize_on_alignment=["a_ptr", "b_ptr", "read_ptr", "write_ptr", "position_ptr"],
+)
 def gdn_decode_kernel(
     state_ptr,
     ring_ptr,
@@ -92,14 +94,16 @@ def gdn_decode_kernel(
     b_ptr,
     a_log_ptr,
     dt_bias_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     position_ptr,
     out_ptr,
     layer,
     x_stride: tl.int64,
     a_stride: tl.int64,
     b_stride: tl.int64,
-    table_stride: tl.int64,
+    read_stride: tl.int64,
+    write_stride: tl.int64,
     state_base: tl.int64,
     state_stride: tl.int64,
     ring_base: tl.int64,
@@ -137,15 +141,19 @@ def gdn_decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     position = tl.load(position_ptr + row).to(tl.int32)
-    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    source = tl.load(read_ptr + row * read_stride + layer).to(tl.int64)
+    target = tl.load(write_ptr + row * write_stride + layer).to(tl.int64)
     a = tl.load(a_ptr + row * a_stride + head).to(ACC) + tl.load(dt_bias_ptr + head).to(ACC)
     b = tl.load(b_ptr + row * b_stride + head).to(ACC)
     rate = tl.load(a_log_ptr + head).to(ACC)
-    if entry < 0:
+    if target < 0:
         tl.store(out_ptr + j, tl.zeros([BLOCK_V], dtype=out_ptr.dtype.element_ty), mask=j_inside)
         return
-    state_ptr += state_base + entry * state_stride + head * (KEY_DIM * VALUE_DIM) + first_value
-    ring_ptr += ring_base + entry * ring_stride
+    state_ptr += state_base + head * (KEY_DIM * VALUE_DIM) + first_value
+    written_state_ptr = state_ptr + target * state_stride
+    state_ptr += source * state_stride
+    written_ring_ptr = ring_ptr + ring_base + target * ring_stride
+    ring_ptr += ring_base + source * ring_stride
     x_ptr += row * x_stride
 
     K_CHANNELS: tl.constexpr = (V_HEADS // GROUP) * KEY_DIM
@@ -171,11 +179,18 @@ def gdn_decode_kernel(
         state = tl.load(state_ptr + offset, mask=inside & (position > 0), other=0.0, eviction_policy=EVICTION)
     # fmt: on
     tl.debug_barrier()
-    column = ring_ptr + (position % WIDTH) * CHANNELS
+    column = written_ring_ptr + (position % WIDTH) * CHANNELS
     writes_qk = i_inside & (tile == 0) & (head % GROUP == 0)
     tl.store(column + q_channel + i, x_q, mask=writes_qk)
     tl.store(column + k_channel + i, x_k, mask=writes_qk)
     tl.store(column + v_channel + j, x_v, mask=j_inside)
+    if source != target:
+        for back in tl.static_range(1, WIDTH):
+            column = written_ring_ptr + ((position + WIDTH - back) % WIDTH) * CHANNELS
+            seen = position >= back
+            tl.store(column + q_channel + i, past_q[back - 1], mask=writes_qk & seen)
+            tl.store(column + k_channel + i, past_k[back - 1], mask=writes_qk & seen)
+            tl.store(column + v_channel + j, past_v[back - 1], mask=j_inside & seen)
     q = conv_sum(x_q, w_q, past_q, WIDTH, ACC)
     k = conv_sum(x_k, w_k, past_k, WIDTH, ACC)
     v = conv_sum(x_v, w_v, past_v, WIDTH, ACC)
@@ -192,7 +207,7 @@ def gdn_decode_kernel(
     delta = (v - s * (decay * k_norm)) * beta
     tl.store(out_ptr + j, t * (decay * q_norm) + delta * (qk * q_norm * k_norm), mask=j_inside)
     state = state.to(ACC) * decay + k[:, None] * (delta * k_norm)[None, :]
-    tl.store(state_ptr + offset, state, mask=inside, eviction_policy=EVICTION)
+    tl.store(written_state_ptr + offset, state, mask=inside, eviction_policy=EVICTION)
 
 
 def constants(
@@ -237,28 +252,28 @@ def options(tuning: Tuning) -> dict[str, Any]:
 
 
 def gdn_decode(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_BC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_BV: torch.Tensor,
     b_BV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
     tuning: Tuning | Staging | None = None,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
+    """See :meth:`.StateOperations.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
     whose last dimension has stride 1. The conv weight may have any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors,
     so it is the faster one, and neither order is copied. A :class:`Staging` takes the kernel of ``hopper.py``; None chooses
     (:func:`~hybridcache.kernels.gdn_decode.tuning.choose`)."""
+    layout = cache.layout
     if tuning is None:
         tuning = choose(layout, x_BC)
     if isinstance(tuning, Staging):
-        inputs = (x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_table_BL, position_B)
-        return hopper.gdn_decode(buffer, layout, layer, *inputs, staging=tuning)
+        inputs = (x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_read_BL, state_write_BL, position_B)
+        return hopper.gdn_decode(cache, *inputs, staging=tuning)
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
@@ -267,30 +282,29 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    state_dtype, conv_dtype = torch_dtype(layout.recurrent_dtype), torch_dtype(layout.conv_dtype)
     constant = constants(layout, x_BC.dtype, tuning, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)
     launcher(gdn_decode_kernel)[grid](
-        elements(buffer, state_dtype),
-        elements(buffer, conv_dtype),
+        cache.state,
+        cache.ring,
         x_BC,
         conv_weight_CW,
         a_BV,
         b_BV,
         a_log_V,
         dt_bias_V,
-        state_table_BL,
+        state_read_BL,
+        state_write_BL,
         position_B,
         out_BVJ,
-        layer,
+        cache.layer,
         x_BC.stride(0),
         a_BV.stride(0),
         b_BV.stride(0),
-        state_table_BL.stride(0),
-        layout.base[layer] // state_dtype.itemsize,
-        layout.stride // state_dtype.itemsize,
-        (layout.base[layer] + layout.conv_offset) // conv_dtype.itemsize,
-        layout.stride // conv_dtype.itemsize,
+        state_read_BL.stride(0),
+        state_write_BL.stride(0),
+        *cache.state_place,
+        *cache.ring_place,
         **constant,
         **options(tuning),
     )

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from hybridcache.errors import bad
+from hybridcache.kernels.devices import capability
 from hybridcache.kernels.gdn_decode.staging import Staging, why_not
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
@@ -75,7 +76,7 @@ def choose(layout: StateLayout, x_BC: torch.Tensor) -> Tuning | Staging:
     """:func:`default_tuning` where the device, the layout and the inputs allow it; else a cut in registers, and the reason is
     logged once. Dependent launch and the copies of ``hopper.py`` take compute capability 9.0 or later."""
     rows, state_dtype = x_BC.shape[0], torch_dtype(layout.recurrent_dtype)
-    tuning, capable = default_tuning(rows, state_dtype), is_hopper_or_later(x_BC.device)
+    tuning, capable = default_tuning(rows, state_dtype), capability(x_BC.device) >= (9, 0)
     if isinstance(tuning, Staging):
         reason = (
             why_not(layout, x_BC.dtype, tuning) if capable else f"{x_BC.device}: no compute capability of 9.0 or later"
@@ -84,12 +85,6 @@ def choose(layout: StateLayout, x_BC: torch.Tensor) -> Tuning | Staging:
             _say_once(reason)
             tuning = in_registers(rows, state_dtype)
     return tuning if capable else replace(tuning, dependent_launch=False)
-
-
-@lru_cache
-def is_hopper_or_later(device: torch.device) -> bool:
-    """Whether it is a CUDA device of compute capability 9.0 or more."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache

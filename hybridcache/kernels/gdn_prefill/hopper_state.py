@@ -139,7 +139,8 @@ def carry(
     out_ptr,
     gates_ptr,
     state_ptr,
-    entry_ptr,
+    read_ptr,
+    write_ptr,
     checkpoint_ptr,
     checkpoint_stride_n,
     state_stride,
@@ -167,7 +168,7 @@ def carry(
     OUT_STRIDE: gl.constexpr = V_HEADS * VALUE_DIM
     column = head * VALUE_DIM + j0
 
-    entry = gl.load(entry_ptr).to(gl.int64)
+    entry = gl.load(read_ptr).to(gl.int64)
     at, inside = stored_tile(state_ptr + entry * state_stride, j0, BLOCK_K, KEY_DIM, VALUE_DIM)
     state = gl.load(at, mask=inside & (start > 0), other=0.0).to(gl.float32)
 
@@ -240,8 +241,8 @@ def carry(
         store_whole(out_done, out_tile, out_desc, token, column)
     else:
         store_part(out_done, out_ptr, token, column, begin, end, OUT_STRIDE)
-    # Read again, so that the addresses need no registers during the loop.
-    entry = gl.load(entry_ptr).to(gl.int64)
+    # Read here, so that the addresses need no registers during the loop.
+    entry = gl.load(write_ptr).to(gl.int64)
     at, inside = stored_tile(state_ptr + entry * state_stride, j0, BLOCK_K, KEY_DIM, VALUE_DIM)
     gl.store(at, state.to(state_ptr.dtype.element_ty), mask=inside)
     tma.store_wait(0)
@@ -249,7 +250,7 @@ def carry(
 
 @gluon.jit(
     do_not_specialize=["layer", "interval", "checkpoints"],
-    do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "table_ptr", "checkpoint_ptr"],
+    do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def hopper_state_kernel(
     out_ptr,
@@ -262,14 +263,16 @@ def hopper_state_kernel(
     out_desc,
     gates_ptr,
     first_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     checkpoint_ptr,
     cu_ptr,
     start_ptr,
     layer,
     interval,
     checkpoints,
-    table_stride: gl.int64,
+    read_stride: gl.int64,
+    write_stride: gl.int64,
     checkpoint_stride_b: gl.int64,
     checkpoint_stride_n: gl.int64,
     state_base: gl.int64,
@@ -287,11 +290,12 @@ def hopper_state_kernel(
     tile = gl.program_id(0)
     head = gl.program_id(1)
     row = gl.program_id(2)
-    entry_ptr = table_ptr + row * table_stride + layer
+    read_ptr += row * read_stride + layer
+    write_ptr += row * write_stride + layer
     begin = gl.load(cu_ptr + row).to(gl.int32)
     end = gl.load(cu_ptr + row + 1).to(gl.int32)
     start = gl.load(start_ptr + row).to(gl.int32)
-    if (gl.load(entry_ptr) < 0) | (end <= begin):
+    if (gl.load(write_ptr) < 0) | (end <= begin):
         return
     first_chunk = gl.load(first_ptr + row)
     chunks = (end - begin + start % TILE + TILE - 1) // TILE
@@ -318,8 +322,8 @@ def hopper_state_kernel(
     gl.warp_specialize(
         [
             (carry, (
-                keys_queries, tiles, gates, full, empty, out_tile, out_desc, out_ptr, gates_ptr, state_ptr, entry_ptr,
-                checkpoint_ptr, checkpoint_stride_n, state_stride, first_chunk, chunks, begin, end, start, interval,
+                keys_queries, tiles, gates, full, empty, out_tile, out_desc, out_ptr, gates_ptr, state_ptr, read_ptr,
+                write_ptr, checkpoint_ptr, checkpoint_stride_n, state_stride, first_chunk, chunks, begin, end, start, interval,
                 checkpoints, head, j0, V_HEADS, BLOCK_K, KEY_DIM, VALUE_DIM, CHECKPOINTS, STAGES,
             )),
             (copy_chunks, (

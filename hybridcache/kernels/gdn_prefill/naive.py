@@ -5,36 +5,44 @@ Shapes: T tokens, B rows, L state layers, C conv channels, W conv kernel width, 
 
 import torch
 
-from hybridcache.kernels.gdn_decode.naive import step, stored_state
-from hybridcache.memory.layout import StateLayout
+from hybridcache.kernels.caches import StateCache
+from hybridcache.kernels.gdn_decode.naive import resume, step
 
 
 def gdn_prefill(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_TC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_TV: torch.Tensor,
     b_TV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     cu_seqlens: torch.Tensor,
     start_B: torch.Tensor,
+    checkpoint_table_BNL: torch.Tensor | None = None,
+    checkpoint_interval: int = 0,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.gdn_prefill`. Returns float64."""
-    v_heads, _, value_dim = layout.recurrent_shape
+    """See :meth:`.StateOperations.gdn_prefill`. Returns float64."""
+    v_heads, _, value_dim = cache.layout.recurrent_shape
     out_TVJ = x_TC.new_zeros((x_TC.shape[0], v_heads, value_dim), dtype=torch.float64)
-    entries, offsets = state_table_BL[:, layer].tolist(), cu_seqlens.tolist()
-    for b, (entry, start) in enumerate(zip(entries, start_B.tolist())):
+    tables = (table_BL[:, cache.layer].tolist() for table_BL in (state_read_BL, state_write_BL))
+    offsets = cu_seqlens.tolist()
+    for b, (source, target, start) in enumerate(zip(*tables, start_B.tolist())):
         first, last = offsets[b], offsets[b + 1]
-        if entry == -1 or first == last:
+        if target == -1 or first == last:
             continue
-        stored_VIJ, ring_WC = stored_state(buffer, layout, layer, entry)
-        state_VIJ = stored_VIJ.double() if start > 0 else torch.zeros_like(stored_VIJ, dtype=torch.float64)
-        for i, token in enumerate(range(first, last)):
+        state_VIJ, ring_WC = resume(cache, source, target, start)
+        for position, token in enumerate(range(first, last), start):
             gates = (a_TV[token], b_TV[token], a_log_V, dt_bias_V)
-            out_TVJ[token], state_VIJ = step(state_VIJ, ring_WC, x_TC[token], conv_weight_CW, *gates, start + i)
-        stored_VIJ.copy_(state_VIJ)
+            out_TVJ[token], state_VIJ = step(state_VIJ, ring_WC, x_TC[token], conv_weight_CW, *gates, position)
+            if checkpoint_table_BNL is not None and (position + 1) % checkpoint_interval == 0:
+                rank = (position + 1) // checkpoint_interval - start // checkpoint_interval - 1
+                kept_N = checkpoint_table_BNL[b, :, cache.layer].tolist()
+                if rank < len(kept_N) and kept_N[rank] != -1:
+                    kept_VIJ, kept_WC = cache.stored(kept_N[rank])
+                    kept_VIJ.copy_(state_VIJ)
+                    kept_WC.copy_(ring_WC)
+        cache.stored(target)[0].copy_(state_VIJ)
     return out_TVJ

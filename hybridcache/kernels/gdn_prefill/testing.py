@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hybridcache.kernels.gdn_decode.naive import stored_state
-from hybridcache.kernels.testing import StateCase, normal, rel_error, state_case
+from hybridcache.kernels.caches import StateCache
+from hybridcache.kernels.testing import StateCase, cached, normal, rel_error, state_case
 from hybridcache.kernels.torch_ops.gated_delta_net import gdn_prefill as torch_prefill
 
 Reference = Callable[..., torch.Tensor]
@@ -33,10 +33,11 @@ class PrefillCase:
         return self.state.buffer
 
     def step(self, layer: int) -> tuple[Any, ...]:
-        """Arguments of ``gdn_prefill`` after ``buffer``."""
+        """Layout, layer and inputs of ``gdn_prefill``."""
         s = self.state
         gates = (self.a_TV, self.b_TV, s.a_log_V, s.dt_bias_V)
-        return (s.layout, layer, self.x_TC, s.conv_weight_CW, *gates, s.state_table_BL, self.cu_seqlens, self.start_B)
+        rows = (s.state_read_BL, s.state_write_BL, self.cu_seqlens, self.start_B)
+        return (s.layout, layer, self.x_TC, s.conv_weight_CW, *gates, *rows)
 
 
 def prefill_case(
@@ -65,7 +66,7 @@ def prefill_case(
 def checkpoint_table(case: PrefillCase, layer: int, interval: int, spare: int = 0) -> torch.Tensor:
     """Free blocks for the state at every multiple of ``interval`` that a row passes, for one layer: ``[B, N, L]`` int32,
     -1 elsewhere. ``spare`` more columns than the longest row needs, filled too: they must not be written."""
-    at, table_BL = case.state.layout, case.state.state_table_BL
+    at, table_BL = case.state.layout, torch.cat([case.state.state_read_BL, case.state.state_write_BL])
     end = at.base[layer + 1] if at.base[0] != at.base[-1] and layer + 1 < len(at.base) else case.buffer.numel()
     used = table_BL[:, layer] if at.base[0] != at.base[-1] else table_BL
     free = sorted(set(range((end - at.base[layer]) // at.stride)) - set(used.flatten().tolist()), reverse=True)
@@ -86,32 +87,31 @@ def checkpointed(
 ) -> list[tuple[int, int, int]]:
     """Write into the pool ``buffer``, which holds what this step starts from, the checkpoints a prefill should leave, by
     running each row alone up to each position. Returns their ``(row, position, entry)``."""
-    written, (at, _, x, weight, a, b, a_log, dt_bias, table_BL, _, _) = [], case.step(layer)
+    written, (at, _, x, weight, a, b, a_log, dt_bias, read_BL, write_BL, _, _) = [], case.step(layer)
     offsets = case.cu_seqlens.tolist()
     for row, (start, length) in enumerate(zip(case.start_B.tolist(), case.lengths)):
         position = (start // interval + 1) * interval
-        while position <= start + length and int(table_BL[row, layer]) >= 0:
+        while position <= start + length and int(write_BL[row, layer]) >= 0:
             entry = int(table_BNL[row, position // interval - start // interval - 1, layer])
             here = slice(offsets[row], offsets[row] + position - start)
             cu = torch.tensor([0, position - start], dtype=torch.int32, device=x.device)
             scratch = buffer.clone()
             one = slice(row, row + 1)
             gates = (a[here], b[here], a_log, dt_bias)
-            reference(scratch, at, layer, x[here], weight, *gates, table_BL[one], cu, case.start_B[one])
-            source = stored_state(scratch, at, layer, int(table_BL[row, layer]))
-            for to_part, from_part in zip(stored_state(buffer, at, layer, entry), source):
+            tables = (read_BL[one], write_BL[one], cu, case.start_B[one])
+            reference(*cached(scratch, at, layer, x[here], weight, *gates, *tables))
+            source = StateCache(scratch, at, layer).stored(int(write_BL[row, layer]))
+            for to_part, from_part in zip(StateCache(buffer, at, layer).stored(entry), source):
                 to_part.copy_(from_part)
             written.append((row, position, entry))
             position += interval
     return written
 
 
-def reference64(buffer: torch.Tensor, *step: Any) -> torch.Tensor:
+def reference64(cache: StateCache, *step: Any) -> torch.Tensor:
     """The torch backend's operation on float64 copies of the inputs: for lengths where one token after the other takes
     too long."""
-    at, layer, *inputs, table_BL, cu_seqlens, start_B = step
-    arguments = [at, layer, *(t.double() for t in inputs), table_BL, cu_seqlens, start_B]
-    return torch_prefill(buffer, *arguments)
+    return torch_prefill(cache, *(t.double() for t in step[:6]), *step[6:])
 
 
 def block_errors(
@@ -123,11 +123,12 @@ def block_errors(
     The error is NaN where a state holds NaN, unless both are equal to the bit. The blocks compared are then zeroed in both
     pools, so that a last comparison of the pools shows whether anything else was written."""
     if entries is None:
-        entries = [entry for entry in case.state.state_table_BL[:, layer].tolist() if entry >= 0]
+        entries = [entry for entry in case.state.state_write_BL[:, layer].tolist() if entry >= 0]
     errors, rings = [0.0], True
+    found, wanted = (StateCache(buffer, case.state.layout, layer) for buffer in (case.buffer, expected))
     for entry in entries:
-        state_VIJ, ring_WC = stored_state(case.buffer, case.state.layout, layer, entry)
-        expected_VIJ, expected_WC = stored_state(expected, case.state.layout, layer, entry)
+        state_VIJ, ring_WC = found.stored(entry)
+        expected_VIJ, expected_WC = wanted.stored(entry)
         if not torch.equal(state_VIJ.view(torch.uint8), expected_VIJ.view(torch.uint8)):
             errors.append(rel_error(state_VIJ, expected_VIJ))
         rings &= torch.equal(ring_WC.view(torch.uint8), expected_WC.view(torch.uint8))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from hybridcache.kernels.addressing import interpreting
+from hybridcache.kernels.devices import is_hopper
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import power_of_2
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import dtype_name
@@ -100,12 +101,6 @@ def why_not_hopper(layout: StateLayout, dtype: torch.dtype, tiles: Tiles) -> str
     if value_dim % 64 or value_dim != padded(value_dim):
         return f"value_dim={value_dim}: it takes powers of 2 from 64 on"
     return None if tiles.chunk == 64 else f"chunk={tiles.chunk}: it takes 64"
-
-
-@lru_cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device's compute capability is 9.x."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def choose(layout: StateLayout, x_TC: torch.Tensor, rows: int) -> Tiles:

@@ -31,44 +31,42 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import interpreting
+from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_prefill.tiles import Tiles, choose, constants, why_not_hopper
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
 from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
 from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
+from hybridcache.kernels.operations import CHECKPOINT_MULTIPLE
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div
 from hybridcache.memory.layout import StateLayout
-from hybridcache.spec.dtypes import dtype_name, torch_dtype
+from hybridcache.spec.dtypes import dtype_name
 
-CHECKPOINT_MULTIPLE = 64
-"""Positions at which a state can be kept are multiples of this; every chunk size divides it."""
 MAX_KEY_DIM = 256
 RING_TILE = 512
 """Channels of one program of the ring kernel."""
 
 
 def gdn_prefill(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_TC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_TV: torch.Tensor,
     b_TV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     cu_seqlens: torch.Tensor,
     start_B: torch.Tensor,
-    *,
     checkpoint_table_BNL: torch.Tensor | None = None,
     checkpoint_interval: int = 0,
+    *,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.gdn_prefill`. Output of tokens that no row with a state owns is 0.
+    """See :meth:`.StateOperations.gdn_prefill`. Output of tokens that no row with a state owns is 0.
     ``x``, ``a`` and ``b`` may be slices whose last dimension has stride 1.
 
     Args:
@@ -81,7 +79,7 @@ def gdn_prefill(
         UserError: a dtype, width or interval that this kernel cannot do.
     """
     call = Prefill(
-        buffer, layout, layer, x_TC, conv_weight_CW, a_TV, b_TV, a_log_V, dt_bias_V, state_table_BL, cu_seqlens,
+        cache, x_TC, conv_weight_CW, a_TV, b_TV, a_log_V, dt_bias_V, state_read_BL, state_write_BL, cu_seqlens,
         start_B, checkpoint_table_BNL, checkpoint_interval, tiles,
     )  # fmt: skip
     if call.tokens and call.rows:
@@ -98,16 +96,15 @@ class Prefill:
 
     def __init__(
         self,
-        buffer: torch.Tensor,
-        layout: StateLayout,
-        layer: int,
+        cache: StateCache,
         x_TC: torch.Tensor,
         conv_weight_CW: torch.Tensor,
         a_TV: torch.Tensor,
         b_TV: torch.Tensor,
         a_log_V: torch.Tensor,
         dt_bias_V: torch.Tensor,
-        state_table_BL: torch.Tensor,
+        state_read_BL: torch.Tensor,
+        state_write_BL: torch.Tensor,
         cu_seqlens: torch.Tensor,
         start_B: torch.Tensor,
         checkpoint_table_BNL: torch.Tensor | None = None,
@@ -116,15 +113,15 @@ class Prefill:
     ) -> None:
         if checkpoint_table_BNL is not None and checkpoint_table_BNL.shape[1] == 0:
             checkpoint_table_BNL = None
+        layout = cache.layout
         _check(layout, x_TC, a_TV, b_TV, checkpoint_table_BNL, checkpoint_interval)
-        self.layout, self.layer = layout, layer
+        self.cache, self.layout, self.layer = cache, layout, cache.layer
         self.x_TC, self.conv_weight_CW, self.a_TV, self.b_TV = x_TC, conv_weight_CW, a_TV, b_TV
         self.a_log_V, self.dt_bias_V = a_log_V, dt_bias_V
-        self.state_table_BL, self.cu_seqlens, self.start_B = state_table_BL, cu_seqlens, start_B
+        self.state_read_BL, self.state_write_BL = state_read_BL, state_write_BL
+        self.cu_seqlens, self.start_B = cu_seqlens, start_B
         self.checkpoint_table_BNL, self.checkpoint_interval = checkpoint_table_BNL, checkpoint_interval
         self.tokens, self.rows = x_TC.shape[0], start_B.shape[0]
-        self.state = elements(buffer, torch_dtype(layout.recurrent_dtype))
-        self.ring = elements(buffer, torch_dtype(layout.conv_dtype))
         device = x_TC.device
         self.tiles = tiles = tiles or choose(layout, x_TC, self.rows)
         self.constant = constants(layout, x_TC.dtype, tiles, checkpoint_table_BNL is not None)
@@ -156,12 +153,13 @@ class Prefill:
     def _checkpoints(self) -> tuple[torch.Tensor, int, int]:
         """The table, or anything of its type where there is none, and its strides."""
         table = self.checkpoint_table_BNL
-        return (self.state_table_BL, 0, 0) if table is None else (table, table.stride(0), table.stride(1))
+        return (self.state_write_BL, 0, 0) if table is None else (table, table.stride(0), table.stride(1))
 
-    def _strides(self, dtype: str, offset: int) -> tuple[int, int]:
-        """Element offset of entry 0 and stride of entries."""
-        size = torch_dtype(dtype).itemsize
-        return (self.layout.base[self.layer] + offset) // size, self.layout.stride // size
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.state_read_BL, self.state_write_BL
+
+    def _table_strides(self) -> tuple[int, int]:
+        return self.state_read_BL.stride(0), self.state_write_BL.stride(0)
 
     def conv(self) -> None:
         """q, k, v and gates of every token, and the index of chunks."""
@@ -179,8 +177,8 @@ class Prefill:
             self.b_TV,
             self.a_log_V,
             self.dt_bias_V,
-            self.ring,
-            self.state_table_BL,
+            self.cache.ring,
+            *self._tables(),
             *self._rows(),
             self.layer,
             self.rows,
@@ -188,8 +186,8 @@ class Prefill:
             self.x_TC.stride(0),
             self.a_TV.stride(0),
             self.b_TV.stride(0),
-            self.state_table_BL.stride(0),
-            *self._strides(self.layout.conv_dtype, self.layout.conv_offset),
+            *self._table_strides(),
+            *self.cache.ring_place,
             WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0),
             WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
             **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"),
@@ -202,18 +200,18 @@ class Prefill:
         ranks = table.shape[1] if self.constant["CHECKPOINTS"] else 1
         grid = (ceil_div(self.layout.conv_channels, RING_TILE), ranks, self.rows)
         launcher(ring_kernel)[grid](
-            self.ring,
+            self.cache.ring,
             self.x_TC,
-            self.state_table_BL,
+            *self._tables(),
             table,
             *self._rows(),
             self.layer,
             self.checkpoint_interval,
             self.x_TC.stride(0),
-            self.state_table_BL.stride(0),
+            *self._table_strides(),
             stride_b,
             stride_n,
-            *self._strides(self.layout.conv_dtype, self.layout.conv_offset),
+            *self.cache.ring_place,
             CHANNELS=self.layout.conv_channels,
             BLOCK=RING_TILE,
             **self._constants("WIDTH", "CHECKPOINTS"),
@@ -246,7 +244,7 @@ class Prefill:
         whole = self.constant["VALUE_DIM"] == self.constant["HEAD_V"]
         launcher(state_kernel)[grid](
             self.out_TVJ,
-            self.state,
+            self.cache.state,
             TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_K"]]),
             TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_V"]]),
             TensorDescriptor.from_tensor(self.solve, [chunk, chunk]),
@@ -257,16 +255,16 @@ class Prefill:
             ),
             self.gates,
             self.first,
-            self.state_table_BL,
+            *self._tables(),
             table,
             *self._rows(),
             self.layer,
             self.checkpoint_interval,
             table.shape[1],
-            self.state_table_BL.stride(0),
+            *self._table_strides(),
             stride_b,
             stride_n,
-            *self._strides(self.layout.recurrent_dtype, 0),
+            *self.cache.state_place,
             **self._constants(*names, "DOT", "PRECISION", "STAGES"),
             num_warps=self.tiles.state_warps,
         )
@@ -283,20 +281,20 @@ class Prefill:
         described = hopper_state.descriptors(self.y, self.solve, self.score, self.gates, self.out_TVJ, block_k)
         launcher(hopper_state.hopper_state_kernel)[(self.constant["HEAD_V"] // 64, self.v_heads, self.rows)](
             self.out_TVJ,
-            self.state,
+            self.cache.state,
             *described.values(),
             self.gates,
             self.first,
-            self.state_table_BL,
+            *self._tables(),
             table,
             *self._rows(),
             self.layer,
             self.checkpoint_interval,
             table.shape[1],
-            self.state_table_BL.stride(0),
+            *self._table_strides(),
             stride_b,
             stride_n,
-            *self._strides(self.layout.recurrent_dtype, 0),
+            *self.cache.state_place,
             **self._constants(*names),
             num_warps=4,
             maxnreg=hopper_state.REGISTERS,

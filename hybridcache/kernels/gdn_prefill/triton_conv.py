@@ -184,7 +184,16 @@ def conv_head(
 
 @triton.jit(
     do_not_specialize=["layer", "rows", "tokens"],
-    do_not_specialize_on_alignment=["index_ptr", "first_ptr", "cu_ptr", "start_ptr", "table_ptr", "a_ptr", "b_ptr"],
+    do_not_specialize_on_alignment=[
+        "index_ptr",
+        "first_ptr",
+        "cu_ptr",
+        "start_ptr",
+        "read_ptr",
+        "write_ptr",
+        "a_ptr",
+        "b_ptr",
+    ],
 )
 def conv_kernel(
     y_ptr,
@@ -199,7 +208,8 @@ def conv_kernel(
     a_log_ptr,
     dt_bias_ptr,
     ring_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     cu_ptr,
     start_ptr,
     layer,
@@ -208,7 +218,8 @@ def conv_kernel(
     x_stride: tl.int64,
     a_stride: tl.int64,
     b_stride: tl.int64,
-    table_stride: tl.int64,
+    read_stride: tl.int64,
+    write_stride: tl.int64,
     ring_base: tl.int64,
     ring_stride: tl.int64,
     WEIGHT_STRIDE_C: tl.constexpr,
@@ -243,20 +254,22 @@ def conv_kernel(
     begin = tl.load(cu_ptr + row).to(tl.int32)
     end = tokens
     start = 0
-    entry = tl.full([], -1, tl.int64)
+    source = tl.full([], -1, tl.int64)
+    live = False
     number = tl.where(row < rows, number, chunk - count)
     if row < rows:
         end = tl.load(cu_ptr + row + 1).to(tl.int32)
         start = tl.load(start_ptr + row).to(tl.int32)
-        entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+        source = tl.load(read_ptr + row * read_stride + layer).to(tl.int64)
+        live = tl.load(write_ptr + row * write_stride + layer) >= 0
     token0 = begin - start % CHUNK + number * CHUNK
     if program < GATES:
         if program == 0:
-            tl.store(index_ptr + 2 * chunk, tl.where(entry < 0, -1, row))
+            tl.store(index_ptr + 2 * chunk, tl.where(live, row, -1))
             tl.store(index_ptr + 2 * chunk + 1, number)
             if (row < rows) & (number == 0):
                 tl.store(first_ptr + row, chunk)
-        if entry >= 0:
+        if live:
             slot = tl.arange(0, CHUNK)
             store_gates(
                 gates_ptr + chunk.to(tl.int64) * (V_HEADS * ROWS_OF_GATES * CHUNK),
@@ -276,7 +289,7 @@ def conv_kernel(
     v_head = head - 2 * K_HEADS
     seen = token0 - begin
     length = end - begin
-    if entry < 0:
+    if not live:
         if v_head >= 0:
             slot = tl.arange(0, CHUNK)
             held = (seen + slot >= 0) & (seen + slot < length)
@@ -285,7 +298,7 @@ def conv_kernel(
         return
     y_ptr += chunk.to(tl.int64) * (CHUNK * Y_CHANNELS)
     x_ptr += token0.to(tl.int64) * x_stride
-    ring_ptr += ring_base + entry * ring_stride
+    ring_ptr += ring_base + source * ring_stride
     if v_head < 0:
         channel = head * KEY_DIM
         conv_head(
@@ -314,19 +327,21 @@ def zero_tile(ptr, slot, held, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: t
 
 @triton.jit(
     do_not_specialize=["layer", "interval"],
-    do_not_specialize_on_alignment=["cu_ptr", "start_ptr", "table_ptr", "checkpoint_ptr"],
+    do_not_specialize_on_alignment=["cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def ring_kernel(
     ring_ptr,
     x_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     checkpoint_ptr,
     cu_ptr,
     start_ptr,
     layer,
     interval,
     x_stride: tl.int64,
-    table_stride: tl.int64,
+    read_stride: tl.int64,
+    write_stride: tl.int64,
     checkpoint_stride_b: tl.int64,
     checkpoint_stride_n: tl.int64,
     ring_base: tl.int64,
@@ -341,16 +356,18 @@ def ring_kernel(
     row's ring (a later checkpoint lies at least 64 tokens behind the first input of this step)."""
     rank = tl.program_id(1)
     row = tl.program_id(2)
-    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    source = tl.load(read_ptr + row * read_stride + layer).to(tl.int64)
+    target = tl.load(write_ptr + row * write_stride + layer).to(tl.int64)
     begin = tl.load(cu_ptr + row).to(tl.int32)
     end = tl.load(cu_ptr + row + 1).to(tl.int32)
     start = tl.load(start_ptr + row).to(tl.int32)
-    if (entry < 0) | (end <= begin):
+    if (target < 0) | (end <= begin):
         return
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < CHANNELS
     ring_ptr += ring_base + c
-    own = ring_ptr + entry * ring_stride
+    old_ptr = ring_ptr + source * ring_stride
+    own = ring_ptr + target * ring_stride
     x_ptr += begin.to(tl.int64) * x_stride + c
     if CHECKPOINTS:
         position = (start // interval + 1 + rank) * interval
@@ -360,7 +377,7 @@ def ring_kernel(
                 past = position - back
                 column = past % WIDTH
                 old = tl.load(
-                    own + column * CHANNELS, mask=inside & (past < start) & (past >= 0) & (kept >= 0), other=0.0
+                    old_ptr + column * CHANNELS, mask=inside & (past < start) & (past >= 0) & (kept >= 0), other=0.0
                 )
                 new = tl.load(
                     x_ptr + (past - start).to(tl.int64) * x_stride, mask=inside & (past >= start), other=0.0
@@ -380,3 +397,7 @@ def ring_kernel(
         mask = inside & (past >= start)
         x = tl.load(x_ptr + (past - start).to(tl.int64) * x_stride, mask=mask, other=0.0)
         tl.store(own + (past % WIDTH) * CHANNELS, x.to(ring_ptr.dtype.element_ty), mask=mask)
+        # A ring in another block takes the inputs before this step, too.
+        mask = inside & (past < start) & (past >= 0) & (source != target)
+        old = tl.load(old_ptr + (past % WIDTH) * CHANNELS, mask=mask, other=0.0)
+        tl.store(own + (past % WIDTH) * CHANNELS, old, mask=mask)

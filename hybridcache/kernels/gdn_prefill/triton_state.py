@@ -14,7 +14,7 @@ PAST_THE_END = tl.constexpr(1 << 30)
 
 @triton.jit(
     do_not_specialize=["layer", "interval", "checkpoints"],
-    do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "table_ptr", "checkpoint_ptr"],
+    do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def state_kernel(
     out_ptr,
@@ -27,14 +27,16 @@ def state_kernel(
     out_desc,
     gates_ptr,
     first_ptr,
-    table_ptr,
+    read_ptr,
+    write_ptr,
     checkpoint_ptr,
     cu_ptr,
     start_ptr,
     layer,
     interval,
     checkpoints,
-    table_stride: tl.int64,
+    read_stride: tl.int64,
+    write_stride: tl.int64,
     checkpoint_stride_b: tl.int64,
     checkpoint_stride_n: tl.int64,
     state_base: tl.int64,
@@ -56,11 +58,12 @@ def state_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    source = tl.load(read_ptr + row * read_stride + layer).to(tl.int64)
+    write_ptr += row * write_stride + layer
     begin = tl.load(cu_ptr + row).to(tl.int32)
     end = tl.load(cu_ptr + row + 1).to(tl.int32)
     start = tl.load(start_ptr + row).to(tl.int32)
-    if (entry < 0) | (end <= begin):
+    if (tl.load(write_ptr) < 0) | (end <= begin):
         return
     GROUP: tl.constexpr = V_HEADS // K_HEADS
     i = tl.arange(0, BLOCK_K)
@@ -73,8 +76,8 @@ def state_kernel(
     # operand of two products, and its update is the result of a third.
     state_ptr += state_base + head * (KEY_DIM * VALUE_DIM)
     inside = j_inside[:, None] & i_inside[None, :]
-    source = (state_ptr + entry * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
-    state = tl.load(source, mask=inside & (start > 0), other=0.0).to(tl.float32)
+    stored = (state_ptr + source * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
+    state = tl.load(stored, mask=inside & (start > 0), other=0.0).to(tl.float32)
 
     token0 = begin - start % CHUNK
     chunks = tl.cdiv(end - token0, CHUNK)
@@ -136,7 +139,7 @@ def state_kernel(
                     tl.store(target, state.to(state_ptr.dtype.element_ty), mask=inside)
                 rank += 1
                 due += interval
-    # Read again, so that the addresses need no registers during the loop.
-    entry = tl.load(table_ptr + row * table_stride + layer).to(tl.int64)
+    # Read here, so that the addresses need no registers during the loop.
+    entry = tl.load(write_ptr).to(tl.int64)
     target = (state_ptr + entry * state_stride + j)[:, None] + i[None, :] * VALUE_DIM
     tl.store(target, state.to(state_ptr.dtype.element_ty), mask=inside)

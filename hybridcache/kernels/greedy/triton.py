@@ -43,7 +43,7 @@ def sample_best_kernel(value_ptr, index_ptr, id_ptr, feed_ptr, parts, NONE: tl.c
 
 
 def greedy(logits_RV: torch.Tensor, ids_R: torch.Tensor, feed_R: torch.Tensor) -> None:
-    """See :func:`hybridcache.kernels.greedy.naive.greedy`. Not for float64."""
+    """See :meth:`.LayerOperations.greedy`. Not for float64."""
     rows, vocabulary = logits_RV.shape
     if rows == 0:
         return

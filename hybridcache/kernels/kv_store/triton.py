@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.kernels.addressing import row_offset, row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
+from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 TILE_ELEMENTS = 4096
 """Elements of K (and of V) that one program writes at most."""
@@ -100,25 +99,23 @@ def options() -> dict[str, Any]:
 
 
 def kv_store(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     row_T: torch.Tensor,
     position_T: torch.Tensor,
 ) -> None:
-    """See :meth:`hybridcache.kernels.backend.Backend.kv_store`. ``k_TKD`` and ``v_TKD`` may have any strides but that of
+    """See :meth:`.AttentionOperations.kv_store`. ``k_TKD`` and ``v_TKD`` may have any strides but that of
     the last dimension, which is 1."""
     if k_TKD.stride(-1) != 1 or v_TKD.stride(-1) != 1:
         raise ValueError(f"k, v strides {k_TKD.stride()}, {v_TKD.stride()}: the last dimension must be contiguous")
     if k_TKD.shape[0] == 0 or kv_table_BN.shape[1] == 0:
         return
-    constant = constants(layout)
-    grid = (k_TKD.shape[0], ceil_div(layout.num_kv_heads, constant["BLOCK_H"]))
+    constant = constants(cache.layout)
+    grid = (k_TKD.shape[0], ceil_div(cache.layout.num_kv_heads, constant["BLOCK_H"]))
     launcher(kv_store_kernel)[grid](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         k_TKD,
         v_TKD,
         kv_table_BN,
@@ -129,7 +126,7 @@ def kv_store(
         k_TKD.stride(1),
         v_TKD.stride(0),
         v_TKD.stride(1),
-        **row_strides(layout, layer),
+        **cache.strides,
         **constant,
         **options(),
     )

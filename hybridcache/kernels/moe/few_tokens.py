@@ -125,7 +125,7 @@ def mixture(
     shared_down_DI: torch.Tensor,
     tuning: Tuning | None = None,
 ) -> torch.Tensor:
-    """See :func:`hybridcache.kernels.moe.naive.mixture`; the shared expert is as wide as the others. Not for float64."""
+    """See :meth:`.LayerOperations.mixture`; the shared expert is as wide as the others. Not for float64."""
     tokens, hidden = x_TD.shape
     k, inner = expert_Tk.shape[1], down_EDI.shape[2]
     tuning = tuning or Tuning()

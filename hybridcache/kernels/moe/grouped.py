@@ -140,7 +140,7 @@ def mixture(
     shared_gate_up_JD: torch.Tensor,
     shared_down_DJ: torch.Tensor,
 ) -> torch.Tensor:
-    """See :func:`hybridcache.kernels.moe.naive.mixture`; bfloat16 on CUDA. Weights are float32."""
+    """See :meth:`.LayerOperations.mixture`; bfloat16 on CUDA. Weights are float32."""
     experts, k = gate_up_EID.shape[0], expert_Tk.shape[1]
     # 16-bit keys: a radix sort takes a quarter of the passes.
     key = torch.int16 if experts < 1 << 15 else torch.int32

@@ -47,7 +47,7 @@ def moe_route_kernel(
 
 
 def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`hybridcache.kernels.moe.naive.route`. Weights are float32; of equal logits the first expert is chosen."""
+    """See :meth:`.LayerOperations.route`. Weights are float32; of equal logits the first expert is chosen."""
     tokens = logits_TR.shape[0]
     weight_Ts = torch.empty((tokens, k + 1), dtype=torch.float32, device=logits_TR.device)
     expert_Tk = torch.empty((tokens, k), dtype=torch.int32, device=logits_TR.device)

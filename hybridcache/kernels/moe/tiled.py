@@ -28,10 +28,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import interpreting
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.moe.grouped import silu_mul
 from hybridcache.kernels.moe.tilings import Tiling, choose_tiling
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import power_of_2
 
 LISTED_AT_ONCE = 512
@@ -264,7 +264,7 @@ def mixture(
     shared_down_DJ: torch.Tensor,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """See :func:`hybridcache.kernels.moe.naive.mixture`. bfloat16 or float32; weights are float32, rows of the matrices
+    """See :meth:`.LayerOperations.mixture`. bfloat16 or float32; weights are float32, rows of the matrices
     are multiples of 16 bytes.
 
     Raises:

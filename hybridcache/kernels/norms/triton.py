@@ -104,7 +104,7 @@ def sigmoid_mul_kernel(
 def add_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`hybridcache.kernels.norms.naive.add_norm`. Not for float64; the last dimension has stride 1."""
+    """See :meth:`.LayerOperations.add_norm`. Not for float64; the last dimension has stride 1."""
     tokens, dim = x_TD.shape
     out_TD = torch.empty((tokens, dim), dtype=x_TD.dtype, device=x_TD.device)
     sum_TD = x_TD if delta_TD is None else torch.empty_like(out_TD)
@@ -131,7 +131,7 @@ def add_norm(
 def gated_norm(
     x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
 ) -> None:
-    """See :func:`hybridcache.kernels.norms.naive.gated_norm`. Not for float64; ``out`` is contiguous, the last dimension of
+    """See :meth:`.LayerOperations.gated_norm`. Not for float64; ``out`` is contiguous, the last dimension of
     the others has stride 1."""
     tokens, heads, dim = x_THE.shape
     if tokens:
@@ -155,7 +155,7 @@ def gated_norm(
 
 
 def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
-    """See :func:`hybridcache.kernels.norms.naive.sigmoid_mul`. Not for float64; ``out`` is contiguous, the last dimension of
+    """See :meth:`.LayerOperations.sigmoid_mul`. Not for float64; ``out`` is contiguous, the last dimension of
     the others has stride 1."""
     tokens, heads, dim = x_THE.shape
     if tokens:

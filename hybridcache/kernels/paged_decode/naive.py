@@ -5,34 +5,31 @@ Shapes: B rows, H query heads, K KV heads, D head dim, N table entries, S tokens
 
 import torch
 
-from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import itemsize, torch_dtype
+from hybridcache.kernels.caches import AttentionCache
 
 
-def gather(
-    buffer: torch.Tensor, layout: AttentionLayout, layer: int, entries: list[int], num_tokens: int, kv: int, head: int
-) -> torch.Tensor:
+def gather(cache: AttentionCache, entries: list[int], num_tokens: int, kv: int, head: int) -> torch.Tensor:
     """K (``kv=0``) or V (``kv=1``) of one head for positions ``0 .. num_tokens - 1``: ``[S, D]``, float64."""
-    row_bytes = (layout.v_dim if kv else layout.k_dim) * itemsize(layout.dtype)
+    at, device = cache.layout, cache.buffer.device
+    row_bytes = (at.v_dim if kv else at.k_dim) * cache.pool.element_size()
     addresses = [
-        layout.address(layer, entries[position // layout.tokens_per_entry], position, kv, head)
+        at.address(cache.layer, entries[position // at.tokens_per_entry], position, kv, head)
         for position in range(num_tokens)
     ]
-    first_S = torch.tensor(addresses, dtype=torch.int64, device=buffer.device)
-    bytes_SX = buffer[first_S[:, None] + torch.arange(row_bytes, device=buffer.device)]
-    return bytes_SX.view(torch_dtype(layout.dtype)).double()
+    first_S = torch.tensor(addresses, dtype=torch.int64, device=device)
+    bytes_SX = cache.buffer[first_S[:, None] + torch.arange(row_bytes, device=device)]
+    return bytes_SX.view(cache.pool.dtype).double()
 
 
 def paged_decode(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_BHD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     context_len_B: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_decode`. Returns float64; padding rows are 0."""
+    """See :meth:`.AttentionOperations.paged_decode`. Returns float64; padding rows are 0."""
+    layout = cache.layout
     group = q_BHD.shape[1] // layout.num_kv_heads
     out_BHD = q_BHD.new_zeros((*q_BHD.shape[:2], layout.v_dim), dtype=torch.float64)
     table = kv_table_BN.tolist()
@@ -40,8 +37,8 @@ def paged_decode(
         if num_tokens == 0 or table[b][0] == -1:
             continue
         for head in range(layout.num_kv_heads):
-            k_SD = gather(buffer, layout, layer, table[b], num_tokens, 0, head)
-            v_SD = gather(buffer, layout, layer, table[b], num_tokens, 1, head)
+            k_SD = gather(cache, table[b], num_tokens, 0, head)
+            v_SD = gather(cache, table[b], num_tokens, 1, head)
             heads = slice(head * group, (head + 1) * group)
             p_GS = torch.softmax(q_BHD[b, heads].double() @ k_SD.T * scale, dim=-1)
             out_BHD[b, heads] = p_GS @ v_SD

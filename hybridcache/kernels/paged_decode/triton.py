@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_decode.tiles import (
     Tuning,
     choose_splits,
@@ -29,9 +28,10 @@ from hybridcache.kernels.paged_decode.tiles import (
     processors,
 )
 from hybridcache.kernels.paged_prefill.triton import attend, table_entries
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import itemsize, torch_dtype
+from hybridcache.spec.dtypes import itemsize
 
 LOG2_E = 1.4426950408889634
 COMBINE_DIMS = 64
@@ -209,9 +209,7 @@ def combine_options(dependent: bool) -> dict[str, Any]:
 
 
 def paged_decode(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_BHD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     context_len_B: torch.Tensor,
@@ -220,7 +218,7 @@ def paged_decode(
     num_splits: int | None = None,
     tuning: Tuning | None = None,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_decode`. Padding rows of the output are 0.
+    """See :meth:`.AttentionOperations.paged_decode`. Padding rows of the output are 0.
 
     Args:
         num_splits: :func:`choose_splits` decides where None.
@@ -231,6 +229,7 @@ def paged_decode(
             not positive.
         ValueError: queries that are not contiguous along their last dimension.
     """
+    layout = cache.layout
     _check(layout, q_BHD, scale)
     rows, num_heads, _ = q_BHD.shape
     out_BHD = torch.empty((rows, num_heads, layout.v_dim), dtype=q_BHD.dtype, device=q_BHD.device)
@@ -248,7 +247,7 @@ def paged_decode(
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
     constant = constants(layout, num_heads, q_BHD.dtype, tuning, split=splits > 1, dependent=device.dependent_launch)
     launcher(paged_decode_kernel)[(programs, splits)](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_BHD,
         kv_table_BN,
         context_len_B,
@@ -259,7 +258,7 @@ def paged_decode(
         q_BHD.stride(0),
         q_BHD.stride(1),
         kv_table_BN.stride(0),
-        **row_strides(layout, layer),
+        **cache.strides,
         **constant,
         num_warps=tuning.num_warps,
     )

@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 
-from hybridcache.kernels.addressing import row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.hopper_kernel import hopper_prefill_kernel
 from hybridcache.kernels.paged_prefill.tiles import Ring, check_inputs, choose_ring
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 QUERIES = 128
@@ -34,9 +32,7 @@ def constants(layout: AttentionLayout, num_heads: int, ring: Ring) -> dict[str, 
 
 
 def paged_prefill(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -55,9 +51,10 @@ def paged_prefill(
     Raises:
         ValueError: :func:`choose_ring` has none for this layout and these queries.
     """
+    layout = cache.layout
     check_inputs(layout, q_THD, scale)
     tokens, num_heads, _ = q_THD.shape
-    ring = ring or choose_ring(layout, layer, q_THD)
+    ring = ring or choose_ring(cache, q_THD)
     if ring is None:
         raise ValueError(
             f"layout of {layout.dtype} K and V, dims {layout.k_dim} and {layout.v_dim}: not for this kernel"
@@ -67,10 +64,9 @@ def paged_prefill(
     if tokens == 0 or rows == 0 or kv_table_BN.shape[1] == 0:
         return out_THD.zero_()
     tile_tokens = QUERIES // (num_heads // layout.num_kv_heads)
-    strides = row_strides(layout, layer)
-    strides.pop("v_token_stride")
+    strides = {name: stride for name, stride in cache.strides.items() if name != "v_token_stride"}
     launcher(hopper_prefill_kernel)[((tokens // tile_tokens + rows + 1) * layout.num_kv_heads,)](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_THD,
         kv_table_BN,
         cu_seqlens,

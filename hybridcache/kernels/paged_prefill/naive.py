@@ -5,14 +5,12 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, N table entries
 
 import torch
 
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.paged_decode.naive import gather
-from hybridcache.memory.layout import AttentionLayout
 
 
 def paged_prefill(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -21,7 +19,8 @@ def paged_prefill(
     max_query_len: int,
     max_context_len: int,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_prefill`. Returns float64."""
+    """See :meth:`.AttentionOperations.paged_prefill`. Returns float64."""
+    layout = cache.layout
     group = q_THD.shape[1] // layout.num_kv_heads
     out_THD = q_THD.new_zeros((*q_THD.shape[:2], layout.v_dim), dtype=torch.float64)
     table, offsets = kv_table_BN.tolist(), cu_seqlens.tolist()
@@ -30,8 +29,8 @@ def paged_prefill(
         if first == last or table[b][0] == -1:
             continue
         for head in range(layout.num_kv_heads):
-            k_SD = gather(buffer, layout, layer, table[b], context_len, 0, head)
-            v_SD = gather(buffer, layout, layer, table[b], context_len, 1, head)
+            k_SD = gather(cache, table[b], context_len, 0, head)
+            v_SD = gather(cache, table[b], context_len, 1, head)
             heads = slice(head * group, (head + 1) * group)
             for token in range(first, last):
                 seen = context_len - (last - 1 - token)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import dtype_name, itemsize
 
@@ -66,13 +66,14 @@ RINGS = {256: Ring(64, 2, 224, 56), 128: Ring(128, 2, 216, 72), 64: Ring(64, 3, 
 """By head width."""
 
 
-def choose_ring(layout: AttentionLayout, layer: int, q_THD: torch.Tensor) -> Ring | None:
+def choose_ring(cache: AttentionCache, q_THD: torch.Tensor) -> Ring | None:
     """The ring of the Hopper kernel for a layout and queries, None where that kernel cannot do them: it copies K and V as
     they are, in 16-byte pieces, and its heads are as wide as a power of two."""
+    layout = cache.layout
     group = q_THD.shape[1] // layout.num_kv_heads
     same = layout.k_dim == layout.v_dim and layout.token_stride[0] == layout.token_stride[1]
     copied = q_THD.dtype in (torch.bfloat16, torch.float16) and dtype_name(q_THD.dtype) == layout.dtype
-    aligned = all(stride % 16 == 0 for stride in (*row_strides(layout, layer).values(), *q_THD.stride()[:2]))
+    aligned = all(stride % 16 == 0 for stride in (*cache.strides.values(), *q_THD.stride()[:2]))
     aligned = aligned and q_THD.data_ptr() % 16 == 0
     return RINGS.get(layout.k_dim) if same and copied and aligned and group <= 128 else None
 

@@ -15,13 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.kernels.addressing import interpreting, row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
 from hybridcache.kernels.paged_prefill.tiles import Tile, check_inputs, choose_tile, max_tiles
+from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 SEARCH_ROWS = 128
@@ -258,9 +257,7 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile:
 
 
 def paged_prefill(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -271,7 +268,7 @@ def paged_prefill(
     *,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_prefill`. Output of padding rows and of tokens behind the last
+    """See :meth:`.AttentionOperations.paged_prefill`. Output of padding rows and of tokens behind the last
     row is 0. ``max_context_len`` is not needed.
 
     Args:
@@ -281,6 +278,7 @@ def paged_prefill(
         UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
             more, or a scale that is not positive.
     """
+    layout = cache.layout
     check_inputs(layout, q_THD, scale)
     tokens, num_heads, _ = q_THD.shape
     out_THD = torch.empty((tokens, num_heads, layout.v_dim), dtype=q_THD.dtype, device=q_THD.device)
@@ -292,7 +290,7 @@ def paged_prefill(
     constant = constants(layout, num_heads, q_THD.dtype, tile)
     head_tiles = layout.num_kv_heads * ceil_div(constant["GROUP"], constant["HEADS"])
     launcher(paged_prefill_kernel)[(max_tiles(tokens, rows, constant["BLOCK_M"] // constant["HEADS"]) * head_tiles,)](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_THD,
         kv_table_BN,
         cu_seqlens,
@@ -304,7 +302,7 @@ def paged_prefill(
         q_THD.stride(0),
         q_THD.stride(1),
         kv_table_BN.stride(0),
-        **row_strides(layout, layer),
+        **cache.strides,
         **constant,
         num_warps=tile.num_warps,
     )

@@ -5,8 +5,8 @@ Shapes: T tokens, H query heads, K KV heads, D head dim, P rotated pairs (half t
 
 import torch
 
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.kv_store import naive as kv_store
-from hybridcache.memory.layout import AttentionLayout
 
 
 def norm_rotate(
@@ -22,9 +22,7 @@ def norm_rotate(
 
 
 def qk_norm_rope_store(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
@@ -39,5 +37,5 @@ def qk_norm_rope_store(
 ) -> torch.Tensor:
     """See :func:`hybridcache.kernels.qk_norm_rope_store.triton.qk_norm_rope_store`. Returns float64."""
     k_rotated_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP).to(k_TKD.dtype)
-    kv_store.kv_store(buffer, layout, layer, k_rotated_TKD, v_TKD, kv_table_BN, row_T, position_T)
+    kv_store.kv_store(cache, k_rotated_TKD, v_TKD, kv_table_BN, row_T, position_T)
     return norm_rotate(q_THD, q_weight_D, eps, cos_TP, sin_TP)

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 
 from hybridcache.errors import bad
-from hybridcache.kernels.addressing import row_offset, row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.memory import elements
+from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 TILE_ELEMENTS = 1_024
 """Elements of q that one program takes at most."""
@@ -175,9 +174,7 @@ def options() -> dict[str, Any]:
 
 
 def qk_norm_rope_store(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
@@ -205,6 +202,7 @@ def qk_norm_rope_store(
         UserError: q and k heads differ in width, or more dims are rotated than a head has.
         ValueError: a last dimension is not contiguous.
     """
+    layout = cache.layout
     tokens, q_heads, dim = q_THD.shape
     pairs = cos_TP.shape[-1]
     if dim != layout.k_dim:
@@ -222,7 +220,7 @@ def qk_norm_rope_store(
     constant = constants(layout, q_heads, pairs, eps, q_THD.dtype)
     parts = ceil_div(layout.num_kv_heads, constant["BLOCK_H"]) + ceil_div(q_heads, constant["BLOCK_H"])
     launcher(qk_norm_rope_store_kernel)[(tokens, parts)](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_THD,
         k_TKD,
         v_TKD,
@@ -242,7 +240,7 @@ def qk_norm_rope_store(
         v_TKD.stride(0),
         v_TKD.stride(1),
         cos_TP.stride(0),
-        **row_strides(layout, layer),
+        **cache.strides,
         **constant,
         **options(),
     )

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, kv_slots, kv_views
+from hybridcache.kernels.caches import AttentionCache
+from hybridcache.kernels.torch_ops import accumulation_dtype
 from hybridcache.memory.layout import AttentionLayout
 
 GROUP_SCORES = 1 << 22
@@ -22,9 +23,7 @@ MASK_QUERIES = 1024
 
 
 def kv_store(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     kv_table_BN: torch.Tensor,
@@ -36,16 +35,22 @@ def kv_store(
     live = (kv_table_BN[row_T, 0] >= 0).nonzero().squeeze(1)
     if live.numel() < row_T.numel():
         row_T, position_T, k_TKD, v_TKD = (x[live] for x in (row_T, position_T, k_TKD, v_TKD))
-    entry_T = kv_table_BN[row_T, position_T // layout.tokens_per_entry].long()
-    slots = kv_slots(layout, entry_T, position_T)
-    for view, value in zip(kv_views(buffer, layout, layer), (k_TKD, v_TKD)):
+    entry_T = kv_table_BN[row_T, position_T // cache.layout.tokens_per_entry].long()
+    slots = _slots(cache.layout, entry_T, position_T)
+    for view, value in zip(cache.views, (k_TKD, v_TKD)):
         view[slots] = value.to(view.dtype)
 
 
+def _slots(
+    layout: AttentionLayout, entry: torch.Tensor, position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices into the first three dimensions of a cache's views for positions whose table entries are given."""
+    block = torch.div(position % layout.tokens_per_entry, layout.kernel_block_tokens, rounding_mode="floor")
+    return entry, block, position % layout.kernel_block_tokens
+
+
 def qk_norm_rope_store(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
@@ -60,7 +65,7 @@ def qk_norm_rope_store(
 ) -> torch.Tensor:
     """q and k normalised and rotated, K and V stored; returns q."""
     k_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP)
-    kv_store(buffer, layout, layer, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
+    kv_store(cache, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
     return norm_rotate(q_THD, q_weight_D, eps, cos_TP, sin_TP)
 
 
@@ -78,9 +83,7 @@ def norm_rotate(
 
 
 def paged_decode(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_BHD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     context_len_B: torch.Tensor,
@@ -88,18 +91,18 @@ def paged_decode(
 ) -> torch.Tensor:
     """A prefill of one query per row."""
     offsets = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
-    return paged_prefill(buffer, layout, layer, q_BHD, kv_table_BN, offsets, context_len_B, scale)
+    return paged_prefill(cache, q_BHD, kv_table_BN, offsets, context_len_B, scale)
 
 
 def paged_prefill(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     cu_seqlens: torch.Tensor,
     context_len_B: torch.Tensor,
     scale: float,
+    max_query_len: int = 0,
+    max_context_len: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each row's queries, the row's last positions, over its whole stored context.
 
@@ -107,22 +110,21 @@ def paged_prefill(
     position 0. Padding rows get zeros.
     """
     # A spare row takes what padding queries compute.
-    out_THD = q_THD.new_zeros(q_THD.shape[0] + 1, q_THD.shape[1], layout.v_dim)
+    out_THD = q_THD.new_zeros(q_THD.shape[0] + 1, q_THD.shape[1], cache.layout.v_dim)
     rows = context_len_B.shape[0]
     host = torch.cat([cu_seqlens.int(), context_len_B.int(), kv_table_BN[:, 0].int()]).tolist()
     begin, end, context, first = host[:rows], host[1 : rows + 1], host[rows + 1 : 2 * rows + 1], host[2 * rows + 1 :]
     live = [(context[b], end[b] - begin[b], begin[b], b) for b in range(rows) if first[b] >= 0 and end[b] > begin[b]]
-    views = kv_views(buffer, layout, layer)
     for group in _groups(live):
         if len(group) == 1:
             length, queries, at, row = group[0]
             tables = kv_table_BN[row : row + 1]
-            k_RKLD, v_RKLD = _gather(views, layout, tables, [length], q_THD)
+            k_RKLD, v_RKLD = _gather(cache, tables, [length], q_THD)
             q_RHQD = q_THD[at : at + queries].transpose(0, 1).unsqueeze(0).to(k_RKLD.dtype)
             out_RHQD = _attend_row(q_RHQD, k_RKLD, v_RKLD, scale)
             out_THD[at : at + queries] = out_RHQD[0].transpose(0, 1).to(out_THD.dtype)
         else:
-            _attend_group(out_THD, q_THD, views, layout, kv_table_BN, group, scale)
+            _attend_group(out_THD, q_THD, cache, kv_table_BN, group, scale)
     return out_THD[:-1]
 
 
@@ -146,8 +148,7 @@ def _groups(rows: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, i
 
 
 def _gather(
-    views: tuple[torch.Tensor, torch.Tensor],
-    layout: AttentionLayout,
+    cache: AttentionCache,
     tables_RN: torch.Tensor,
     lengths: list[int],
     like: torch.Tensor,
@@ -155,14 +156,14 @@ def _gather(
     """K and V ``[R, K, L, D]`` of positions ``0 .. max(lengths) - 1``, zeros beyond a row's length (what lies there may
     be NaN), in the dtype to compute in: at least float32 on a CPU, the common type of query and pool elsewhere."""
     position_L = torch.arange(max(lengths), device=like.device)
-    entry_RL = tables_RN[:, position_L // layout.tokens_per_entry].long()
+    entry_RL = tables_RN[:, position_L // cache.layout.tokens_per_entry].long()
     beyond_RL = None
     if len(set(lengths)) > 1:
         beyond_RL = position_L >= torch.tensor(lengths, device=like.device).unsqueeze(1)
         entry_RL = entry_RL.masked_fill(beyond_RL, 0)
-    slots = kv_slots(layout, entry_RL, position_L.expand_as(entry_RL))
+    slots = _slots(cache.layout, entry_RL, position_L.expand_as(entry_RL))
     found = []
-    for view in views:
+    for view in cache.views:
         x_RLKD = view[slots]
         dtype = like.dtype if x_RLKD.dtype.itemsize == 1 else torch.promote_types(like.dtype, x_RLKD.dtype)
         x_RLKD = x_RLKD.to(accumulation_dtype(dtype) if like.device.type == "cpu" else dtype)
@@ -196,8 +197,7 @@ def _attend_row(q_RHQD: torch.Tensor, k_RKLD: torch.Tensor, v_RKLD: torch.Tensor
 def _attend_group(
     out_THD: torch.Tensor,
     q_THD: torch.Tensor,
-    views: tuple[torch.Tensor, torch.Tensor],
-    layout: AttentionLayout,
+    cache: AttentionCache,
     kv_table_BN: torch.Tensor,
     group: list[tuple[int, int, int, int]],
     scale: float,
@@ -205,7 +205,7 @@ def _attend_group(
     """Several rows, padded to one number of queries and of positions; the last row of the output takes the padding."""
     lengths, counts, begins, rows = (list(column) for column in zip(*group))
     length_R, count_R, begin_R, row_R = torch.tensor([lengths, counts, begins, rows], device=q_THD.device)
-    k_RKLD, v_RKLD = _gather(views, layout, kv_table_BN[row_R], lengths, q_THD)
+    k_RKLD, v_RKLD = _gather(cache, kv_table_BN[row_R], lengths, q_THD)
     query_Q = torch.arange(max(counts), device=q_THD.device)
     token_RQ = begin_R.unsqueeze(1) + torch.minimum(query_Q, count_R.unsqueeze(1) - 1)
     position_RQ = (length_R - count_R).unsqueeze(1) + query_Q

@@ -11,11 +11,15 @@ chunks is one matrix product each.
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from hybridcache.kernels.torch_ops.addressing import accumulation_dtype, state_views
+from hybridcache.errors import bad
+from hybridcache.kernels.caches import StateCache
+from hybridcache.kernels.operations import CHECKPOINT_MULTIPLE
+from hybridcache.kernels.torch_ops import accumulation_dtype
 from hybridcache.memory.layout import StateLayout
 
 CHUNK = 64
@@ -23,45 +27,50 @@ CHUNK = 64
 
 
 def gdn_decode(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_BC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_BV: torch.Tensor,
     b_BV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
 ) -> torch.Tensor:
-    """One token per row; the state is updated in place. Padding rows give zeros."""
-    entry, position = state_table_BL[:, layer].long(), position_B.long()
-    live = (entry >= 0).nonzero().squeeze(1)
+    """One token per row. Padding rows give zeros."""
+    layout, position = cache.layout, position_B.long()
+    source, target = state_read_BL[:, cache.layer].long(), state_write_BL[:, cache.layer].long()
+    live = (target >= 0).nonzero().squeeze(1)
     x, a, b = x_BC, a_BV, b_BV
-    if live.numel() < entry.numel():
-        entry, position, x, a, b = (value[live] for value in (entry, position, x, a, b))
-    recurrent, ring = state_views(buffer, layout, layer)
+    if live.numel() < target.numel():
+        source, target, position, x, a, b = (value[live] for value in (source, target, position, x, a, b))
+    # At position 0 what is gathered counts for nothing, and any entry will do.
+    source = torch.where(position > 0, source, target)
+    recurrent, ring = cache.views
     dtype = accumulation_dtype(x.dtype, recurrent.dtype)
 
     width = layout.conv_kernel
     age_W = torch.arange(width - 1, 0, -1, device=x.device)
     past_RW = position.unsqueeze(1) - age_W
-    past = ring[entry.unsqueeze(1), past_RW % width].to(dtype)
-    past = past.masked_fill_((past_RW < 0).unsqueeze(2), 0)
-    window = torch.cat([past, x.to(dtype).unsqueeze(1)], dim=1)
-    ring[entry, position % width] = x.to(ring.dtype)
+    past = ring[source.unsqueeze(1), past_RW % width]
+    seen_RW = past_RW >= 0
+    window = torch.cat([past.to(dtype).masked_fill_(~seen_RW.unsqueeze(2), 0), x.to(dtype).unsqueeze(1)], dim=1)
+    if state_read_BL is not state_write_BL:
+        moved_RW = seen_RW & (source != target).unsqueeze(1)
+        ring[target.unsqueeze(1).expand_as(past_RW)[moved_RW], (past_RW % width)[moved_RW]] = past[moved_RW]
+    ring[target, position % width] = x.to(ring.dtype)
     y = F.silu((window * conv_weight_CW.to(dtype).t()).sum(1))
 
     q, k, v = _split(y, layout)
     q, k = (u.repeat_interleave(v.shape[1] // u.shape[1], dim=1) for u in (q, k))
     decay, beta = _gates(a, b, a_log_V, dt_bias_V, dtype)
-    state = recurrent[entry].to(dtype)
+    state = recurrent[source].to(dtype)
     state = state.masked_fill_((position == 0)[:, None, None, None], 0)
     state = state * decay.exp()[..., None, None]
     new_value = beta.unsqueeze(2) * (v - (k.unsqueeze(2) @ state).squeeze(2))
     state = state + k.unsqueeze(3) * new_value.unsqueeze(2)
-    recurrent[entry] = state.to(recurrent.dtype)
+    recurrent[target] = state.to(recurrent.dtype)
     out = (q.unsqueeze(2) @ state).squeeze(2).to(x_BC.dtype)
     if live.numel() == x_BC.shape[0]:
         return out
@@ -69,40 +78,61 @@ def gdn_decode(
 
 
 def gdn_prefill(
-    buffer: torch.Tensor,
-    layout: StateLayout,
-    layer: int,
+    cache: StateCache,
     x_TC: torch.Tensor,
     conv_weight_CW: torch.Tensor,
     a_TV: torch.Tensor,
     b_TV: torch.Tensor,
     a_log_V: torch.Tensor,
     dt_bias_V: torch.Tensor,
-    state_table_BL: torch.Tensor,
+    state_read_BL: torch.Tensor,
+    state_write_BL: torch.Tensor,
     cu_seqlens: torch.Tensor,
     start_B: torch.Tensor,
+    checkpoint_table_BNL: torch.Tensor | None = None,
+    checkpoint_interval: int = 0,
 ) -> torch.Tensor:
     """Several tokens per row, from the state that position ``start - 1`` left. Padding rows give zeros."""
-    rows = _Rows.of(cu_seqlens, start_B, state_table_BL[:, layer])
+    layout, layer = cache.layout, cache.layer
+    kept = None if checkpoint_table_BNL is None else checkpoint_table_BNL[:, :, layer]
+    if kept is not None and (checkpoint_interval <= 0 or checkpoint_interval % CHECKPOINT_MULTIPLE):
+        raise bad("checkpoint_interval", checkpoint_interval, f"choose a multiple of {CHECKPOINT_MULTIPLE}")
+    tables = (state_read_BL[:, layer], state_write_BL[:, layer])
+    rows = _Rows.of(cu_seqlens, start_B, *tables, kept, checkpoint_interval)
     heads, _, value_dim = layout.recurrent_shape
     if rows.count == 0:
         return x_TC.new_zeros(x_TC.shape[0], heads, value_dim)
-    recurrent, ring = state_views(buffer, layout, layer)
+    recurrent, ring = cache.views
     dtype = accumulation_dtype(x_TC.dtype, recurrent.dtype)
     q_TKD, k_TKD, v_TVD = _split(_conv(x_TC, conv_weight_CW, ring, rows, dtype), layout)
     decay_TV, beta_TV = _gates(a_TV, b_TV, a_log_V, dt_bias_V, dtype)
-    state = recurrent[rows.entry].to(dtype)
+    state = recurrent[rows.source].to(dtype)
     state = state.masked_fill_((rows.start == 0)[:, None, None, None], 0)
-    out_TVD, state = _delta_rule(state, q_TKD, k_TKD, v_TVD, decay_TV, beta_TV, rows, x_TC.dtype)
-    recurrent[rows.entry] = state.to(recurrent.dtype)
+    out_TVD, states, last = _delta_rule(state, q_TKD, k_TKD, v_TVD, decay_TV, beta_TV, rows, x_TC.dtype)
+    for entries, chosen in ((rows.target, last), (rows.kept.entry, rows.kept.state)):
+        recurrent[entries] = states[chosen].to(recurrent.dtype)
     return out_TVD
+
+
+class _Kept(NamedTuple):
+    """Checkpoints that the step writes, ``[M]`` int64 each."""
+
+    entry: torch.Tensor
+    row: torch.Tensor
+    """Index in R."""
+    end: torch.Tensor
+    """Position of the last token that the state holds."""
+    state: torch.Tensor
+    """Index into the rows' states followed by the chunks' states."""
 
 
 @dataclass(frozen=True)
 class _Rows:
     """The rows that have a state and a token, those with most chunks first; ``[R]`` int64 tensors on the device."""
 
-    entry: torch.Tensor
+    source: torch.Tensor
+    """Entry whose state is read; at position 0, where none is, the one written."""
+    target: torch.Tensor
     start: torch.Tensor
     """Position of the first token."""
     begin: torch.Tensor
@@ -110,25 +140,50 @@ class _Rows:
     length: torch.Tensor
     chunks: list[int]
     """Chunks of each row, descending."""
+    active: list[int]
+    """Rows that have a chunk of each number: because of the order, the first of the rows."""
+    first: list[int]
+    """Index of the first chunk of each number, where chunks lie by number and then by row."""
+    kept: _Kept
 
     @property
     def count(self) -> int:
         return len(self.chunks)
 
     @classmethod
-    def of(cls, cu_seqlens: torch.Tensor, start_B: torch.Tensor, entry_B: torch.Tensor) -> "_Rows":
-        n = start_B.shape[0]
-        host = torch.cat([cu_seqlens.int(), start_B.int(), entry_B.int()]).tolist()
-        offsets, starts, entries = host[: n + 1], host[n + 1 : 2 * n + 1], host[2 * n + 1 :]
+    def of(
+        cls,
+        cu_seqlens: torch.Tensor,
+        start_B: torch.Tensor,
+        source_B: torch.Tensor,
+        target_B: torch.Tensor,
+        kept_BN: torch.Tensor | None,
+        interval: int,
+    ) -> "_Rows":
+        n, device = start_B.shape[0], cu_seqlens.device
+        host = torch.cat([cu_seqlens.int(), start_B.int(), source_B.int(), target_B.int()]).tolist()
+        offsets, starts, sources, targets = host[: n + 1], host[n + 1 :][:n], host[2 * n + 1 :][:n], host[3 * n + 1 :]
         found = []
         for b in range(n):
             length = offsets[b + 1] - offsets[b]
-            if entries[b] >= 0 and length > 0:
+            if targets[b] >= 0 and length > 0:
                 chunks = -(-(starts[b] % CHUNK + length) // CHUNK)
-                found.append((chunks, entries[b], starts[b], offsets[b], length))
+                source = sources[b] if starts[b] else targets[b]
+                found.append((chunks, source, targets[b], starts[b], offsets[b], length, b))
         found.sort(key=lambda row: -row[0])
-        columns = torch.tensor([row[1:] for row in found] or [[0] * 4]).t().contiguous().to(cu_seqlens.device)
-        return cls(columns[0], columns[1], columns[2], columns[3], [row[0] for row in found])
+        chunks_R = [row[0] for row in found]
+        active = [sum(chunks > number for chunks in chunks_R) for number in range(max(chunks_R, default=0))]
+        first = [0, *accumulate(active[:-1])]
+        kept = []
+        for at, (_, _, _, start, _, length, b) in enumerate(found if kept_BN is not None else ()):
+            for rank, entry in enumerate(kept_BN[b].tolist()):  # type: ignore[index]
+                end = (start // interval + 1 + rank) * interval
+                if entry >= 0 and end <= start + length:
+                    number = end // CHUNK - start // CHUNK - 1
+                    kept.append((entry, at, end - 1, len(found) + first[number] + at))
+        columns = torch.tensor([row[1:6] for row in found] or [[0] * 5]).t().contiguous().to(device)
+        kept_4M = torch.tensor(kept, dtype=torch.int64).view(-1, 4).t().contiguous().to(device)
+        return cls(*columns, chunks_R, active, first, _Kept(*kept_4M))
 
 
 def _split(y: torch.Tensor, layout: StateLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,7 +214,7 @@ def _conv(
     width, device = ring.shape[1], x_TC.device
     history = width - 1
     column_W = torch.arange(width, device=device)
-    ring_RWC = ring[rows.entry]
+    ring_RWC = ring[rows.source]
     row_R = torch.arange(rows.count, device=device)
 
     past_RH = rows.start.unsqueeze(1) + column_W[:history] - history
@@ -187,12 +242,16 @@ def _conv(
     for column in range(1, width):
         y.addcmul_(padded[column : column + total], weight_WC[column])
 
-    # Column c of the ring takes the newest position p with p % W = c, where that is one of this step's tokens.
-    end_R = rows.start + rows.length - 1
-    newest_RW = end_R.unsqueeze(1) - (end_R.unsqueeze(1) - column_W) % width
-    fresh_RW = newest_RW >= rows.start.unsqueeze(1)
-    source_RW = (rows.begin - rows.start).unsqueeze(1) + torch.maximum(newest_RW, rows.start.unsqueeze(1))
-    ring[rows.entry] = torch.where(fresh_RW.unsqueeze(2), x_TC[source_RW].to(ring.dtype), ring_RWC)
+    # Column c of a ring takes the newest position p with p % W = c: one of this step's tokens, or what the row's had there.
+    # Columns of positions that never were keep what the ring written has.
+    written = [(rows.target, row_R, rows.start + rows.length - 1), (rows.kept.entry, rows.kept.row, rows.kept.end)]
+    for target, row, end in written:
+        start, begin = rows.start[row].unsqueeze(1), rows.begin[row].unsqueeze(1)
+        newest_RW = end.unsqueeze(1) - (end.unsqueeze(1) - column_W) % width
+        fresh_RW = newest_RW >= start
+        x_RWC = x_TC[begin - start + torch.maximum(newest_RW, start)].to(ring.dtype)
+        new_RWC = torch.where(fresh_RW.unsqueeze(2), x_RWC, ring_RWC[row])
+        ring[target] = torch.where((newest_RW >= 0).unsqueeze(2), new_RWC, ring[target])
     return F.silu(y[(place_T - history).clamp_(min=0)], inplace=True)
 
 
@@ -205,9 +264,9 @@ def _delta_rule(
     beta_TV: torch.Tensor,
     rows: _Rows,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunked gated delta rule of all rows. Returns the output ``[T, V, Dv]`` (zeros outside the rows) and the states
-    after the last token ``[R, V, Dk, Dv]``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Chunked gated delta rule of all rows. Returns the output ``[T, V, Dv]`` (zeros outside the rows), the rows' states
+    followed by the one after each chunk ``[R + M, V, Dk, Dv]``, and which of them each row's last is."""
     chunks = _Chunks.of(rows, q_TKD.device)
     key_heads = q_TKD.shape[1]
 
@@ -235,7 +294,7 @@ def _delta_rule(
     transition.diagonal(dim1=-2, dim2=-1).add_(since_start[:, :, -1])
     states = torch.cat([state_RVDD, k_to_end_T @ u])
     before = slice(0, rows.count)
-    for first, count in zip(chunks.first, chunks.active):
+    for first, count in zip(rows.first, rows.active):
         here = slice(rows.count + first, rows.count + first + count)
         state = states[before][:count].flatten(0, 1)
         states[here].flatten(0, 1).baddbmm_(transition[first : first + count].flatten(0, 1), state)
@@ -243,7 +302,7 @@ def _delta_rule(
 
     state_M = states[chunks.before]
     out = q_since_start @ state_M + scores @ (u - w @ state_M)
-    return chunks.scatter(out, v_TVD.shape[0], out_dtype), states[chunks.last]
+    return chunks.scatter(out, v_TVD.shape[0], out_dtype), states, chunks.last
 
 
 @dataclass(frozen=True)
@@ -254,10 +313,6 @@ class _Chunks:
     token_MS: torch.Tensor
     """Token of every slot; 0 in an empty slot (before a row's first token, after its last)."""
     empty_MS: torch.Tensor
-    active: list[int]
-    """Rows that have a chunk of each number."""
-    first: list[int]
-    """Index in M of the first chunk of each number."""
     before: torch.Tensor
     """``[M]``, the state at each chunk's start: an index into the rows' states followed by the chunks' states."""
     last: torch.Tensor
@@ -265,11 +320,9 @@ class _Chunks:
 
     @classmethod
     def of(cls, rows: _Rows, device: torch.device) -> "_Chunks":
-        active = [sum(chunks > number for chunks in rows.chunks) for number in range(rows.chunks[0])]
-        first = [0, *accumulate(active[:-1])]
-        count_N, first_N = torch.tensor([active, first])
-        number_M = torch.arange(len(active)).repeat_interleave(count_N)
-        row_M = torch.arange(sum(active)) - first_N[number_M]
+        count_N, first_N = torch.tensor([rows.active, rows.first])
+        number_M = torch.arange(len(rows.active)).repeat_interleave(count_N)
+        row_M = torch.arange(sum(rows.active)) - first_N[number_M]
         before_M = torch.where(number_M > 0, rows.count + first_N[number_M - 1], 0) + row_M
         last_R = rows.count + first_N[torch.tensor(rows.chunks) - 1] + torch.arange(rows.count)
         number_M, row_M, before_M = torch.stack([number_M, row_M, before_M]).to(device)
@@ -277,7 +330,7 @@ class _Chunks:
         token_MS = start_M.unsqueeze(1) + torch.arange(CHUNK, device=device)
         begin_M1, length_M1 = rows.begin[row_M].unsqueeze(1), rows.length[row_M].unsqueeze(1)
         empty_MS = (token_MS < begin_M1) | (token_MS >= begin_M1 + length_M1)
-        return cls(token_MS.masked_fill_(empty_MS, 0), empty_MS, active, first, before_M, last_R.to(device))
+        return cls(token_MS.masked_fill_(empty_MS, 0), empty_MS, before_M, last_R.to(device))
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, heads, ...]`` to ``[M, heads, S, ...]``; empty slots hold zeros, which change neither state nor output."""

@@ -1,24 +1,22 @@
-"""Making the model: random weights from a seed, or a Hugging Face safetensors checkpoint.
+"""Loading the weights of a Hugging Face safetensors checkpoint.
 
-Checkpoint tensors are read one at a time from the memory-mapped file and copied straight into their parameter: no
+Tensors are read one at a time from the memory-mapped file and copied straight into their parameter: no
 second copy of the weights is held on the host.
 """
 
 import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
-from transformers import Qwen3NextConfig
 
 from hybridcache.errors import UserError, bad
-from models.qwen3_next.config import check_config, compute_dtype
-from models.qwen3_next.model import Qwen3Next
+from models.layers.parameters import Slots
 
 log = logging.getLogger(__name__)
 
@@ -28,41 +26,35 @@ LISTED = 8
 """Names that an error lists of each kind."""
 
 
-def build_model(
-    config: Qwen3NextConfig, dtype: str | torch.dtype, device: str | torch.device, seed: int = 0
-) -> Qwen3Next:
-    """A model with random weights, drawn on the device itself (the same seed gives the same weights on one device and
-    dtype).
+class Loadable(Protocol):
+    """A model whose parameters are allocated."""
 
-    Raises:
-        UserError: a config or dtype that the model does not support.
-    """
-    check_config(config)
-    model = Qwen3Next(config, compute_dtype(dtype), torch.device(device))
-    model.init_weights(seed)
-    return model.eval()
+    config: Any
+
+    def slots(self, names: Container[str]) -> Slots:
+        """Slots of all checkpoint tensors, by the published names."""
+        ...
 
 
-def load_model(folder: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> Qwen3Next:
-    """A model from a checkpoint folder: ``config.json`` and ``model.safetensors``, whole or sharded with its index.
+def load_weights(folder: Path, make: Callable[[str], Loadable], device: str) -> Any:
+    """A model with a checkpoint's weights: ``model.safetensors``, whole or sharded with its index.
 
     Experts may be stored one by one (as published) or fused (as Transformers' modules keep them). Tensors named
     ``mtp.*``, the published multi-token prediction head, are skipped, and the log says so.
 
+    Args:
+        make: allocates the model on a device.
+
     Raises:
-        UserError: no such folder, config or file; a config, dtype or quantisation that the model does not support;
-            tensors missing, unexpected or of another shape (all kinds are listed at once, before anything is allocated).
+        UserError: no such file; tensors missing, unexpected or of another shape (all kinds are listed at once, before
+            anything is allocated).
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    check_config(config)
-    dtype, device = compute_dtype(dtype), torch.device(device)
     files = _weight_files(folder)
     shapes = {name: shape for file in files for name, shape in _shapes(file).items()}
-    skipped = _check_tensors(Qwen3Next(config, dtype, torch.device("meta")), shapes, folder)
+    skipped = _check_tensors(make("meta"), shapes, folder)
     if skipped:
         log.info("%s: skipped %d tensors that generation does not use (mtp.* ...)", folder, len(skipped))
-    model = Qwen3Next(config, dtype, device)
+    model = make(device)
     slots = dict(model.slots(shapes))
     with _progress() as progress:
         task = progress.add_task(f"load {folder.name}", total=sum(file.stat().st_size for file in files))
@@ -73,7 +65,7 @@ def load_model(folder: str | Path, dtype: str | torch.dtype, device: str | torch
                     if name in slots:
                         slots[name].write(tensor)
                     progress.advance(task, tensor.nbytes)
-    return model.eval()
+    return model
 
 
 def _progress() -> Progress:
@@ -86,25 +78,6 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-
-
-def read_config(folder: Path) -> Qwen3NextConfig:
-    """The folder's ``config.json``.
-
-    Raises:
-        UserError: it is not there, is no JSON, or is of another architecture.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise bad("model", str(folder), "has no config.json; give the folder of a Hugging Face checkpoint")
-    try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise bad("model", str(path), f"is not JSON ({error})") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != "qwen3_next":
-        found = fields.get("model_type") if isinstance(fields, dict) else None
-        raise bad("model_type", found, f"{path}: only qwen3_next checkpoints can be loaded")
-    return Qwen3NextConfig.from_dict(fields)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -133,7 +106,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise bad("model", str(file), f"cannot be read ({error})") from error
 
 
-def _check_tensors(model: Qwen3Next, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
+def _check_tensors(model: Loadable, shapes: dict[str, tuple[int, ...]], folder: Path) -> list[str]:
     """Compare a checkpoint's names and shapes with the model's. Returns the names that are skipped on purpose."""
     slots = dict(model.slots(shapes))
     skipped = [name for name in shapes if name.startswith("mtp.")]

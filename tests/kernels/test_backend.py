@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from hybridcache.errors import UserError
-from hybridcache.kernels import flash_attention_3, registry
-from hybridcache.kernels.backend import make_backend
+from hybridcache.kernels import operations
+from hybridcache.kernels.backend import Backend, attention_backends, make_backend
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
-from hybridcache.kernels.testing import attention_case, rel_error
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.testing import attention_case, cached, rel_error, run, state_case
+from hybridcache.memory.layout import Layout
 
 
 def flash_attn_with_kvcache(
@@ -87,7 +87,7 @@ LAYOUTS = [
 ]
 
 
-def case_and_attention(generator, module, order, kb, blocks, lengths):
+def case_and_backend(generator, order, kb, blocks, lengths):
     case = attention_case(
         generator,
         lengths=lengths,
@@ -97,40 +97,40 @@ def case_and_attention(generator, module, order, kb, blocks, lengths):
         k_dim=32,
         v_dim=32,
     )
-    return case, flash_attention_3.FlashAttention3(module)
+    return case, Backend("triton", "fa3")
 
 
 @pytest.mark.parametrize(("order", "kb", "blocks"), LAYOUTS)
 def test_decode_arguments(order, kb, blocks, generator, fa3_module):
-    case, attention = case_and_attention(generator, fa3_module, order, kb, blocks, [1, 0, 24, 25, 130])
+    case, backend = case_and_backend(generator, order, kb, blocks, [1, 0, 24, 25, 130])
     q_BHD = torch.randn(5, 8, 32, generator=generator).bfloat16()
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.3)
-    out = attention.paged_decode(case.buffer, *inputs)
+    out = run(backend, "paged_decode", case.buffer, *inputs)
     assert out.shape == (5, 8, 32)
     assert (out[1] == 0).all(), "a padding row's stale length reached the kernel"
-    assert rel_error(out, naive_decode.paged_decode(case.buffer, *inputs)) < 1e-2
+    assert rel_error(out, naive_decode.paged_decode(*cached(case.buffer, *inputs))) < 1e-2
     expected = {"paged_decode[fa3]": 1} | ({"expand_table[fa3]": 1} if blocks > 1 else {})
-    assert attention.launches == expected
+    assert backend.launches == expected
 
 
 @pytest.mark.parametrize(("order", "kb", "blocks"), LAYOUTS)
 def test_prefill_arguments(order, kb, blocks, generator, fa3_module):
     lengths, queries = [65, 9, 0, 64, 7], [65, 0, 5, 3, 7]
-    case, attention = case_and_attention(generator, fa3_module, order, kb, blocks, lengths)
+    case, backend = case_and_backend(generator, order, kb, blocks, lengths)
     offsets = torch.tensor([0, *queries]).cumsum(0).int()
     q_THD = torch.randn(sum(queries), 8, 32, generator=generator).bfloat16()
     inputs = (case.layout, 0, q_THD, case.kv_table_BN, offsets, case.context_len_B, 0.3, max(queries), max(lengths))
-    out = attention.paged_prefill(case.buffer, *inputs)
-    assert rel_error(out, naive_prefill.paged_prefill(case.buffer, *inputs)) < 1e-2
+    out = run(backend, "paged_prefill", case.buffer, *inputs)
+    assert rel_error(out, naive_prefill.paged_prefill(*cached(case.buffer, *inputs))) < 1e-2
 
 
 def test_a_layout_without_one_page_stride_is_refused(generator, fa3_module):
-    case, attention = case_and_attention(generator, fa3_module, "block_major", 8, 3, [10])
+    case, backend = case_and_backend(generator, "block_major", 8, 3, [10])
     odd = type(case.layout)(**{**vars(case.layout), "manager_stride": case.layout.manager_stride + 64})
+    inputs = (odd, 0, torch.zeros(1, 8, 32).bfloat16(), case.kv_table_BN, case.context_len_B, 1.0)
     with pytest.raises(UserError, match=r"attention_backend='fa3'.*no one stride.*triton"):
-        attention.paged_decode(
-            case.buffer, odd, 0, torch.zeros(1, 8, 32).bfloat16(), case.kv_table_BN, case.context_len_B, 1.0
-        )
+        run(backend, "paged_decode", case.buffer, *inputs)
+    assert not backend.launches
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,14 @@ def test_a_layout_without_one_page_stride_is_refused(generator, fa3_module):
 def test_what_it_cannot_compute_is_refused(dtype, k_dim, v_dim, words, generator, fa3_module):
     case = attention_case(generator, lengths=[3], k_dim=k_dim, v_dim=v_dim, dtype=dtype)
     q_BHD = torch.zeros(1, 2, k_dim, dtype=getattr(torch, dtype))
+    inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0)
     with pytest.raises(UserError, match=f"fa3.*{words}"):
-        flash_attention_3.FlashAttention3(fa3_module).paged_decode(
-            case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0
-        )
+        run(Backend("triton", "fa3"), "paged_decode", case.buffer, *inputs)
 
 
 def test_names_say_what_is_here(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # an import that fails
-    found = registry.attention_backends()
+    found = attention_backends()
     assert list(found) == ["torch", "triton", "fa3"]
     assert found["torch"] == "installed"
     assert found["fa3"] != "installed"
@@ -157,7 +156,7 @@ def test_names_say_what_is_here(monkeypatch):
 def test_an_absent_one_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     with pytest.raises(UserError, match=r"attention_backend='fa3': flash_attn_interface .*choose triton or torch"):
-        registry.make_attention("fa3", "cuda")
+        make_backend("triton", "cuda", "fa3")
 
 
 def test_wrong_names_and_devices():
@@ -170,22 +169,60 @@ def test_wrong_names_and_devices():
 
 def test_auto_and_the_own_name_change_nothing():
     for name in ("auto", "torch"):
-        assert type(make_backend("auto", "cpu", name)) is TorchBackend
+        assert make_backend("auto", "cpu", name).name == "torch"
 
 
 def test_only_attention_is_replaced(generator, fa3_module):
-    base, attention = TorchBackend(), flash_attention_3.FlashAttention3(fa3_module)
-    backend = registry.WithAttention(base, attention, "fa3")
+    backend = Backend("torch", "fa3")
     case = attention_case(generator, lengths=[40, 3], k_dim=32, v_dim=32)
     q_BHD = torch.randn(2, 4, 32, generator=generator).bfloat16()
     k_TKD, v_TKD = torch.randn(2, 2, 2, 32, generator=generator).bfloat16()
     last = case.context_len_B - 1
-    backend.kv_store(case.buffer, case.layout, 0, k_TKD, v_TKD, case.kv_table_BN, torch.arange(2), last)
-    inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.2)
-    out = backend.paged_decode(case.buffer, *inputs)
-    assert rel_error(out, naive_decode.paged_decode(case.buffer, *inputs)) < 1e-2
+    cache = backend.bind_layer(case.buffer, case.layout, 0)
+    cache.kv_store(k_TKD, v_TKD, case.kv_table_BN, torch.arange(2), last)
+    inputs = (q_BHD, case.kv_table_BN, case.context_len_B, 0.2)
+    expected = naive_decode.paged_decode(*cached(case.buffer, case.layout, 0, *inputs))
+    assert rel_error(cache.paged_decode(*inputs), expected) < 1e-2
     assert backend.block_copy(case.buffer, [(0, 1024, 512)]) == 512
     assert backend.name == "torch+fa3"
     assert backend.launches == Counter(
         {"kv_store[torch]": 1, "paged_decode[fa3]": 1, "expand_table[fa3]": 1, "block_copy[torch]": 1}
     )
+
+
+def test_every_operation_has_one_entry_and_its_implementations_exist():
+    """The contracts of the protocols and the table name the same operations; the names of implementations resolve."""
+    for entries, protocol in (
+        (operations.ATTENTION, operations.AttentionOperations),
+        (operations.STATE, operations.StateOperations),
+        ({**operations.LAYER, "block_copy": operations.BLOCK_COPY}, operations.LayerOperations),
+    ):
+        assert set(entries) == {name for name in vars(protocol) if not name.startswith("_")}
+        for name, entry in entries.items():
+            for module in (entry.torch, entry.triton, *entry.others.values()):
+                assert callable(operations.load(module, name))
+            assert operations.load(entry.torch, name).__name__ == name
+
+
+def test_properties_say_what_a_backend_can_do():
+    assert [(b.fused, b.capturable) for b in (Backend("torch"), Backend("triton"), Backend("triton", "fa3"))] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+    assert not Backend("triton", "torch").capturable
+
+
+def test_every_layer_of_a_pool_is_bound(generator):
+    """Each bound layer reads its own part of the pool, and all count in one counter."""
+    case = attention_case(generator, lengths=[5, 9], layers=3, kv_heads=1, k_dim=16, v_dim=16, dtype="float32")
+    state = state_case(generator, positions=[3], layers=2, k_heads=1, v_heads=1, key_dim=8, value_dim=8)
+    backend = Backend("torch")
+    caches = backend.bind(case.buffer, Layout(case.buffer.numel(), case.layout, state.layout))
+    assert (len(caches.attention), len(caches.states)) == (3, 2)
+    q_BHD = torch.randn(2, 2, 16, generator=generator)
+    for layer, cache in enumerate(caches.attention):
+        inputs = (q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
+        expected = naive_decode.paged_decode(*cached(case.buffer, case.layout, layer, *inputs))
+        assert rel_error(cache.paged_decode(*inputs), expected) < 1e-5
+    assert backend.launches == {"paged_decode[torch]": 3}

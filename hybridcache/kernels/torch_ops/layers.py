@@ -1,11 +1,37 @@
-"""Reference of the mixture of experts, and the implementation wherever Triton does not run.
+"""What layers compute between projections, the greedy choice of tokens, and block copies, in PyTorch: the reference of every
+fused kernel, and the implementation wherever Triton does not run.
 
-Shapes: T tokens, D hidden, E experts, R router rows, k experts per token, A = T * k assignments, I expert intermediate, J
-shared intermediate.
+Contracts and shapes: :class:`hybridcache.kernels.operations.LayerOperations`; A = T * k assignments of tokens to experts.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from hybridcache.kernels.greedy import NOT_FINITE
+
+
+def add_norm(
+    x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + delta``, rounded to x's dtype, and of that ``x / rms(x) * (1 + weight)``, rounded to it too."""
+    if delta_TD is not None:
+        x_TD = x_TD + delta_TD
+    return x_TD, F.rms_norm(x_TD.to(weight_D.dtype), weight_D.shape, 1.0 + weight_D, eps).to(x_TD.dtype)
+
+
+def gated_norm(
+    x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
+) -> None:
+    """``x / rms(x) * weight * silu(gate)`` over the last dimension, into ``out``."""
+    normed = F.rms_norm(x_THE.to(weight_E.dtype), weight_E.shape, weight_E, eps)
+    out_THE.copy_(normed * F.silu(gate_THE.to(weight_E.dtype)))
+
+
+def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+    """``x * sigmoid(gate)`` into ``out``."""
+    torch.mul(x_THE, gate_THE.sigmoid(), out=out_THE)
 
 
 def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,3 +84,24 @@ def mixture(
     routed_TD = y_AD[place_A].unflatten(0, (tokens, k)).sum(1)
     shared_TD = F.linear(silu_mul(F.linear(x_TD, shared_gate_up_JD)), shared_down_DJ)
     return routed_TD + weight_Ts[:, k:].to(x_TD.dtype) * shared_TD
+
+
+def greedy(logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tensor) -> None:
+    """The most likely token of each row, the first of equals. Nothing waits for the device.
+
+    Args:
+        logits_RV: of any floating dtype.
+        sampled_R: int64; takes the tokens, :data:`~hybridcache.kernels.greedy.NOT_FINITE` where there is none.
+        feed_R: int64; takes the tokens, 0 where there is none, for the next step to read.
+    """
+    best = logits_RV.max(dim=-1)
+    # Infinity less itself and NaN are not 0. (torch.where would copy its scalar to the device, and wait.)
+    sampled_R.copy_(best.indices.masked_fill_(best.values - best.values != 0, NOT_FINITE))
+    torch.clamp_min(sampled_R, 0, out=feed_R)
+
+
+def block_copy(buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
+    """One copy of a slice per move."""
+    for src, dst, num_bytes in moves:
+        buffer[dst : dst + num_bytes].copy_(buffer[src : src + num_bytes])
+    return sum(num_bytes for _, _, num_bytes in moves)

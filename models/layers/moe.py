@@ -1,19 +1,40 @@
-"""Mixture of experts: top-k routing, the experts' matrices, and the shared expert with its gate.
+"""The dense MLP, and the mixture of experts: top-k routing, the experts' matrices, the shared expert with its gate.
 
-Shapes: T tokens, D hidden, E experts.
+Shapes: T tokens, D hidden, E experts, R router rows, s weights of a token (its experts' and the shared one's).
 """
 
 from collections.abc import Container
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3NextConfig
 
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.moe import router_rows
-from models.qwen3_next.layers import MLP
-from models.qwen3_next.ops import Ops
-from models.qwen3_next.parameters import Slot, Slots, parameter
+from models.layers.parameters import Slot, Slots, parameter
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``; gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.intermediate = intermediate
+        self.gate_up = parameter(2 * intermediate, hidden, dtype=dtype, device=device)
+        self.down = parameter(hidden, intermediate, dtype=dtype, device=device)
+
+    def forward(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor:
+        return F.linear(backend.silu_mul(F.linear(x_TD, self.gate_up)), self.down)
+
+    def slots(self, prefix: str, names: Container[str]) -> Slots:
+        yield f"{prefix}gate_proj.weight", Slot.of(self.gate_up[: self.intermediate])
+        yield f"{prefix}up_proj.weight", Slot.of(self.gate_up[self.intermediate :])
+        yield f"{prefix}down_proj.weight", Slot.of(self.down)
+
+    def init_weights(self, std: float, generator: torch.Generator) -> None:
+        for weight in (self.gate_up, self.down):
+            weight.normal_(0.0, std, generator=generator)
 
 
 class Experts(nn.Module):
@@ -48,7 +69,7 @@ class SparseMoe(nn.Module):
     ``router`` stacks the experts' rows, the shared expert's gate, and rows of zeros up to a multiple that products like.
     """
 
-    def __init__(self, config: Qwen3NextConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         hidden, self.num_experts = config.hidden_size, config.num_experts
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
@@ -57,11 +78,11 @@ class SparseMoe(nn.Module):
         self.experts = Experts(self.num_experts, hidden, config.moe_intermediate_size, dtype, device)
         self.shared = MLP(hidden, config.shared_expert_intermediate_size, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, ops: Ops) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor:
         logits_TR = F.linear(x_TD, self.router)
-        weight_Ts, expert_Tk = ops.route(logits_TR, self.num_experts, self.top_k, self.renormalise)
+        weight_Ts, expert_Tk = backend.route(logits_TR, self.num_experts, self.top_k, self.renormalise)
         experts, shared = self.experts, self.shared
-        return ops.mixture(x_TD, weight_Ts, expert_Tk, experts.gate_up, experts.down, shared.gate_up, shared.down)
+        return backend.mixture(x_TD, weight_Ts, expert_Tk, experts.gate_up, experts.down, shared.gate_up, shared.down)
 
     def _routes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's rows for experts, and for the shared expert's gate."""
