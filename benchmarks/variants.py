@@ -21,9 +21,8 @@ import torch
 
 from benchmarks import attention, copies, experts, gated_delta_net
 from benchmarks.case import DECODE_LAYOUTS, DECODES, GDN_ROWS, GDN_SLOTS, PREFILLS, QWEN3_NEXT_80B, Case, Lengths
-from benchmarks.measure import Bench, Row, failed
+from benchmarks.measure import Bench, Row, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
-from benchmarks.timing import measure_ceilings
 from benchmarks.work import Setup, Work
 from hybridcache.observe.environment import environment
 
@@ -260,8 +259,8 @@ def main() -> int:
     started, chosen = time.perf_counter(), items(args.operations, args.only)
     for line in in_parallel(compile_item, chosen):
         print(f"does not compile: {line}")
-    bench = Bench(Setup.on(torch.device("cuda")), measure_ceilings())
-    record: dict[str, Any] = {"environment": environment(), "ceilings": bench.ceilings and bench.ceilings.to_json()}
+    bench = Bench(Setup.on(torch.device("cuda")), isolated_ceilings(args.limit_s))
+    record: dict[str, Any] = {"environment": environment(), "ceilings": vars(bench.ceilings)}
     rows: list[Row] = []
     for row in isolated(
         partial(rows_of, bench), chosen, lambda at, text: failed(at.entry()[0], text), limit_s=args.limit_s
