@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks import attention, copies, gated_delta_net
+from benchmarks.block_tables import expansions
 from benchmarks.case import Case
 from benchmarks.processes import Row, isolated
-from benchmarks.tables import expansions
 from benchmarks.timing import Ceilings, Timing, measure_ceilings, time_launches
 from benchmarks.work import Implementation, Setup, Work
 

@@ -18,11 +18,11 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from benchmarks import block_size, figures
+from benchmarks import block_size, kernel_figures
+from benchmarks.block_tables import WAYS, measure_table
 from benchmarks.measure import Bench, Row, describe, failed
 from benchmarks.processes import each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
-from benchmarks.tables import WAYS, measure_table
 from benchmarks.work import Setup
 from experiments.harness import CONSOLE, ProgressBar, write_results
 from hybridcache.device import choose_device
@@ -215,7 +215,7 @@ def _resource_section(rows: pd.DataFrame, folder: Path) -> Section:
             f"Shared memory of one program over the tokens of a kernel block; the line is the limit of {SHARED_MEMORY_LIMIT:,} "
             "B. Hollow: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query and 2 KV heads."
         )
-        _draw(section, folder, "shared_memory", figures.shared_memory, known, caption)
+        _draw(section, folder, "shared_memory", kernel_figures.shared_memory, known, caption)
     return section
 
 
@@ -234,7 +234,7 @@ def _time_section(rows: pd.DataFrame, folder: Path) -> Section:
         )
     if "median_ms" in rows:
         caption = "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is."
-        _draw(section, folder, "time", figures.time, rows, caption)
+        _draw(section, folder, "time", kernel_figures.time, rows, caption)
     return section
 
 
@@ -251,7 +251,7 @@ def _table_section(rows: pd.DataFrame, folder: Path) -> Section:
     caption = (
         "Host time to build one step's table of the largest batch, and its bytes, which are then copied to the device."
     )
-    _draw(section, folder, "table_cost", figures.table_cost, rows, caption)
+    _draw(section, folder, "table_cost", kernel_figures.table_cost, rows, caption)
     return section
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.attention import decode_launches, launch_decode
 from benchmarks.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
-from benchmarks.figures import fraction_of_ceiling, relative_errors, row_label
+from benchmarks.kernel_figures import fraction_of_ceiling, relative_errors, row_label
 from benchmarks.measure import Bench, Row, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.timing import Ceilings
