@@ -5,27 +5,28 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tok
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import peers
 from benchmarks.case import Case
 from benchmarks.work import Implementation, Setup, Work, worst
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
-from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 if TYPE_CHECKING:
     from hybridcache.kernels.paged_decode.tiles import Tuning
 
-Operation = Callable[..., torch.Tensor]
+Operation = Callable[..., Any]
+"""Takes a layer's cache, then the operation's arguments."""
+Operations = Mapping[str, Operation]
+NONE: Operations = MappingProxyType({})
 
 CHECKED_ROWS = 2
 CHECKED_QUERIES = 48
@@ -35,11 +36,6 @@ NAIVE_TOKENS = 512
 
 def _token_bytes(case: Case) -> int:
     return 2 * case.dims.kv_heads * case.dims.head_dim * itemsize(case.dtype)
-
-
-def _layers(case: Case, sets: int) -> list[int]:
-    """Which layers the sets are: evenly spread, since a block of the pool holds all of them."""
-    return [i * case.dims.attention_layers // sets for i in range(sets)]
 
 
 def _cache(
@@ -65,117 +61,92 @@ def _cache(
     )
 
 
-def decode(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingProxyType({})) -> Work:
+class _Pool:
+    """A case's pool. Its sets of memory are layers, evenly spread, since a block of the pool holds all of them."""
+
+    def __init__(self, case: Case, setup: Setup, footprint: int, lengths: tuple[int, ...] = (), *, fill: bool) -> None:
+        dims, sets = case.dims, setup.sets(footprint, 1, case.dims.attention_layers)
+        self.generator = setup.generator()
+        layers = [i * dims.attention_layers // sets for i in range(sets)]
+        built = Case(**{**vars(case), "lengths": lengths or case.lengths})
+        self.at = _cache(built, setup.device, self.generator, layers if fill else [])
+        self.layers = layers
+        self.caches = [AttentionCache(self.at.buffer, self.at.layout, layer) for layer in layers]
+        self.device = self.at.buffer.device
+
+    def draw(self, *shape: int, dtype: str) -> torch.Tensor:
+        return normal(self.generator, shape, self.device, dtype)
+
+
+def decode(case: Case, setup: Setup, more: Operations = NONE) -> Work:
     """``paged_decode``: one query per row over its whole context. ``more``: further implementations, for CUDA."""
     dims, rows = case.dims, len(case.lengths)
     footprint = sum(case.lengths) * _token_bytes(case)
-    layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
-    generator = setup.generator()
-    at = _cache(case, setup.device, generator, layers)
-    q_BHD = normal(generator, (rows, dims.heads, dims.head_dim), at.buffer.device, case.dtype)
+    pool = _Pool(case, setup, footprint, fill=True)
+    q_BHD = pool.draw(rows, dims.heads, dims.head_dim, dtype=case.dtype)
+    inputs = (q_BHD, pool.at.kv_table_BN, pool.at.context_len_B)
     scale, checked = dims.head_dim**-0.5, slice(0, CHECKED_ROWS)
-    tables = (at.kv_table_BN, at.context_len_B)
-    q, table_BN, length_B = (x[checked] for x in (q_BHD, *tables))
-    expected = naive_decode.paged_decode(at.buffer, at.layout, layers[0], q, table_BN, length_B, scale)
+    expected = naive_decode.paged_decode(pool.caches[0], *(x[checked] for x in inputs), scale)
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(at.buffer, at.layout, layers[i], q_BHD, *tables, scale)
+            return operation(pool.caches[i], *inputs, scale)
 
         return Implementation(run, lambda: worst([(run(0)[checked], expected)]), graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.paged_decode.triton import paged_decode
-
-        return implementation(paged_decode)
-
-    pairs = sum(case.lengths)
-    work = Work(
-        sets=len(layers),
-        footprint=footprint,
-        bytes=footprint + 2 * q_BHD.numel() * q_BHD.element_size(),
-        flops=4 * dims.heads * dims.head_dim * pairs,
-    )
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton
-    if case.with_torch:
-        work.build["torch"] = lambda: implementation(TorchBackend().paged_decode, False)
-    if setup.device.type == "cuda" and peers.state("fa3") == "installed":
-        work.build["fa3"] = lambda: implementation(peers.fa3().paged_decode)
-    for name, operation in more.items():
-        work.build[name] = partial(implementation, operation)
-    return work
+    num_bytes = footprint + 2 * q_BHD.numel() * q_BHD.element_size()
+    work = Work(len(pool.layers), footprint, num_bytes, 4 * dims.heads * dims.head_dim * sum(case.lengths))
+    return work.offer(case, setup, implementation, more)
 
 
-def prefill(case: Case, setup: Setup, more: Mapping[str, Operation] = MappingProxyType({})) -> Work:
-    """``paged_prefill``: causal attention of whole prompts. ``more``: further implementations, for CUDA."""
-    dims, tokens = case.dims, sum(case.lengths)
-    element = itemsize(case.dtype)
-    footprint = tokens * (_token_bytes(case) + 2 * dims.heads * dims.head_dim * element)
-    layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
-    generator = setup.generator()
-    at = _cache(case, setup.device, generator, layers)
-    q_THD = normal(generator, (tokens, dims.heads, dims.head_dim), at.buffer.device, case.dtype)
-    offsets = torch.tensor([0, *case.lengths]).cumsum(0).int().to(setup.device)
-    longest = max(case.lengths)
-    rest = (at.kv_table_BN, offsets, at.context_len_B, dims.head_dim**-0.5, longest, longest)
-    token_Q, expected_QHD = _reference(case, at, layers[0], q_THD, rest, generator)
+def prefill(case: Case, setup: Setup, more: Operations = NONE) -> Work:
+    """``paged_prefill``: causal attention of whole prompts, or of their last tokens. ``more``: further implementations, for
+    CUDA."""
+    dims, context = case.dims, sum(case.lengths)
+    queries = [min(case.queries or length, length) for length in case.lengths]
+    tokens, element = sum(queries), itemsize(case.dtype)
+    footprint = context * _token_bytes(case) + 2 * tokens * dims.heads * dims.head_dim * element
+    pool = _Pool(case, setup, footprint, fill=True)
+    q_THD = pool.draw(tokens, dims.heads, dims.head_dim, dtype=case.dtype)
+    offsets = torch.tensor([0, *queries]).cumsum(0).int().to(setup.device)
+    at = pool.at
+    rest = (at.kv_table_BN, offsets, at.context_len_B, dims.head_dim**-0.5, max(queries), max(case.lengths))
+    token_Q, expected_QHD = _reference(case, pool, q_THD, rest)
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(at.buffer, at.layout, layers[i], q_THD, *rest)
+            return operation(pool.caches[i], q_THD, *rest)
 
         return Implementation(run, lambda: worst([(run(0)[token_Q], expected_QHD)]), graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.paged_prefill.triton import paged_prefill
-
-        return implementation(paged_prefill)
-
-    def gluon() -> Implementation:
-        from hybridcache.kernels.paged_prefill.hopper import paged_prefill
-
-        return implementation(paged_prefill)
-
-    pairs = sum(length * (length + 1) // 2 for length in case.lengths)
-    work = Work(len(layers), footprint, footprint, 4 * dims.heads * dims.head_dim * pairs)
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton
-        if torch.cuda.get_device_capability(setup.device)[0] == 9:
-            work.build["gluon"] = gluon
-    if case.with_torch:
-        work.build["torch"] = lambda: implementation(TorchBackend().paged_prefill, False)
-    if setup.device.type == "cuda" and peers.state("fa3") == "installed":
-        work.build["fa3"] = lambda: implementation(peers.fa3().paged_prefill)
-    for name, operation in more.items():
-        work.build[name] = partial(implementation, operation)
-    return work
+    pairs = sum(count * length - count * (count - 1) // 2 for count, length in zip(queries, case.lengths))
+    work = Work(len(pool.layers), footprint, footprint, 4 * dims.heads * dims.head_dim * pairs)
+    return work.offer(case, setup, implementation, more)
 
 
 def _reference(
-    case: Case, at: AttentionCase, layer: int, q_THD: torch.Tensor, rest: tuple[Any, ...], generator: torch.Generator
+    case: Case, pool: _Pool, q_THD: torch.Tensor, rest: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens to check and their float64 attention: all of a short batch, else some queries of the first rows."""
-    device = q_THD.device
+    device, at = q_THD.device, pool.at
     if q_THD.shape[0] <= NAIVE_TOKENS:
-        out_THD = naive_prefill.paged_prefill(at.buffer, at.layout, layer, q_THD, *rest)
-        return torch.arange(q_THD.shape[0], device=device), out_THD
+        return torch.arange(q_THD.shape[0], device=device), naive_prefill.paged_prefill(pool.caches[0], q_THD, *rest)
     offsets, scale, group = rest[1].tolist(), rest[3], case.dims.heads // case.dims.kv_heads
     tokens, outs = [], []
     for row in range(min(CHECKED_ROWS, len(case.lengths))):
-        length = case.lengths[row]
-        position_Q = torch.randperm(length, generator=generator)[:CHECKED_QUERIES]
-        position_Q[0] = length - 1
-        position_Q = position_Q.to(device)
+        length, count = case.lengths[row], offsets[row + 1] - offsets[row]
+        query_Q = torch.randperm(count, generator=pool.generator)[:CHECKED_QUERIES]
+        query_Q[0] = count - 1
+        query_Q = query_Q.to(device)
         k_SKD, v_SKD = (
-            at.buffer[byte_index(at, layer, row, kv)].view(torch_dtype(case.dtype)).double() for kv in range(2)
+            at.buffer[byte_index(at, pool.layers[0], row, kv)].view(torch_dtype(case.dtype)).double() for kv in range(2)
         )
-        q_QKGD = q_THD[offsets[row] + position_Q].double().unflatten(1, (case.dims.kv_heads, group))
+        q_QKGD = q_THD[offsets[row] + query_Q].double().unflatten(1, (case.dims.kv_heads, group))
         score = torch.einsum("qkgd,skd->qkgs", q_QKGD, k_SKD) * scale
-        hidden_QS = torch.arange(length, device=device) > position_Q[:, None]
+        hidden_QS = torch.arange(length, device=device) > length - count + query_Q[:, None]
         p = score.masked_fill(hidden_QS[:, None, None], float("-inf")).softmax(-1)
         outs.append(torch.einsum("qkgs,skd->qkgd", p, v_SKD).flatten(1, 2))
-        tokens.append(offsets[row] + position_Q)
+        tokens.append(offsets[row] + query_Q)
     return torch.cat(tokens), torch.cat(outs)
 
 
@@ -183,52 +154,35 @@ def store(case: Case, setup: Setup) -> Work:
     """``kv_store``: K and V of every token to its address. Rows of one token are a decode step, others whole prompts."""
     dims, tokens = case.dims, sum(case.lengths)
     footprint = 2 * tokens * _token_bytes(case)
-    layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
-    generator = setup.generator()
-    at, row_T, position_T = _destinations(case, setup, generator)
-    k_TKD, v_TKD = (
-        normal(generator, (tokens, dims.kv_heads, dims.head_dim), at.buffer.device, case.dtype) for _ in range(2)
-    )
-    inputs = (k_TKD, v_TKD, at.kv_table_BN, row_T, position_T)
-    before = at.buffer.clone()
-    naive_store.kv_store(at.buffer, at.layout, layers[0], *inputs)
-    expected = at.buffer.clone()
+    pool, place = _destinations(case, setup, footprint)
+    inputs = [pool.draw(tokens, dims.kv_heads, dims.head_dim, dtype=case.dtype) for _ in range(2)]
+    buffer, before = pool.at.buffer, pool.at.buffer.clone()
+    naive_store.kv_store(pool.caches[0], *inputs, *place)
+    expected = buffer.clone()
 
-    def implementation(operation: Callable[..., None], graph: bool) -> Implementation:
+    def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> None:
-            operation(at.buffer, at.layout, layers[i], *inputs)
+            operation(pool.caches[i], *inputs, *place)
 
         def error() -> float:
-            at.buffer.copy_(before)
+            buffer.copy_(before)
             run(0)
-            return 0.0 if torch.equal(at.buffer, expected) else float("inf")
+            return 0.0 if torch.equal(buffer, expected) else float("inf")
 
         return Implementation(run, error, graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.kv_store.triton import kv_store
-
-        return implementation(kv_store, True)
-
-    work = Work(len(layers), footprint, footprint, 0)
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton
-    if case.with_torch:
-        work.build["torch"] = lambda: implementation(TorchBackend().kv_store, False)
-    return work
+    return Work(len(pool.layers), footprint, footprint, 0).offer(case, setup, implementation)
 
 
-def _destinations(
-    case: Case, setup: Setup, generator: torch.Generator
-) -> tuple[AttentionCase, torch.Tensor, torch.Tensor]:
-    """An empty cache, and each token's row and position: rows of one token come after 99 others."""
+def _destinations(case: Case, setup: Setup, footprint: int) -> tuple[_Pool, tuple[torch.Tensor, ...]]:
+    """An empty cache, and its table with each token's row and position: rows of one token come after 99 others."""
     decoding = max(case.lengths) == 1
     lengths = tuple(100 for _ in case.lengths) if decoding else case.lengths
-    at = _cache(Case(**{**vars(case), "lengths": lengths}), setup.device, generator, [])
+    pool = _Pool(case, setup, footprint, lengths, fill=False)
     row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(case.lengths)).int()
     parts = [torch.arange(length) for length in case.lengths]
     position_T = torch.full((len(lengths),), 99) if decoding else torch.cat(parts)
-    return at, row_T.to(setup.device), position_T.to(setup.device)
+    return pool, (pool.at.kv_table_BN, row_T.to(setup.device), position_T.to(setup.device))
 
 
 def fused_store(case: Case, setup: Setup) -> Work:
@@ -236,50 +190,38 @@ def fused_store(case: Case, setup: Setup) -> Work:
     dims, tokens = case.dims, sum(case.lengths)
     heads = (dims.heads, dims.kv_heads, dims.kv_heads)
     footprint = 2 * sum(heads) * dims.head_dim * tokens * itemsize(case.dtype)
-    layers = _layers(case, setup.sets(footprint, 1, dims.attention_layers))
-    generator = setup.generator()
-    at, row_T, position_T = _destinations(case, setup, generator)
-    device, pairs = at.buffer.device, dims.head_dim // 8
-    angle_TP = torch.rand(tokens, pairs, generator=generator).to(device) * 6.3
-    norms = [normal(generator, (dims.head_dim,), device, "float32") * 0.1 for _ in range(2)]
-    rest: list[Any] = [*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), at.kv_table_BN, row_T, position_T]
+    pool, place = _destinations(case, setup, footprint)
+    angle_TP = torch.rand(tokens, dims.head_dim // 8, generator=pool.generator).to(pool.device) * 6.3
+    norms = [pool.draw(dims.head_dim, dtype="float32") * 0.1 for _ in range(2)]
+    rest = (*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place)
     widths = [2 * dims.heads * dims.head_dim, *(count * dims.head_dim for count in heads[1:])]
 
     def projection() -> tuple[torch.Tensor, ...]:
-        q, k, v = normal(generator, (tokens, sum(widths)), device, case.dtype).split(widths, dim=1)
+        q, k, v = pool.draw(tokens, sum(widths), dtype=case.dtype).split(widths, dim=1)
         q = q.unflatten(1, (dims.heads, 2 * dims.head_dim))[:, :, : dims.head_dim]
         return (q, *(x.unflatten(1, (dims.kv_heads, dims.head_dim)) for x in (k, v)))
 
-    qkv = [projection() for _ in layers]
-    dtype, before = torch_dtype(case.dtype), at.buffer.clone()
-    expected = naive_fused.qk_norm_rope_store(at.buffer, at.layout, layers[0], *[*qkv[0], *rest])
-    stored = at.buffer.clone()
+    qkv = [projection() for _ in pool.layers]
+    buffer, before, dtype = pool.at.buffer, pool.at.buffer.clone(), torch_dtype(case.dtype)
+    expected = naive_fused.qk_norm_rope_store(pool.caches[0], *[*qkv[0], *rest])
+    stored = buffer.clone()
 
-    def implementation(operation: Operation, graph: bool) -> Implementation:
+    def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(at.buffer, at.layout, layers[i], *[*qkv[i], *rest])
+            return operation(pool.caches[i], *qkv[i], *rest)
 
         def error() -> float:
-            at.buffer.copy_(before)
+            buffer.copy_(before)
             out = run(0)
-            found, wanted = (buffer.view(dtype) for buffer in (at.buffer, stored))
+            found, wanted = (x.view(dtype) for x in (buffer, stored))
             if not torch.equal(found.isnan(), wanted.isnan()):
                 return float("inf")
             return worst([(out, expected), (found.nan_to_num(), wanted.nan_to_num())])
 
         return Implementation(run, error, graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store
-
-        return implementation(qk_norm_rope_store, True)
-
-    work = Work(len(layers), footprint, footprint + angle_TP.numel() * 8, 0)
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton
-    if case.with_torch:
-        work.build["torch"] = lambda: implementation(TorchBackend().qk_norm_rope_store, False)
-    return work
+    work = Work(len(pool.layers), footprint, footprint + angle_TP.numel() * 8, 0)
+    return work.offer(case, setup, implementation)
 
 
 # -- what is compiled beforehand -----------------------------------------------------------------------------------------
@@ -294,18 +236,16 @@ class DecodeLaunch:
     splits: int
 
     @classmethod
-    def of(cls, case: Case, multiprocessors: int, tuning: "Tuning | None" = None) -> "DecodeLaunch":
-        """What the library launches for a case of rows of one length; its own tuning where None. Cases that compile to the
-        same give equal launches."""
+    def of(cls, case: Case, multiprocessors: int) -> "DecodeLaunch":
+        """What the library launches for a case of rows of one length. Cases that compile to the same give equal launches."""
         from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tuning
 
         dims, dtype = case.dims, getattr(torch, case.dtype)
         assert case.manager_block
         programs, tokens = len(case.lengths) * dims.kv_heads, -(-max(case.lengths) // case.manager_block)
-        layout = _cache(
-            Case(**{**vars(case), "lengths": (0,)}), torch.device("cpu"), torch.Generator(), [], layers=1
-        ).layout
-        tuning = tuning or choose_tuning(layout, dims.heads, dtype, programs, multiprocessors)
+        empty = Case(**{**vars(case), "lengths": (0,)})
+        layout = _cache(empty, torch.device("cpu"), torch.Generator(), [], layers=1).layout
+        tuning = choose_tuning(layout, dims.heads, dtype, programs, multiprocessors)
         splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tuning)
         return cls(Case(**{**vars(case), "lengths": (300, 70)}), tuning, splits)
 
@@ -323,6 +263,6 @@ def launch_decode(item: DecodeLaunch) -> None:
     dims = item.case.dims
     at = _cache(item.case, torch.device("cuda"), torch.Generator(), [])
     q_BHD = normal(torch.Generator(), (2, dims.heads, dims.head_dim), at.buffer.device, item.case.dtype)
-    inputs = (at.layout, 0, q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
-    paged_decode(at.buffer, *inputs, num_splits=item.splits, tuning=item.tuning)
+    inputs = (AttentionCache(at.buffer, at.layout, 0), q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
+    paged_decode(*inputs, num_splits=item.splits, tuning=item.tuning)
     torch.cuda.synchronize()

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from benchmarks.case import QWEN3_NEXT_80B, Case
 from benchmarks.measure import Bench, Row
 from benchmarks.resources import Resources, measure_resources, pointer
 from benchmarks.work import Setup, Work
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.testing import attention_case
 from hybridcache.memory.layout import AttentionLayout
 
@@ -122,13 +122,8 @@ def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
 
 
 def launch_once(timed: Timed) -> None:
-    """Compile what is timed by launching every implementation once, in a process of its own. One that fails here fails again
-    where it is measured, and is reported there."""
-    work = _builder(timed)(timed.case, Setup(torch.device("cuda"), seed=0, l2_bytes=0))
-    for build in work.build.values():
-        with suppress(Exception):
-            build().run(0)
-            torch.cuda.synchronize()
+    """Compile what is timed by launching every implementation once, in a process of its own."""
+    _builder(timed)(timed.case, Setup(torch.device("cuda"), seed=0, l2_bytes=0)).launch_all()
 
 
 def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:
@@ -143,21 +138,12 @@ def _page_tiled() -> tuple[attention.Operation, attention.Operation]:
     from benchmarks import page_tiled
     from hybridcache.kernels.paged_decode.tiles import Tuning, choose_splits
 
-    def decode(
-        buffer: torch.Tensor,
-        layout: AttentionLayout,
-        layer: int,
-        q_BHD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def decode(cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, *rest: Any) -> torch.Tensor:
+        layout, launch = cache.layout, page_tiled.DECODE
         processors = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count
-        max_tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
-        launch = page_tiled.DECODE
         tuning = Tuning(layout.kernel_block_tokens, launch.num_warps, launch.num_stages, programs_per_sm=4)
-        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, max_tokens, processors, tuning)
-        at = (buffer, layout, layer, q_BHD, kv_table_BN, context_len_B, scale)
-        return page_tiled.paged_decode(*at, num_splits=splits)
+        tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
+        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, tokens, processors, tuning)
+        return page_tiled.paged_decode(cache, q_BHD, kv_table_BN, *rest, num_splits=splits)
 
     return decode, page_tiled.paged_prefill

@@ -18,10 +18,14 @@ class Dims:
     state_dim: int
     """Key and value dim of a state."""
     block_bytes: int
+    experts: int
+    top_k: int
+    hidden: int
+    expert_dim: int
 
 
-QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688)
-TINY = Dims(4, 2, 16, 3, 9, 2, 4, 16, 4_096)
+QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688, 512, 10, 2_048, 512)
+TINY = Dims(4, 2, 16, 3, 9, 2, 4, 16, 4_096, 8, 2, 32, 16)
 """For a CPU: every operation runs, no time means anything."""
 
 
@@ -34,6 +38,7 @@ class Case:
         dtype: of what lies in the pool: the recurrent state for the gated delta net, K and V for attention.
         kernel_block, kernel_blocks: tokens of a kernel block, and kernel blocks of a table entry.
         layout: ``block_major`` or ``layer_major``.
+        queries: new tokens of every row of an attention prefill, its last ones; all where 0.
         checkpoint: tokens between checkpoints of a prefill, 0 for none.
         warm_sets: disjoint sets of memory that launches of the warm timing take in turn.
         with_torch: whether the torch backend runs it too.
@@ -46,6 +51,7 @@ class Case:
     kernel_block: int | None = None
     kernel_blocks: int = 1
     layout: str | None = None
+    queries: int = 0
     checkpoint: int = 0
     warm_sets: int = 1
     with_torch: bool = True
@@ -59,12 +65,14 @@ class Case:
     def shape(self) -> str:
         """``rows x tokens``, for example ``64x8192``; rows of a decode step of states, tokens of a store, blocks of a copy."""
         rows, longest = len(self.lengths), max(self.lengths)
-        if self.operation in ("kv_store", "qk_norm_rope_store"):
+        if self.operation in ("kv_store", "qk_norm_rope_store", "experts"):
             text = f"{sum(self.lengths)} tokens"
         elif self.operation in ("block_copy", "swap_out", "swap_in"):
             text = f"{rows} blocks"
         else:
             text = f"{rows}" if self.operation == "gdn_decode" else f"{rows}x{longest}"
+        if self.queries:
+            text = f"{rows}x{self.queries} of {longest}"
         return f"{text} ckpt{self.checkpoint}" if self.checkpoint else text
 
     @property

@@ -1,6 +1,8 @@
 """Copies: manager blocks scattered over the pool, moved inside it and to and from pinned host memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -8,7 +10,7 @@ from benchmarks.case import Case
 from benchmarks.work import Implementation, Setup, Work
 from hybridcache.kernels.host_swap.copy_engine import HostPool, HostSwap
 from hybridcache.kernels.testing import normal
-from hybridcache.kernels.torch_backend import TorchBackend
+from hybridcache.kernels.torch_ops.layers import block_copy as torch_copy
 
 POOL_FACTOR = 8
 """Blocks in the pool per block that is moved."""
@@ -21,8 +23,9 @@ def _pool(case: Case, setup: Setup, generator: torch.Generator) -> tuple[torch.T
     return values.view(torch.uint8), torch.randperm(blocks, generator=generator).tolist()
 
 
-def copy(case: Case, setup: Setup) -> Work:
-    """``block_copy``: ``triton`` is the launch alone, its moves on the device already; ``triton+plan`` the whole call."""
+def copy(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
+    """``block_copy``: ``triton`` is the launch alone, its moves on the device already; ``triton+plan`` the whole call.
+    ``more``: further tunings by name, for CUDA."""
     count, size = len(case.lengths), case.dims.block_bytes
     buffer, order = _pool(case, setup, setup.generator())
     sources, targets = order[:count], order[count : 2 * count]
@@ -40,11 +43,11 @@ def copy(case: Case, setup: Setup) -> Work:
 
         return Implementation(lambda _: operation(), error, graph)
 
-    def planned() -> Implementation:
+    def planned(*tuning: Any) -> Implementation:
         from hybridcache.kernels.block_copy import triton
 
         batches = triton.plan(buffer, moves)
-        return implementation(lambda: triton.run(buffer, buffer, batches), True)
+        return implementation(lambda: triton.run(buffer, buffer, batches, *tuning), True)
 
     def called() -> Implementation:
         from hybridcache.kernels.block_copy.triton import block_copy
@@ -54,11 +57,12 @@ def copy(case: Case, setup: Setup) -> Work:
     work = Work(sets=1, footprint=2 * count * size, bytes=2 * count * size, flops=0)
     if setup.device.type == "cuda":
         work.build.update({"triton": planned, "triton+plan": called})
-    work.build["torch"] = lambda: implementation(lambda: TorchBackend().block_copy(buffer, moves), False)
-    return work
+    if case.with_torch:
+        work.build["torch"] = lambda: implementation(lambda: torch_copy(buffer, moves), False)
+    return work.with_more(more, planned)
 
 
-def swap(case: Case, setup: Setup) -> Work:
+def swap(case: Case, setup: Setup, with_kernel: bool = False) -> Work:
     """``swap_out`` and ``swap_in``: blocks to and from scattered slots of pinned memory, through the copy engines."""
     count, size = len(case.lengths), case.dims.block_bytes
     generator = setup.generator()
@@ -79,11 +83,12 @@ def swap(case: Case, setup: Setup) -> Work:
         if setup.device.type == "cuda":
             torch.cuda.synchronize(setup.device)
 
-    def error() -> float:
+    def error(out: Callable[[], None] = out, back: Callable[[], None] = back) -> float:
         host.buffer.zero_()
         rows[others] = 0
         out()
         if case.operation == "swap_in":
+            wait()
             back()
         wait()
         moved = rows[others] if case.operation == "swap_in" else host.buffer.view(-1, size)[slots].to(setup.device)
@@ -93,5 +98,24 @@ def swap(case: Case, setup: Setup) -> Work:
         run = out if case.operation == "swap_out" else back
         return Implementation(lambda _: run(), error, graph=False)
 
+    def kernel() -> Implementation:
+        """The copy kernel on pinned memory, which the copy engines compete with."""
+        from hybridcache.kernels.block_copy import triton
+
+        ends = (buffer, host.buffer) if case.operation == "swap_out" else (host.buffer, buffer)
+        places = zip(blocks, slots) if case.operation == "swap_out" else zip(slots, others)
+        batches = triton.plan_between(*ends, [(src * size, dst * size, size) for src, dst in places])
+
+        def run(i: int = 0) -> None:
+            triton.run(*ends, batches)
+
+        def kernel_error() -> float:
+            return error(*((run, back) if case.operation == "swap_out" else (out, run)))
+
+        return Implementation(run, kernel_error)
+
     link = "to_host" if case.operation == "swap_out" else "from_host"
-    return Work(1, count * size, count * size, 0, {"copy_engine": copy_engine}, link)
+    work = Work(1, count * size, count * size, 0, {"copy_engine": copy_engine}, link)
+    if with_kernel:
+        work.build["kernel"] = kernel
+    return work

@@ -32,9 +32,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 WORKLOADS = {"chat": (256, 1024, 128), "short": (512, 64, 256), "mixed": (256, 2048, 64)}
 RATIOS = (0.9, 1.5, 2, 3, 5, 8, 12)
 DEVICE = DeviceSpec(
-    prefill_attention_efficiency=602 / 723,
-    state_prefill_efficiency=0.095 * 2.76 / 0.955,
-    step_overhead_s=0.05e-3,
+    prefill_attention_efficiency=602 / 723, state_prefill_efficiency=0.095 * 2.76 / 0.955, step_overhead_s=0.05e-3
 )
 """An H100 with the rates of ``kernels-h100.json`` (602 TFLOP/s at 1x8192, 0.955 ms of delta rule at 1x32768)."""
 

@@ -3,7 +3,9 @@
 Shapes: T tokens, B rows, L layers (here: disjoint sets of memory), C conv channels, V value heads, J value dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,12 +13,11 @@ import torch
 from benchmarks import peers
 from benchmarks.case import Case
 from benchmarks.work import Implementation, Saved, Setup, Work, worst
+from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import naive as naive_decode
-from hybridcache.kernels.gdn_decode.naive import stored_state
 from hybridcache.kernels.gdn_prefill import naive as naive_prefill
 from hybridcache.kernels.gdn_prefill.testing import PrefillCase, checkpoint_table, prefill_case
 from hybridcache.kernels.testing import state_case
-from hybridcache.kernels.torch_backend import TorchBackend
 from hybridcache.kernels.torch_ops import gated_delta_net as torch_ops
 from hybridcache.spec import RecurrentState
 from hybridcache.spec.dtypes import itemsize
@@ -54,8 +55,9 @@ def _delta_flops(case: Case, tokens: int) -> int:
     return tokens * case.dims.v_heads * 7 * case.dims.state_dim**2
 
 
-def decode(case: Case, setup: Setup) -> Work:
-    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place."""
+def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
+    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place. ``more``: further cuts of the
+    Triton kernels by name, for CUDA."""
     rows, stored = len(case.lengths), _state(case).stored_bytes
     sets = setup.sets(rows * stored, case.warm_sets, MAX_SETS)
     at = state_case(
@@ -67,30 +69,32 @@ def decode(case: Case, setup: Setup) -> Work:
     )
     at.conv_weight_CW = at.conv_weight_CW.t().contiguous().t()  # by tap, as the model keeps it
     checked = min(CHECKED_ROWS, rows)
-    entries = at.state_table_BL[:checked, 0].tolist()
+    caches = [StateCache(at.buffer, at.layout, layer) for layer in range(sets)]
+    inputs = at.step(0)[2:]
+    by_row = (0, 2, 3, 6, 7, 8)
+    entries = at.state_write_BL[:checked, 0].tolist()
     saved = Saved(at.buffer, [(at.layout.address(0, entry), stored) for entry in entries])
-    part = slice(0, checked)
-    inputs = (at.x_BC[part], at.conv_weight_CW, at.a_BV[part], at.b_BV[part], at.a_log_V, at.dt_bias_V)
-    expected = naive_decode.gdn_decode(at.buffer, at.layout, 0, *inputs, at.state_table_BL[part], at.position_B[part])
-    states = [stored_state(at.buffer, at.layout, 0, entry)[0].clone() for entry in entries]
+    part = [x[:checked] if i in by_row else x for i, x in enumerate(inputs)]
+    expected = naive_decode.gdn_decode(caches[0], *part)
+    states = [caches[0].stored(entry)[0].clone() for entry in entries]
     saved.restore()
 
-    def implementation(operation: Callable[..., torch.Tensor], graph: bool) -> Implementation:
+    def implementation(operation: Callable[..., torch.Tensor], graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(at.buffer, *at.step(i))
+            return operation(caches[i], *inputs)
 
         def error() -> float:
             saved.restore()
             out = run(0)[:checked]
-            found = [stored_state(at.buffer, at.layout, 0, entry)[0] for entry in entries]
+            found = [caches[0].stored(entry)[0] for entry in entries]
             return worst([(out, expected), *zip(found, states)])
 
         return Implementation(run, error, graph)
 
-    def triton() -> Implementation:
+    def cut(tuning: Any) -> Implementation:
         from hybridcache.kernels.gdn_decode.triton import gdn_decode
 
-        return implementation(gdn_decode, True)
+        return implementation(partial(gdn_decode, tuning=tuning))
 
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
@@ -102,17 +106,15 @@ def decode(case: Case, setup: Setup) -> Work:
         bytes=rows * (2 * state_bytes + ring_bytes + activation_bytes) + channels * WIDTH * 2,
         flops=_delta_flops(case, rows) + rows * channels * 2 * WIDTH,
     )
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton
-    if case.with_torch:
-        work.build["torch"] = lambda: implementation(TorchBackend().gdn_decode, False)
+    work.offer(case, setup, implementation)
     if setup.device.type == "cuda" and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_decode(case.dims, rows, sets, case.dtype, setup)
-    return work
+    return work.with_more(more, cut)
 
 
-def prefill(case: Case, setup: Setup) -> Work:
-    """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings)."""
+def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
+    """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings).
+    ``more``: further tilings by name, for CUDA."""
     rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     out_channels = v_heads * dim
@@ -131,15 +133,11 @@ def prefill(case: Case, setup: Setup) -> Work:
     part = _Part(at, stored)
     xs = [at.x_TC, *(at.x_TC.clone() for _ in range(sets - 1))]
 
+    caches = [StateCache(at.buffer, at.state.layout, layer) for layer in range(sets)]
+
     def step(i: int) -> tuple[Any, ...]:
-        layout, layer, _, *inputs = at.step(i)
-        return (layout, layer, xs[i], *inputs)
-
-    def whole(operation: Callable[..., torch.Tensor], graph: bool, **options: Any) -> Implementation:
-        def run(i: int) -> torch.Tensor:
-            return operation(at.buffer, *step(i), **options)
-
-        return Implementation(run, lambda: part.error(lambda: run(0)), graph)
+        _, _, _, *inputs = at.step(i)
+        return (caches[i], xs[i], *inputs)
 
     def checkpoints(layer: int) -> dict[str, Any]:
         if not case.checkpoint:
@@ -147,21 +145,24 @@ def prefill(case: Case, setup: Setup) -> Work:
         table_BNL = checkpoint_table(at, layer, case.checkpoint)
         return {"checkpoint_table_BNL": table_BNL, "checkpoint_interval": case.checkpoint}
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
-
-        tables = [checkpoints(layer) for layer in range(sets)]
+    def whole(operation: Callable[..., torch.Tensor], graph: bool = True) -> Implementation:
+        kept = [checkpoints(layer) for layer in range(sets)]
 
         def run(i: int) -> torch.Tensor:
-            return gdn_prefill(at.buffer, *step(i), **tables[i])
+            return operation(*step(i), **kept[i])
 
-        return Implementation(run, lambda: part.error(lambda: run(0)))
+        return Implementation(run, lambda: part.error(lambda: run(0)), graph)
 
-    def parts() -> Implementation:
+    def tiled(tiles: Any) -> Implementation:
+        from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
+
+        return whole(partial(gdn_prefill, tiles=tiles))
+
+    def parts(tiles: Any = None) -> Implementation:
         """The launches of one part; those that it needs before it have run once."""
         from hybridcache.kernels.gdn_prefill.triton import Prefill
 
-        calls = [Prefill(at.buffer, *step(i), **checkpoints(i)) for i in range(sets)]
+        calls = [Prefill(*step(i), **checkpoints(i), tiles=tiles) for i in range(sets)]
 
         def prepare(i: int) -> None:
             calls[i].conv()
@@ -198,14 +199,14 @@ def prefill(case: Case, setup: Setup) -> Work:
     delta_flops = _delta_flops(case, tokens)
     flops_of = {"gdn_prefill": conv_flops + delta_flops, "gdn_delta": delta_flops, "gdn_conv": conv_flops}
     work = Work(sets, footprint, bytes_of[case.operation], flops_of[case.operation])
-    if setup.device.type == "cuda":
-        work.build["triton"] = triton if case.operation == "gdn_prefill" else parts
-    if case.with_torch and case.operation == "gdn_prefill":
-        work.build["torch"] = lambda: whole(TorchBackend().gdn_prefill, False)
+    if case.operation == "gdn_prefill":
+        work.offer(case, setup, whole)
+    elif setup.device.type == "cuda":
+        work.build["triton"] = parts
     by_peer = case.operation == "gdn_delta" and not case.checkpoint and setup.device.type == "cuda"
     if by_peer and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_prefill(case.dims, rows, case.lengths[0], sets, setup)
-    return work
+    return work.with_more(more, tiled if case.operation == "gdn_prefill" else parts)
 
 
 class _Part:
@@ -216,22 +217,23 @@ class _Part:
         rows = range(min(CHECKED_ROWS, len(at.lengths)))
         offsets = at.cu_seqlens.tolist()
         counts = [min(at.lengths[row], CHECKED_TOKENS) for row in rows]
-        self.entries = at.state.state_table_BL[: len(rows), 0].tolist()
+        self.entries = at.state.state_write_BL[: len(rows), 0].tolist()
         self.whole = [count == at.lengths[row] for row, count in zip(rows, counts)]
         self.tokens = torch.cat([torch.arange(offsets[row], offsets[row] + count) for row, count in zip(rows, counts)])
         self.tokens = self.tokens.to(at.buffer.device)
         layout = at.state.layout
+        self.cache = StateCache(at.buffer, layout, 0)
         self.saved = Saved(at.buffer, [(layout.address(0, entry), stored) for entry in self.entries])
-        _, _, x, weight, a, b, a_log, dt_bias, table_BL, cu, start = at.step(0)
+        _, _, x, weight, a, b, a_log, dt_bias, read_BL, write_BL, cu, start = at.step(0)
         inputs = [x[self.tokens], weight, a[self.tokens], b[self.tokens], a_log, dt_bias]
         bounds = torch.tensor([0, *counts]).cumsum(0).to(cu)
-        inputs += [table_BL[: len(rows)], bounds, start[: len(rows)]]
+        inputs += [read_BL[: len(rows)], write_BL[: len(rows)], bounds, start[: len(rows)]]
         if len(self.tokens) <= NAIVE_TOKENS:
-            self.out = naive_prefill.gdn_prefill(at.buffer, layout, 0, *inputs)
+            self.out = naive_prefill.gdn_prefill(self.cache, *inputs)
         else:
             exact = [x.double() if x.is_floating_point() else x for x in inputs]
-            self.out = torch_ops.gdn_prefill(at.buffer, layout, 0, *exact)
-        self.states = [stored_state(at.buffer, layout, 0, entry)[0].clone() for entry in self.entries]
+            self.out = torch_ops.gdn_prefill(self.cache, *exact)
+        self.states = [self.cache.stored(entry)[0].clone() for entry in self.entries]
         self.saved.restore()
 
     def error(self, run: Callable[[], torch.Tensor]) -> float:
@@ -240,5 +242,5 @@ class _Part:
         pairs = [(run()[self.tokens], self.out)]
         for entry, expected, whole in zip(self.entries, self.states, self.whole):
             if whole:
-                pairs.append((stored_state(self.at.buffer, self.at.state.layout, 0, entry)[0], expected))
+                pairs.append((self.cache.stored(entry)[0], expected))
         return worst(pairs)

@@ -1,18 +1,16 @@
 """Measure: a case's implementations checked, then timed; one row each, also where one fails."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 
 from benchmarks import attention, copies, gated_delta_net
+from benchmarks.block_tables import expansions
 from benchmarks.case import Case
-from benchmarks.tables import expansions
-from benchmarks.timing import Ceilings, Timing, time_launches
+from benchmarks.processes import Row, isolated
+from benchmarks.timing import Ceilings, Timing, measure_ceilings, time_launches
 from benchmarks.work import Implementation, Setup, Work
-
-Row = dict[str, Any]
 
 Builder = Callable[[Case, Setup], Work]
 
@@ -174,3 +172,19 @@ def failed(case: Case, text: str, name: str = "all") -> Row:
 def describe(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def isolated_ceilings(limit_s: float) -> Ceilings:
+    """The device's ceilings, measured in a process of its own, which then gives its memory back.
+
+    Raises:
+        RuntimeError: the plainest operations fail on this device.
+    """
+    row, *_ = isolated(_ceiling_rows, [None], lambda _, text: {"error": text}, limit_s=limit_s)
+    if "error" in row:
+        raise RuntimeError(f"the device's ceilings cannot be measured: {row['error']}")
+    return Ceilings(**row)
+
+
+def _ceiling_rows(_: None) -> Iterator[Row]:
+    yield asdict(measure_ceilings())

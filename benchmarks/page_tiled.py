@@ -17,13 +17,12 @@ import triton
 import triton.language as tl
 
 from hybridcache.errors import bad
-from hybridcache.kernels.caches import elements, row_strides
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.paged_decode.triton import combine
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import torch_dtype
 
 LOG2_E = 1.4426950408889634
 QUERY_TILE = 128
@@ -276,8 +275,9 @@ def prefill_constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtyp
     return {**constants(layout, num_heads, dtype, PREFILL), "BLOCK_M": QUERY_TILE}
 
 
-def _strides(layout: AttentionLayout, layer: int) -> dict[str, int]:
+def _strides(cache: AttentionCache) -> dict[str, int]:
     """Raises UserError for layouts whose table entries are not pages."""
+    layout = cache.layout
     if layout.tokens_per_entry != layout.kernel_block_tokens:
         raise bad(
             "kernel_block_tokens",
@@ -286,15 +286,11 @@ def _strides(layout: AttentionLayout, layer: int) -> dict[str, int]:
         )
     if layout.k_dim != layout.v_dim:
         raise bad("v_dim", layout.v_dim, f"page-tiled attention needs K and V of one width, here {layout.k_dim}")
-    strides = row_strides(layout, layer)
-    del strides["kernel_stride"]
-    return strides
+    return {name: stride for name, stride in cache.strides.items() if name != "kernel_stride"}
 
 
 def paged_decode(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_BHD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     context_len_B: torch.Tensor,
@@ -302,20 +298,20 @@ def paged_decode(
     *,
     num_splits: int = 1,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_decode`; ``num_splits`` programs share a row's pages.
+    """See :meth:`hybridcache.kernels.operations.AttentionOperations.paged_decode`; ``num_splits`` programs share a row's pages.
 
     Raises:
         UserError: an entry is several kernel blocks, or K and V differ in width.
     """
     rows, num_heads, dim = q_BHD.shape
-    strides = _strides(layout, layer)
+    strides, layout = _strides(cache), cache.layout
     out_BHD = torch.empty_like(q_BHD, memory_format=torch.contiguous_format)
     part, lse = out_BHD, out_BHD
     if num_splits > 1:
         part = torch.empty((rows, num_heads, num_splits, dim), dtype=torch.float32, device=q_BHD.device)
         lse = torch.empty((rows, num_heads, num_splits), dtype=torch.float32, device=q_BHD.device)
     launcher(page_decode_kernel)[(rows, layout.num_kv_heads, num_splits)](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_BHD,
         kv_table_BN,
         context_len_B,
@@ -336,9 +332,7 @@ def paged_decode(
 
 
 def paged_prefill(
-    buffer: torch.Tensor,
-    layout: AttentionLayout,
-    layer: int,
+    cache: AttentionCache,
     q_THD: torch.Tensor,
     kv_table_BN: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -347,18 +341,18 @@ def paged_prefill(
     max_query_len: int,
     max_context_len: int,
 ) -> torch.Tensor:
-    """See :meth:`hybridcache.kernels.backend.Backend.paged_prefill`. ``max_context_len`` is not needed. What stands in the
-    output behind the last row is undefined.
+    """See :meth:`hybridcache.kernels.operations.AttentionOperations.paged_prefill`. ``max_context_len`` is not
+    needed. What stands in the output behind the last row is undefined.
 
     Raises:
         UserError: an entry is several kernel blocks, or K and V differ in width.
     """
-    num_heads, group = q_THD.shape[1], q_THD.shape[1] // layout.num_kv_heads
-    strides = _strides(layout, layer)
+    strides, layout, num_heads = _strides(cache), cache.layout, q_THD.shape[1]
+    group = num_heads // layout.num_kv_heads
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     grid = (ceil_div(max_query_len, QUERY_TILE // group), layout.num_kv_heads, context_len_B.shape[0])
     launcher(page_prefill_kernel)[grid](
-        elements(buffer, torch_dtype(layout.dtype)),
+        cache.pool,
         q_THD,
         kv_table_BN,
         cu_seqlens,

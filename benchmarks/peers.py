@@ -2,7 +2,7 @@
 
 ``fla`` (package fla-core) keeps contiguous states and leaves the conv, and here also the gates, to others: its rows are of
 the delta rule alone, with q and k repeated to the value heads beforehand. ``fa3`` reads the pool itself, through
-:mod:`hybridcache.kernels.flash_attention_3`.
+:mod:`hybridcache.kernels.flash_attention_3`, an attention backend of the library.
 """
 
 from importlib import import_module
@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.case import Dims
 from benchmarks.work import Implementation, Setup, worst
-from hybridcache.kernels.flash_attention_3 import FlashAttention3
 from hybridcache.kernels.testing import normal
 from hybridcache.spec.dtypes import torch_dtype
 
@@ -32,11 +31,6 @@ def state(name: str) -> str:
 def states() -> dict[str, str]:
     """Every peer's state."""
     return {name: state(name) for name in MODULES}
-
-
-def fa3() -> FlashAttention3:
-    """FlashAttention-3 as an attention backend."""
-    return FlashAttention3(import_module(MODULES["fa3"]))
 
 
 def delta_rule(

@@ -1,8 +1,8 @@
 """Keep a run: ``python -m benchmarks.record RUN_DIR --name shared_pool-h100``.
 
 Writes ``benchmarks/results/NAME.json``: the run's environment (versions, device, commit, command) and its results, one row
-per phase x strategy x workload x repetition, without the columns that say nothing of it. Figures in README and docs name
-the record they come from.
+per phase x strategy x workload x repetition, without the columns that say nothing of it. Figures in README and docs name the
+record they come from.
 """
 
 import argparse
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--name", required=True, help="of the record, e.g. shared_pool-h100")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument("--figures", nargs="*", default=[], help="figures to copy into docs/figures/, without suffix")
     args = parser.parse_args()
     for file in ("results.parquet", "environment.json"):
@@ -34,10 +35,10 @@ def main() -> None:
             for row in json.loads(rows.to_json(orient="records"))
         ],
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    target = RESULTS / f"{args.name}.json"
+    args.to.mkdir(parents=True, exist_ok=True)
+    target = args.to / f"{args.name}.json"
     target.write_text(json.dumps(record, indent=1) + "\n")
-    print(target.relative_to(ROOT))
+    print(target)
     for name in args.figures:
         for suffix in (".png", ".csv"):
             copied = ROOT / "docs" / "figures" / f"{name}{suffix}"

@@ -5,7 +5,7 @@ not the host. Others are timed one by one by events. On a CPU the clock runs aro
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -111,9 +111,6 @@ class Ceilings:
     to_host_bytes: float
     from_host_bytes: float
     """One transfer of 256 MiB to and from pinned memory."""
-
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def measure_ceilings() -> Ceilings:

@@ -1,11 +1,18 @@
 """Work: what a case needs to run, built on one device: memory, inputs, implementations and the reference to check them by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from benchmarks.case import Case
+from hybridcache.kernels.backend import attention_backends
+from hybridcache.kernels.devices import is_hopper
+from hybridcache.kernels.operations import OPERATIONS, load
 from hybridcache.kernels.testing import rel_error
 
 ROTATION = 3
@@ -70,6 +77,41 @@ class Work:
     flops: int
     build: dict[str, Callable[[], Implementation]] = field(default_factory=dict)
     link: str = "copy"
+
+    def offer(
+        self,
+        case: Case,
+        setup: Setup,
+        implementation: Callable[..., Implementation],
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> "Work":
+        """Itself, with the library's implementations of the case's operation that run there (Triton's and Gluon's kernels,
+        PyTorch's, FlashAttention-3 where it is installed), each given to ``implementation``; then ``more``."""
+        operation, on_cuda = case.operation, setup.device.type == "cuda"
+        modules = {"triton": f"{operation}.triton"} if on_cuda else {}
+        if on_cuda and operation == "paged_prefill" and is_hopper(setup.device):
+            modules["gluon"] = "paged_prefill.hopper"
+        if case.with_torch:
+            modules["torch"] = OPERATIONS[operation].torch
+        if on_cuda and "fa3" in OPERATIONS[operation].others and attention_backends()["fa3"] == "installed":
+            modules["fa3"] = OPERATIONS[operation].others["fa3"]
+        for name, module in modules.items():
+            self.build[name] = lambda name=name, module=module: implementation(load(module, operation), name != "torch")
+        return self.with_more(more, implementation)
+
+    def with_more(self, more: Mapping[str, Any], implementation: Callable[[Any], Implementation]) -> "Work":
+        """Itself, with further implementations: one of each value of ``more``, by its name."""
+        self.build.update({name: partial(implementation, value) for name, value in more.items()})
+        return self
+
+    def launch_all(self) -> None:
+        """Compile, by launching every implementation once. One that fails here fails again where it is measured, and is
+        reported there."""
+        for build in self.build.values():
+            with suppress(Exception):
+                build().run(0)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
 
 
 class Saved:

@@ -19,11 +19,11 @@ from omegaconf import DictConfig
 from rich import box
 from rich.table import Table
 
-from benchmarks import block_size, block_size_figures
+from benchmarks import block_size, kernel_figures
+from benchmarks.block_tables import WAYS, measure_table
 from benchmarks.measure import Bench, Row, describe, failed
 from benchmarks.processes import each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
-from benchmarks.tables import WAYS, measure_table
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.settings import Common
@@ -142,23 +142,14 @@ def _resources(settings: dict[str, Any]) -> Rows:
     spare = (os.cpu_count() or 1) // 2
     found = each_in_parallel(_compile, compiled, spare) if spare > 1 else map(_compile_here, compiled)
     for operation, size, kind in points:
-        row: Row = {
-            "strategy": kind,
-            "workload": f"{operation} kb={size}",
-            "operation": operation,
-            "kernel_block": size,
-            "compiled": (operation, size, kind) in compiled,
-        }
+        row: Row = {"strategy": kind, "workload": f"{operation} kb={size}", "operation": operation}
+        row |= {"kernel_block": size, "compiled": (operation, size, kind) in compiled}
         if not row["compiled"]:
             row["shared_bytes"] = block_size.tile_bytes(size)
         elif isinstance(result := next(found), Exception):
             row["error"] = describe(result)
         else:
-            row |= {
-                "shared_bytes": result.shared_bytes,
-                "registers": result.registers,
-                "spill_bytes": result.spill_bytes,
-            }
+            row |= vars(result)
         if "shared_bytes" in row:
             row["overflow"] = row["shared_bytes"] > SHARED_MEMORY_LIMIT
         yield row
@@ -185,16 +176,9 @@ def _tables(tables: Any, seed: int) -> Rows:
     points = itertools.product(tables["geometries"], tables["batches"], tables["lengths"], WAYS)
     for (manager, kernel), batch, length, way in points:
         seconds, num_bytes = measure_table(way, batch, length, manager, kernel, generator)
-        yield {
-            "strategy": way,
-            "workload": f"manager={manager} kernel={kernel} batch={batch} length={length}",
-            "manager_block": manager,
-            "kernel_block": kernel,
-            "batch": batch,
-            "length": length,
-            "host_s": seconds,
-            "table_bytes": num_bytes,
-        }
+        place = {"manager_block": manager, "kernel_block": kernel, "batch": batch, "length": length}
+        text = f"manager={manager} kernel={kernel} batch={batch} length={length}"
+        yield {"strategy": way, "workload": text, **place, "host_s": seconds, "table_bytes": num_bytes}
 
 
 def _timed(settings: dict[str, Any]) -> Iterator[block_size.Timed]:
@@ -238,7 +222,7 @@ def _show(results: pd.DataFrame, run_dir: Path) -> None:
     about = [
         "A manager block is what memory is allotted in; a kernel block is what kernels address. Where they are one, a larger "
         "manager block (one that holds a recurrent state) makes kernels whose tile is the page need more shared memory than "
-        "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is.",
+        "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is."
     ]
     write_page(run_dir, "Kernel block size", about, sections)
 
@@ -247,32 +231,20 @@ def _resource_section(rows: pd.DataFrame, folder: Path) -> Section:
     headings = ("operation", "kernel", "block", "shared memory, B", "of the limit", "registers", "spills, B")
     section = Section("Resources of a program (sm_90)", headings=headings)
     for _, row in rows.iterrows():
+        start = [row["operation"], row["strategy"], f"{row['kernel_block']:,.0f}"]
         if pd.isna(row.get("shared_bytes")):
-            section.rows.append(
-                [row["operation"], row["strategy"], str(row["kernel_block"]), str(row["error"]), *"---"]
-            )
+            section.rows.append([*start, str(row["error"]), *"---"])
             continue
-        bound = "" if row["compiled"] else "at least "
-        section.rows.append(
-            [
-                row["operation"],
-                row["strategy"],
-                f"{row['kernel_block']:,.0f}",
-                f"{bound}{row['shared_bytes']:,.0f}",
-                f"{row['shared_bytes'] / SHARED_MEMORY_LIMIT:.0%}" + (" overflow" if row["overflow"] else ""),
-                _count(row.get("registers")),
-                _count(row.get("spill_bytes")),
-            ]
-        )
+        shared = f"{'' if row['compiled'] else 'at least '}{row['shared_bytes']:,.0f}"
+        share = f"{row['shared_bytes'] / SHARED_MEMORY_LIMIT:.0%}{' overflow' if row['overflow'] else ''}"
+        section.rows.append([*start, shared, share, _count(row.get("registers")), _count(row.get("spill_bytes"))])
     known = rows.dropna(subset="shared_bytes") if "shared_bytes" in rows else rows.iloc[:0]
     if not known.empty:
         caption = (
             f"Shared memory of one program over the tokens of a kernel block; the line is the limit of {SHARED_MEMORY_LIMIT:,} "
             "B. Hollow: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query and 2 KV heads."
         )
-        with style.styled():
-            drawn = block_size_figures.shared_memory(known)
-            section.figures.append(save_picture(folder, "shared_memory", *drawn, caption))
+        _draw(section, folder, "shared_memory", kernel_figures.shared_memory, known, caption)
     return section
 
 
@@ -282,17 +254,16 @@ def _time_section(rows: pd.DataFrame, folder: Path) -> Section:
     for _, row in rows.iterrows():
         start = [row["workload"], row["strategy"], str(row["kernel_block"])]
         if pd.isna(row.get("median_ms")):
-            section.rows.append(
-                [*start, *["-"] * 6, "needs too much shared memory" if row["overflow"] else row["error"]]
-            )
+            note = "needs too much shared memory" if row["overflow"] else row["error"]
+            section.rows.append([*start, *["-"] * 6, note])
             continue
         times = [str(row["l2"]), f"{row['median_ms']:.4f}", f"{row['spread']:.0%}"]
-        rates = [f"{row['gbps']:,.0f}", f"{row['tflops']:,.1f}", f"{row['rel_error']:.1e}", ""]
-        section.rows.append([*start, *times, *rates])
+        section.rows.append(
+            [*start, *times, f"{row['gbps']:,.0f}", f"{row['tflops']:,.1f}", f"{row['rel_error']:.1e}", ""]
+        )
     if "median_ms" in rows:
         caption = "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is."
-        with style.styled():
-            section.figures.append(save_picture(folder, "time", *block_size_figures.time(rows), caption))
+        _draw(section, folder, "time", kernel_figures.time, rows, caption)
     return section
 
 
@@ -301,23 +272,21 @@ def _table_section(rows: pd.DataFrame, folder: Path) -> Section:
     section = Section("Tables of a step", headings=headings)
     ends = {name: [rows[name].min(), rows[name].max()] for name in ("batch", "length")}
     for _, row in rows[rows["batch"].isin(ends["batch"]) & rows["length"].isin(ends["length"])].iterrows():
-        section.rows.append(
-            [
-                row["strategy"],
-                f"{row['manager_block']:.0f} / {row['kernel_block']:.0f}",
-                f"{row['batch']:,.0f}",
-                f"{row['length']:,.0f}",
-                seconds_text(row["host_s"]),
-                bytes_text(row["table_bytes"]),
-            ]
-        )
+        geometry = f"{row['manager_block']:.0f} / {row['kernel_block']:.0f}"
+        sizes = [f"{row['batch']:,.0f}", f"{row['length']:,.0f}"]
+        cost = [seconds_text(row["host_s"]), bytes_text(row["table_bytes"])]
+        section.rows.append([row["strategy"], geometry, *sizes, *cost])
     section.texts = [f"The smallest and the largest batch and length; results.parquet has all. {WAYS_TEXT}"]
     caption = (
         "Host time to build one step's table of the largest batch, and its bytes, which are then copied to the device."
     )
-    with style.styled():
-        section.figures.append(save_picture(folder, "table_cost", *block_size_figures.table_cost(rows), caption))
+    _draw(section, folder, "table_cost", kernel_figures.table_cost, rows, caption)
     return section
+
+
+def _draw(section: Section, folder: Path, name: str, draw: Any, rows: pd.DataFrame, caption: str) -> None:
+    with style.styled():
+        section.figures.append(save_picture(folder, name, *draw(rows), caption))
 
 
 WAYS_TEXT = (

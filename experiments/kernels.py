@@ -7,7 +7,6 @@ naive references; its times claim nothing.
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.attention import decode_launches, launch_decode
 from benchmarks.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
-from benchmarks.figures import fraction_of_ceiling, relative_errors, row_label
-from benchmarks.measure import Bench, Row, failed
+from benchmarks.kernel_figures import fraction_of_ceiling, relative_errors, row_label
+from benchmarks.measure import Bench, Row, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
-from benchmarks.timing import Ceilings, measure_ceilings
+from benchmarks.timing import Ceilings
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.settings import Common
@@ -36,20 +35,8 @@ from hybridcache.observe.report.page import Picture, Section, save_picture, writ
 from hybridcache.observe.report.units import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
-HEADINGS = (
-    "operation",
-    "shape",
-    "impl",
-    "L2",
-    "ms",
-    "±",
-    "bytes",
-    "GB/s",
-    "TFLOP/s",
-    "of ceiling",
-    "rel error",
-    "clock x launches",
-)
+HEADINGS = ("operation", "shape", "impl", "L2", "ms", "±", "bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error")
+HEADINGS += ("clock x launches",)
 
 
 @dataclass
@@ -85,7 +72,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         launches = decode_launches(cases, torch.cuda.get_device_properties(device).multi_processor_count)
         for line in in_parallel(launch_decode, launches):
             CONSOLE.print(f"does not compile: {line}", markup=False)
-        record.ceilings = _ceilings(settings.limit_s)
+        record.ceilings = isolated_ceilings(settings.limit_s)
     if not on_cuda:
         torch.set_num_threads(1)
     bench = Bench(Setup.on(device, cfg.seed), record.ceilings)
@@ -122,22 +109,6 @@ def _cases(operations: list[str], on_cuda: bool, fast: bool) -> list[Case]:
     return cases
 
 
-def _ceilings(limit_s: float) -> Ceilings:
-    """Measured in a process of its own, which then gives its memory back.
-
-    Raises:
-        RuntimeError: the plainest operations fail on this device.
-    """
-    row, *_ = list(isolated(_ceiling_rows, [None], lambda _, text: {"error": text}, limit_s=limit_s))
-    if "error" in row:
-        raise RuntimeError(f"the device's ceilings cannot be measured: {row['error']}")
-    return Ceilings(**row)
-
-
-def _ceiling_rows(_: None) -> Iterator[Row]:
-    yield measure_ceilings().to_json()
-
-
 class Record:
     """What is measured so far, on disk after every row."""
 
@@ -164,7 +135,7 @@ class Record:
             "environment": self.environment,
             "device": self.device,
             "claim": "measured" if self.on_cuda else FUNCTIONAL,
-            "ceilings": self.ceilings.to_json() if self.ceilings else None,
+            "ceilings": vars(self.ceilings) if self.ceilings else None,
             "peers": self.peers,
             "rows": self.rows,
         }
@@ -179,21 +150,12 @@ class Record:
         return write_results([self._full(row) for row in self.rows], self.run_dir)
 
     def _full(self, row: Row) -> dict[str, Any]:
-        where = [row["op"], row["shape"], row["dtype"]]
-        where += (
+        blocks = (
             [f"kb={row['kernel_block']}", f"Tm={row['manager_block']}", row["layout"]] if row["kernel_block"] else []
         )
-        where += [row["l2"]] if row["l2"] else []
-        return {
-            "experiment": self.experiment,
-            "phase": "kernels",
-            "strategy": row["impl"],
-            "workload": " ".join(map(str, where)),
-            "repetition": 0,
-            "device": self.device,
-            "model": self.model,
-            **row,
-        }
+        where = [row["op"], row["shape"], row["dtype"], *blocks, *([row["l2"]] if row["l2"] else [])]
+        names = {"phase": "kernels", "strategy": row["impl"], "workload": " ".join(map(str, where)), "repetition": 0}
+        return {"experiment": self.experiment, **names, "device": self.device, "model": self.model, **row}
 
 
 # -- tables, figures, page ---------------------------------------------------------------------------------------------
@@ -204,11 +166,9 @@ def _show(record: Record, results: pd.DataFrame, run_dir: Path) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD)
     groups = [[cells[:-1] for cells in _cells(rows)] for _, rows in results.groupby("op", sort=False)]
     for i, name in enumerate(HEADINGS[:-1]):
-        if name in ("operation", "shape", "impl"):
-            table.add_column(name, no_wrap=True)
-        else:  # a figure is never cut short, whatever becomes of the names
-            widest = max(len(cells[i]) for group in groups for cells in group)
-            table.add_column(name, justify="right", no_wrap=True, min_width=widest)
+        # A figure is never cut short, whatever becomes of the names.
+        widest = max(len(cells[i]) for group in groups for cells in group) if i > 2 else None
+        table.add_column(name, justify="right" if i > 2 else "left", no_wrap=True, min_width=widest)
     for group in groups:
         for cells in group:
             table.add_row(*cells)
@@ -238,34 +198,27 @@ def _cells(rows: pd.DataFrame) -> list[list[str]]:
                 "-" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%} {row['bound']}",
             ]
         timed = pd.notna(row["median_ms"])
-        lines.append(
-            [
-                *name,
-                row["l2"] if pd.notna(row["l2"]) else "-",
-                f"{row['median_ms']:.4f}" if timed else "-",
-                rates[0],
-                bytes_text(row["bytes"]),
-                *rates[1:],
-                f"{row['rel_error']:.1e}",
-                f"{row['clock']} x {int(row['launches'])}" if timed else "-",
-            ]
-        )
+        found = [row["l2"] if pd.notna(row["l2"]) else "-", f"{row['median_ms']:.4f}" if timed else "-", rates[0]]
+        found += [bytes_text(row["bytes"]), *rates[1:], f"{row['rel_error']:.1e}"]
+        lines.append([*name, *found, f"{row['clock']} x {int(row['launches'])}" if timed else "-"])
     return lines
 
 
-def _pictures(results: pd.DataFrame, folder: Path) -> dict[str, Picture]:
-    found = {}
+CAPTIONS = {
+    "fraction": "The least time that a measured ceiling allows (device copy, bf16 matrix product, host link) over the median "
+    "time. 100 % is the ceiling; a mark beyond it had its data in the L2 cache.",
+    "error": "Norm of the difference from a float64 reference over the norm of the reference, on fresh random inputs.",
+}
+
+
+def _pictures(results: pd.DataFrame, folder: Path) -> list[Picture]:
+    drawings = {"fraction": ("fraction", fraction_of_ceiling), "error": ("rel_error", relative_errors)}
     with style.styled():
-        if results["fraction"].notna().any():
-            caption = (
-                "The least time that a measured ceiling allows (device copy, bf16 matrix product, host link) over the "
-                "median time. 100 % is the ceiling; a mark beyond it had its data in the L2 cache."
-            )
-            found["fraction"] = save_picture(folder, "kernels_fraction", *fraction_of_ceiling(results), caption)
-        if results["rel_error"].notna().any():
-            caption = "Norm of the difference from a float64 reference over the norm of the reference, on fresh random inputs."
-            found["error"] = save_picture(folder, "kernels_error", *relative_errors(results), caption)
-    return found
+        return [
+            save_picture(folder, f"kernels_{name}", *draw(results), CAPTIONS[name])
+            for name, (column, draw) in drawings.items()
+            if results[column].notna().any()
+        ]
 
 
 def _about(record: Record) -> list[str]:
@@ -281,8 +234,8 @@ def _about(record: Record) -> list[str]:
     ]
 
 
-def _sections(record: Record, results: pd.DataFrame, pictures: dict[str, Picture]) -> list[Section]:
-    overview = Section("Overview", figures=list(pictures.values()))
+def _sections(record: Record, results: pd.DataFrame, pictures: list[Picture]) -> list[Section]:
+    overview = Section("Overview", figures=pictures)
     overview.texts = [f"Peer {name}: {text}." for name, text in record.peers.items()]
     failures = [f"{row['op']} {row['shape']} {row['impl']}: {row['error']}" for row in record.rows if row["error"]]
     parts = [overview]

@@ -11,10 +11,9 @@ a list item or a table says where its figures come from, one line each:
 
 * Left of the last ``=`` stand words of the text as they are; their numbers, in order, must be what the expression gives,
   rounded to the digits that are written. ``@record:path`` is a list of values in ``benchmarks/results/record.json``:
-  ``[key=value,...]`` (or ``!=``) chooses rows, ``[key]`` an entry, ``[2]`` by place; ``@record@commit:path`` reads the record
-  that the commit holds, and counts as unchecked where the history is not at hand. ``spec(model)`` is a shipped model's cache
-  spec, for sizes that follow from it. ``for $ in a | b`` evaluates the expression once for each; ``max:`` or ``min:`` before
-  it takes one of them. A line without ``=`` or ``::`` goes on with the one before.
+  ``[key=value,...]`` (or ``!=``) chooses rows, ``[key]`` an entry, ``[2]`` by place. ``spec(model)`` is a shipped model's cache
+  spec, for sizes that follow from it. ``for $ in a | b`` evaluates the expression once for each; ``max:`` or ``min:`` before it
+  takes one of them. A line without ``=`` or ``::`` goes on with the one before.
 * ``::`` gives the reason why there is no record: ``given`` (a setting, a limit, a definition), ``computed by`` a test or
   command, ``source`` (others published it), ``printed`` (the log tells that nothing was kept), ``in the records of commit``.
 * ``<!-- figures of this section :: reason -->`` behind a heading speaks for everything up to the next heading.
@@ -24,7 +23,6 @@ Exit status 1: a figure that differs from its record, or that no comment covers.
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,12 +40,8 @@ UNITS = "tokens/s|tok/s|tokens a second|[KMGT]?i?B/s|[TG]FLOP/s|[mu]s|µs|s|seco
 FIGURES = re.compile(rf"{NUMBER.pattern}(?:\s?(?:to|and|or|against|/|,)\s?{NUMBER.pattern})*\s?(?:{UNITS})(?![\w/])")
 """Numbers before a unit."""
 CELL = re.compile(r"[\d.,/ +%-]*\d[\d.,/ +%-]*(?:%|x)?")
-QUERY = re.compile(r"@([\w-]+)(?:@([0-9a-f]{7,40}))?:((?:\.?[\w-]+|\[[^\]]*\])+)")
+QUERY = re.compile(r"@([\w-]+):((?:\.?[\w-]+|\[[^\]]*\])+)")
 COMMENT = re.compile(r"<!-- figures(.*?)-->", re.DOTALL)
-
-
-class Unavailable(LookupError):
-    """A record of the history, where there is no history."""
 
 
 @dataclass
@@ -67,7 +61,6 @@ class Outcome:
 
     checked: int = 0
     excused: int = 0
-    unavailable: int = 0
     wrong: list[str] = field(default_factory=list)
 
 
@@ -139,49 +132,22 @@ def figures(block: Block) -> Iterator[re.Match[str]]:
 
 
 @cache
-def record(name: str, commit: str | None) -> Any:
+def record(name: str) -> Any:
     """A record's content.
 
     Raises:
-        Unavailable: it is one of the history, which is not here.
         FileNotFoundError: there is none of that name.
     """
-    path = RESULTS / f"{name}.json"
-    if commit is None:
-        return json.loads((ROOT / path).read_text())
-    git = ["git", "-C", str(ROOT), "show", f"{commit}:{path}"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise Unavailable(commit) from None
-    if done.returncode:
-        if "does not exist" in done.stderr or "exists on disk" in done.stderr:
-            raise FileNotFoundError(f"commit {commit} has no {path}")
-        raise Unavailable(commit)
-    return json.loads(done.stdout)
+    return json.loads((ROOT / RESULTS / f"{name}.json").read_text())
 
 
-def absent(place: str, commit: str) -> list[str]:
-    """A line where a whole history does not have the commit."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        shallow = subprocess.run(
-            [*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=False
-        )
-        known = subprocess.run([*git, "cat-file", "-e", f"{commit}^{{commit}}"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return []
-    lacking = shallow.stdout.strip() == "false" and known.returncode != 0
-    return [f"{place}: there is no commit {commit}"] if lacking else []
-
-
-def select(name: str, commit: str | None, path: str) -> list[Any]:
+def select(name: str, path: str) -> list[Any]:
     """Values at a path.
 
     Raises:
         LookupError: there are none.
     """
-    found = [record(name, commit)]
+    found = [record(name)]
     for plain, chosen in re.findall(r"\.?([\w-]+)|\[([^\]]*)\]", path):
         if plain or not ("=" in chosen or chosen.isdigit()):
             rows = [row for each in found for row in (each if isinstance(each, list) else [each])]
@@ -239,10 +205,10 @@ def evaluate(expression: str) -> list[float]:
     expression, _, items = (expression[5:] if chosen else expression).partition(" for $ in ")
     numbers: list[float] = []
     for item in map(str.strip, items.split("|")):
-        queries: list[tuple[str, str | None, str]] = []
+        queries: list[tuple[str, str]] = []
 
         def stand_in(match: re.Match[str], queries: list[Any] = queries) -> str:
-            queries.append((match[1], match[2], match[3]))
+            queries.append((match[1], match[2]))
             return f"_select({len(queries) - 1})"
 
         code = QUERY.sub(stand_in, expression.replace("$", item))
@@ -277,8 +243,6 @@ def check(block: Block) -> Outcome:
             test = re.match(r"computed by (\S+\.py)", reason)
             if test and not (ROOT / test[1]).exists():
                 found.wrong.append(f"{block.place}: there is no {test[1]}")
-            if commit := re.match(r"in the records of commit (\w+)", reason):
-                found.wrong += absent(block.place, commit[1])
         elif " = " in line:
             words, expression = (part.strip() for part in line.rsplit(" = ", 1))
             try:
@@ -290,8 +254,6 @@ def check(block: Block) -> Outcome:
                     if not agrees(text, value):
                         found.wrong.append(f"{block.place}: {text} in {words!r} is {value:.6g} in the record")
                 found.checked += len(values)
-            except Unavailable:
-                found.unavailable += 1
             except Exception as error:  # of one line, which must not hide the others
                 found.wrong.append(f"{block.place}: {line!r}: {type(error).__name__}: {error}")
         else:
@@ -323,7 +285,6 @@ def check_documents(paths: Iterable[Path]) -> Outcome:
             found = check(block)
             total.checked += found.checked
             total.excused += found.excused
-            total.unavailable += found.unavailable
             total.wrong += found.wrong
     return total
 
@@ -331,10 +292,7 @@ def check_documents(paths: Iterable[Path]) -> Outcome:
 def main() -> int:
     total = check_documents([Path(name) for name in sys.argv[1:]] or documents())
     print("\n".join(total.wrong) or "every figure is its record's")
-    print(
-        f"{total.checked} figures checked, {total.excused} with a reason and no record, "
-        f"{total.unavailable} in records of a history that is not here, {len(total.wrong)} wrong"
-    )
+    print(f"{total.checked} figures checked, {total.excused} with a reason and no record, {len(total.wrong)} wrong")
     return 1 if total.wrong else 0
 
 

@@ -17,8 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import real_width  # noqa: E402
 
-from hybridcache.kernels.backend import make_backend  # noqa: E402
-from hybridcache.kernels.torch_backend import TorchBackend  # noqa: E402
+from hybridcache.kernels.backend import Backend, Caches  # noqa: E402
+from hybridcache.memory.layout import Layout  # noqa: E402
 from hybridcache.observe.environment import environment  # noqa: E402
-from models.qwen3_next import ops  # noqa: E402
 
 # -- variants ------------------------------------------------------------------------------------------------------------
 
@@ -59,43 +57,38 @@ def wide_mixture(x_TD, weight_Ts, expert_Tk, gate_up_EID, down_EDI, shared_gate_
     return out_TD.to(x_TD.dtype)
 
 
-def variants(device: str) -> dict[str, tuple[Any, dict[str, Callable]]]:
-    """Backend, and operations between the projections that are replaced, by variant."""
-    found: dict[str, tuple[Any, dict[str, Callable]]] = {"engine": (make_backend("auto", device), {})}
-    for name, names in {
-        "gated delta net in float32": ("gdn_prefill", "gdn_decode"),
-        "attention in float32": ("qk_norm_rope_store", "paged_prefill", "paged_decode"),
-    }.items():
-        backend = make_backend("auto", device)
-        for operation in names:
-            setattr(backend, operation, getattr(TorchBackend(), operation))
-        found[name] = (backend, {})
-    found["experts in float32"] = (make_backend("auto", device), {"mixture": wide_mixture})
-    found["stream in float32"] = (make_backend("auto", device), {"add_norm": wide_add_norm})
-    backend = make_backend("auto", device)
-    for operation in ("gdn_prefill", "gdn_decode", "qk_norm_rope_store", "paged_prefill", "paged_decode"):
-        setattr(backend, operation, getattr(TorchBackend(), operation))
-    found["all of these"] = (backend, {"mixture": wide_mixture, "add_norm": wide_add_norm})
-    return found
+class Mixed(Backend):
+    """The device's backend with some cache operations in PyTorch, whose arithmetic is float32, and others replaced."""
 
+    def __init__(self, name: str, exact: Sequence[str] = (), **replaced: Callable[..., Any]) -> None:
+        super().__init__(name)
+        self.exact = exact
+        for operation, function in replaced.items():
+            setattr(self, operation, function)
 
-def with_ops(replaced: dict[str, Callable], run: Callable[[], Any]) -> Any:
-    """``run()`` while every new set of operations has some of them replaced."""
-    original = ops.ops_for
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        found = original(*args, **kwargs)
-        for name, operation in replaced.items():
-            setattr(found, name, operation)
+    def bind(self, buffer: torch.Tensor, layout: Layout) -> Caches:
+        found, torchs = super().bind(buffer, layout), Backend("torch").bind(buffer, layout)
+        for ours, theirs in (*zip(found.attention, torchs.attention), *zip(found.states, torchs.states)):
+            for operation in set(self.exact) & set(vars(theirs)):
+                setattr(ours, operation, getattr(theirs, operation))
         return found
 
-    import models.qwen3_next.step as step
 
-    step.ops_for = patched
-    try:
-        return run()
-    finally:
-        step.ops_for = original
+STATE = ("gdn_prefill", "gdn_decode")
+ATTENTION = ("qk_norm_rope_store", "paged_prefill", "paged_decode")
+
+
+def variants(device: str) -> dict[str, Backend]:
+    """Backends by what they compute more precisely."""
+    name = "triton" if device == "cuda" else "torch"
+    return {
+        "engine": Mixed(name),
+        "gated delta net in float32": Mixed(name, STATE),
+        "attention in float32": Mixed(name, ATTENTION),
+        "experts in float32": Mixed(name, mixture=wide_mixture),
+        "stream in float32": Mixed(name, add_norm=wide_add_norm),
+        "all of these": Mixed(name, (*STATE, *ATTENTION), mixture=wide_mixture, add_norm=wide_add_norm),
+    }
 
 
 def main() -> None:
@@ -125,8 +118,8 @@ def main() -> None:
             "Transformers": [real_width.reference_logits(theirs, prompt, c)[0] for prompt, c in zip(prompts, chosen)]
         }
         ours = real_width.our_model(theirs)
-        for name, (backend, replaced) in variants(args.device).items():
-            logits[name] = with_ops(replaced, partial(real_width.our_logits, ours, backend, prompts, chosen, rng))
+        for name, backend in variants(args.device).items():
+            logits[name] = real_width.our_logits(ours, backend, prompts, chosen, rng)
         for name, each in logits.items():
             found.setdefault(f"{name}, to float32", []).append(real_width.cosines(each, expected))
         found.setdefault("engine, to Transformers", []).append(

@@ -17,10 +17,10 @@ from limits import SUBPROCESS_S
 
 from benchmarks import measure, peers
 from benchmarks.attention import decode_launches
+from benchmarks.block_tables import WAYS, measure_table, table_width
 from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
 from benchmarks.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, fraction
 from benchmarks.processes import in_parallel, isolated
-from benchmarks.tables import WAYS, measure_table, table_width
 from benchmarks.timing import Ceilings, summary, time_host
 from benchmarks.work import Implementation, Setup, Work
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from benchmarks import block_size_figures, measure
+from benchmarks import kernel_figures, measure
 from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, Case, cuda_cases
-from benchmarks.figures import fraction_of_ceiling, relative_errors
+from benchmarks.kernel_figures import fraction_of_ceiling, relative_errors
 from benchmarks.measure import blank
 from benchmarks.work import Setup, Work
 from hybridcache.errors import UserError
@@ -55,7 +55,7 @@ def test_figure_of_times_marks_what_does_not_fit(tmp_path):
         {**common, "strategy": "independent", "kernel_block": 256, "median_ms": 1.1, "overflow": False},
     ]
     with style.styled():
-        figure, data = block_size_figures.time(pd.DataFrame(rows))
+        figure, data = kernel_figures.time(pd.DataFrame(rows))
         figure.savefig(tmp_path / "figure.png", dpi=50)
     assert "1.10" in figure.get_suptitle()
     assert len(data) == 4

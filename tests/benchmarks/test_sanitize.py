@@ -183,7 +183,7 @@ def test_hazards_in_the_dispatch_of_warps_need_a_proof(script, tmp_path):
 
 def test_every_cache_operation_is_launched():
     from benchmarks.checks.once import KERNELS
-    from hybridcache.kernels.triton_backend import IMPLEMENTATION
+    from hybridcache.kernels.operations import ATTENTION, STATE
 
-    for operation in (*IMPLEMENTATION, "page_tiled"):
+    for operation in (*ATTENTION, *STATE, "block_copy", "page_tiled"):
         assert any(name.split()[0] == operation for name in KERNELS), operation

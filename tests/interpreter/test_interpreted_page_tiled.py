@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import page_tiled as triton
 from hybridcache.errors import UserError
+from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.testing import attention_case, rel_error
@@ -52,9 +53,9 @@ def test_decode(generator, order, page, kv_heads, dim, dtype, group, splits):
     case = paged(generator, lengths, order, page, kv_heads, dim, dtype)
     wide = torch.randn(len(lengths), 2 * kv_heads * group, dim, generator=generator)
     q_BHD = wide[:, kv_heads * group :].to(getattr(torch, dtype))
-    inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, dim**-0.5)
-    expected = naive_decode.paged_decode(case.buffer, *inputs)
-    out = triton.paged_decode(case.buffer, *inputs, num_splits=splits)
+    inputs = (AttentionCache(case.buffer, case.layout, 1), q_BHD, case.kv_table_BN, case.context_len_B, dim**-0.5)
+    expected = naive_decode.paged_decode(*inputs)
+    out = triton.paged_decode(*inputs, num_splits=splits)
     assert out.dtype == q_BHD.dtype
     assert (out[2] == 0).all()
     assert rel_error(out, expected) <= TOLERANCE[dtype]
@@ -68,9 +69,18 @@ def test_prefill(generator, order, page, kv_heads, dim, dtype, group):
     case = paged(generator, lengths, order, page, kv_heads, dim, dtype)
     offsets = torch.tensor([0, *queries]).cumsum(0).int()
     q_THD = torch.randn(sum(queries), kv_heads * group, dim, generator=generator).to(getattr(torch, dtype))
-    inputs = (case.layout, 1, q_THD, case.kv_table_BN, offsets, case.context_len_B, dim**-0.5, 65, 130)
-    expected = naive_prefill.paged_prefill(case.buffer, *inputs)
-    out = triton.paged_prefill(case.buffer, *inputs)
+    inputs = (
+        AttentionCache(case.buffer, case.layout, 1),
+        q_THD,
+        case.kv_table_BN,
+        offsets,
+        case.context_len_B,
+        dim**-0.5,
+        65,
+        130,
+    )
+    expected = naive_prefill.paged_prefill(*inputs)
+    out = triton.paged_prefill(*inputs)
     assert (out[65:70] == 0).all()
     assert rel_error(out, expected) <= TOLERANCE[dtype]
 
@@ -79,11 +89,15 @@ def test_a_table_of_larger_blocks_is_refused(generator):
     case = attention_case(generator, lengths=[20], kernel_block_tokens=8, kernel_blocks=3, k_dim=16, v_dim=16)
     q_BHD = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"kernel_block_tokens=8: .*24 tokens"):
-        triton.paged_decode(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0)
+        triton.paged_decode(
+            AttentionCache(case.buffer, case.layout, 0), q_BHD, case.kv_table_BN, case.context_len_B, 1.0
+        )
 
 
 def test_k_and_v_of_two_widths_are_refused(generator):
     case = attention_case(generator, lengths=[20], kernel_block_tokens=8, kernel_blocks=1, k_dim=16, v_dim=32)
     q_BHD = torch.zeros(1, 4, 16, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"v_dim=32: .*16"):
-        triton.paged_decode(case.buffer, case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 1.0)
+        triton.paged_decode(
+            AttentionCache(case.buffer, case.layout, 0), q_BHD, case.kv_table_BN, case.context_len_B, 1.0
+        )

@@ -95,7 +95,7 @@ def test_conv_and_rings(dtype, tmp_path):
 
 @pytest.mark.parametrize(("steps", "warps"), [(8, 4), (16, 4), (4, 16)])
 def test_other_tiles_of_conv(steps, warps, tmp_path):
-    """Those that ``benchmarks/gdn_prefill.py`` times."""
+    """Those that ``benchmarks/variants.py`` times."""
     target = Target(conv_steps=steps, conv_warps=warps)
     compiled = target.compile(conv_kernel, warps)
     assert_fits(compiled, tmp_path)
@@ -153,13 +153,13 @@ def test_states(dtype, dim, rows, checkpoints, state_dtype, tmp_path):
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize(("value_tile", "warps"), [(64, 4), (128, 8)])
 def test_other_tiles_of_states(value_tile, warps, checkpoints, tmp_path):
-    """Those that ``benchmarks/gdn_prefill.py`` times."""
+    """Those that ``benchmarks/variants.py`` times."""
     target = Target(checkpoints=checkpoints, value_tile=value_tile, state_warps=warps)
     assert_fits(target.compile(state_kernel, warps), tmp_path)
 
 
 def test_chunks_without_a_limit_of_registers(tmp_path):
-    """``benchmarks/gdn_prefill.py`` times them too."""
+    """``benchmarks/variants.py`` times them too."""
     assert_fits(Target().compile(chunk_kernel, 4), tmp_path)
 
 

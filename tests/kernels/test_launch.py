@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from benchmarks.no_device import no_device  # noqa: E402
+from benchmarks.host import no_device  # noqa: E402
 from hybridcache.kernels.launch import Launcher, launcher  # noqa: E402
 from hybridcache.observe.compilations import compilations  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Tile sizes of GDN prefill's kernels by shape and device, and the compile-time parameters that follow from them.
 
-Measured at the shape of Qwen3-Next on an H100 (``benchmarks/results/variants-gdn_prefill-h100.json``).
+Measured at the shape of Qwen3-Next on an H100 (``docs/LOG.md``).
 """
 
 import logging

@@ -33,7 +33,7 @@ TILINGS = {"few": FEW, "some": SOME, "many": MANY}
 
 
 def choose_tiling(assignments: int, experts: int) -> Tiling:
-    """By assignments per expert, were they even (timed at 1 to 8,192 tokens: ``benchmarks/results/variants-moe-h100.json``)."""
+    """By assignments per expert, were they even (timed at 1 to 8,192 tokens: ``docs/LOG.md``)."""
     if assignments <= 12 * experts:
         return FEW
     return SOME if assignments <= 64 * experts else MANY

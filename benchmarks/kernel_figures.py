@@ -1,32 +1,153 @@
-"""Figures of experiment ``kernel_block_size``."""
+"""Figures of the kernels' measurements: how close each is to the device's ceiling and how exact it is; and what the size of a
+kernel block costs."""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
 
+from benchmarks.measure import TOLERANCE
 from benchmarks.resources import SHARED_MEMORY_LIMIT
 from hybridcache.observe.report import style
 from hybridcache.observe.report.units import bytes_text, seconds_text
 
-KIB = 1024
 STYLES = {
+    "triton": ("#0072B2", "o", "triton"),
+    "gluon": ("#009E73", "s", "gluon"),
+    "torch": ("#8A8A8A", "D", "torch"),
+    "triton+plan": ("#56B4E9", "v", "triton+plan"),
+    "copy_engine": ("#661100", "P", "copy_engine"),
+    "fla": ("#D55E00", "^", "fla"),
+    "fa3": ("#E69F00", "X", "FlashAttention-3"),
     "page_tiled": ("#D55E00", "s", "tile = page"),
     "independent": ("#0072B2", "o", "tile independent of the page"),
-    "gluon": ("#009E73", "D", "tile independent (Gluon)"),
-    "fa3": ("#E69F00", "X", "FlashAttention-3"),
 }
-"""Colour, marker and name of a kind of kernel."""
+"""Colour, marker and name of an implementation."""
 WAYS = {
     "loop": ("#D55E00", "s", "-", "expanded request by request"),
     "broadcast": ("#E69F00", "D", "--", "expanded by broadcast"),
     "none": ("#0072B2", "o", "-", "not expanded"),
 }
 SPARE = ("#4B0055", "h", "other")
-COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
 LIMIT_COLOR = "#C00000"
+PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
+COUNT = FuncFormatter(lambda value, _: f"{value:,g}")
+KIB = 1024
+FLOOR = 1e-9
+"""A relative error below it, 0 included, is drawn here."""
+ROW = ["op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout", "l2"]
+"""What a figure's data says of a row."""
+
+
+def row_label(row: pd.Series) -> str:
+    """Shape, type and layout of a row, as its axis says it."""
+    parts = [str(row["shape"])]
+    if str(row["op"]) == "gdn_decode":
+        parts = [f"B={row['shape']}", {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])]
+    if pd.notna(row["kernel_block"]):
+        order = "layer" if row["layout"] == "layer_major" else "block"
+        parts.append(f"{order} {int(row['kernel_block'])}/{int(row['manager_block'])}")
+    return " ".join(parts)
+
+
+def fraction_of_ceiling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """One panel per operation, a line per shape, a mark per implementation; hollow marks had their data in the L2 cache."""
+    data = _labelled(rows.dropna(subset="fraction"))
+    figure = _panels(data, "fraction")
+    for axes in figure.axes:
+        axes.set_xlim(0, max(1.0, 1.03 * float(data["fraction"].max())))
+        axes.xaxis.set_major_locator(MultipleLocator(0.2))
+        axes.xaxis.set_major_formatter(PERCENT)
+        axes.axvline(1.0, color=LIMIT_COLOR, lw=1.0, zorder=1)
+    ours = data[data["impl"].isin(["triton", "gluon"])]
+    best = ours.groupby(["op", "label"])["fraction"].max()
+    text = "Fraction of the ceiling"
+    if len(best):
+        reached = f"{(best >= 0.8).sum()} of {len(best)} shapes"
+        text = f"Our kernels reach 80 % of the ceiling at {reached}; the median is {best.median():.0%}"
+    style.set_title(figure, text)
+    return figure, data[[*ROW, "fraction", "bound", "median_ms"]]
+
+
+def relative_errors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Relative error of every implementation against its float64 reference."""
+    data = _labelled(rows.dropna(subset="rel_error"))
+    data = data.assign(drawn=data["rel_error"].clip(lower=FLOOR))
+    figure = _panels(data, "drawn")
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.set_xlim(FLOOR / 2, 3 * TOLERANCE)
+        axes.set_xticks([FLOOR, 1e-7, 1e-5, 1e-3], ["0", "1e-7", "1e-5", "1e-3"])
+        axes.minorticks_off()
+        axes.axvline(TOLERANCE, color=LIMIT_COLOR, lw=1.0, zorder=1)
+    largest = data.loc[data["rel_error"].idxmax()]
+    style.set_title(
+        figure,
+        f"Largest relative error {largest['rel_error']:.1e} ({largest['op']}, {largest['impl']}); allowed are {TOLERANCE:g}",
+    )
+    return figure, data[[*ROW, "rel_error"]]
+
+
+def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(label=[row_label(row) for _, row in rows.iterrows()])
+
+
+def _panels(data: pd.DataFrame, column: str) -> Figure:
+    """Operations in two columns of about equal height."""
+    labels = {op: list(dict.fromkeys(group["label"])) for op, group in data.groupby("op", sort=False)}
+    sides = _split({op: len(found) + 1.6 for op, found in labels.items()})
+    height = max(sum(len(labels[op]) + 1.6 for op in side) for side in sides)
+    figure = style.new_figure(1.1 + 0.24 * max(height, 5))
+    parts = figure.subfigures(1, len(sides), squeeze=False)[0]
+    for part, side in zip(parts, sides):
+        ratios = [len(labels[op]) + 0.4 for op in side]
+        grid = part.subplots(len(side), 1, squeeze=False, height_ratios=ratios, sharex=True)[:, 0]
+        for axes, op in zip(grid, side):
+            _panel(axes, data[data["op"] == op], labels[op], column)
+            axes.set_title(op, loc="left", fontweight="bold")
+    names = [name for name in STYLES if name in set(data["impl"])] + sorted(set(data["impl"]) - set(STYLES))
+    handles = [_handle(marker=marker, color=color, label=name) for name in names for color, marker, _ in [_look(name)]]
+    if set(data["l2"].dropna()) == {"warm", "cold"}:
+        handles.append(_handle(marker="o", mfc="white", mec="#444444", label="hollow: data in the L2 cache"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _split(heights: dict[str, float]) -> list[list[str]]:
+    """Operations in order, cut where the halves differ least; one column where there is one operation."""
+    names = list(heights)
+    if len(names) < 2:
+        return [names]
+    total = sum(heights.values())
+    cut = min(range(1, len(names)), key=lambda i: abs(total - 2 * sum(heights[name] for name in names[:i])))
+    return [names[:cut], names[cut:]]
+
+
+def _panel(axes: Axes, rows: pd.DataFrame, labels: Sequence[str], column: str) -> None:
+    for _, row in rows.iterrows():
+        color, marker, _ = _look(row["impl"])
+        face = "white" if row["l2"] == "warm" else color
+        y = labels.index(row["label"])
+        axes.plot(row[column], y, marker, ms=7, color=color, mfc=face, mew=1.4, clip_on=False, zorder=3, alpha=0.9)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _look(name: object) -> tuple[str, str, str]:
+    return STYLES.get(str(name), SPARE)
+
+
+def _handle(**options: object) -> Line2D:
+    return Line2D([], [], linestyle="", markersize=7, **options)  # type: ignore[arg-type]
+
+
+# -- block size ------------------------------------------------------------------------------------------------------------
 
 
 def shared_memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
@@ -36,7 +157,7 @@ def shared_memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     grid = figure.subplots(1, len(operations), sharey=True, squeeze=False)[0]
     for axes, operation in zip(grid, operations):
         for kind, group in rows[rows["operation"] == operation].groupby("strategy", sort=False):
-            color, marker, name = STYLES.get(str(kind), SPARE)
+            color, marker, name = _look(kind)
             group = group.sort_values("kernel_block")
             axes.plot(group["kernel_block"], group["shared_bytes"] / KIB, "-", color=color, lw=1.4, alpha=0.6)
             for compiled, part in sorted(group.groupby("compiled"), key=lambda pair: not pair[0]):
@@ -87,30 +208,17 @@ def table_cost(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             axes = grid[line, column]
             for way, (color, marker, dash, text) in WAYS.items():
                 group = part[part["strategy"] == way].sort_values("length")
-                axes.plot(
-                    group["length"],
-                    group[name] / scale,
-                    dash,
-                    marker=marker,
-                    color=color,
-                    ms=6 if way == "broadcast" else 8,
-                    lw=1.5,
-                    mec="white",
-                    mew=0.5,
-                    label=text,
-                    clip_on=False,
-                )
+                look = {"marker": marker, "color": color, "mec": "white", "mew": 0.5, "lw": 1.5, "clip_on": False}
+                size = 6 if way == "broadcast" else 8
+                axes.plot(group["length"], group[name] / scale, dash, **look, ms=size, label=text)
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.yaxis.set_major_formatter(COUNT)
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(sorted(set(data["length"])), [_tokens(value) for value in sorted(set(data["length"]))])
-            axes.xaxis.set_minor_locator(NullLocator())
+            _log2_axis(axes, sorted(set(data["length"])), _tokens)
             if column == 0:
                 axes.set_ylabel(label)
-        grid[0, column].set_title(
-            f"manager {manager:,.0f} / kernel {kernel:,.0f} tokens", loc="left", fontweight="bold"
-        )
+        title = f"manager {manager:,.0f} / kernel {kernel:,.0f} tokens"
+        grid[0, column].set_title(title, loc="left", fontweight="bold")
         grid[1, column].set_xlabel("tokens of a request")
     _legend(figure)
     style.set_title(figure, _table_title(data, geometries[0]))
@@ -143,7 +251,7 @@ def time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         here = rows[rows["operation"] == operation]
         cold = here[here["l2"] != "warm"] if (here["l2"] == "cold").any() else here
         for kind, group in cold.groupby("strategy", sort=False):
-            color, marker, name = STYLES.get(str(kind), SPARE)
+            color, marker, name = _look(kind)
             group = group.sort_values("kernel_block")
             done = group.dropna(subset="median_ms")
             axes.plot(done["kernel_block"], done["median_ms"], "-", marker=marker, ms=7, color=color, label=name)
@@ -157,11 +265,8 @@ def time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         _block_axis(axes, rows)
     _legend(figure)
     done = rows.dropna(subset="median_ms")
-    ratios = (
-        done[done["strategy"] == "independent"]
-        .groupby(["operation", "l2"])["median_ms"]
-        .agg(lambda x: x.max() / x.min())
-    )
+    ours = done[done["strategy"] == "independent"].groupby(["operation", "l2"])["median_ms"]
+    ratios = ours.agg(lambda x: x.max() / x.min())
     text = "Time over the kernel block"
     if len(ratios):
         text = f"The block size changes the time of the independent kernels by a factor of {ratios.max():.2f} at most"
@@ -171,11 +276,14 @@ def time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _block_axis(axes: Axes, rows: pd.DataFrame) -> None:
-    sizes = sorted(set(rows["kernel_block"]))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
-    axes.xaxis.set_minor_locator(NullLocator())
+    _log2_axis(axes, sorted(set(rows["kernel_block"])), lambda size: f"{size:,.0f}")
     axes.set_xlabel("tokens of a kernel block")
+
+
+def _log2_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [text(value) for value in values])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _legend(figure: Figure) -> None:
