@@ -96,7 +96,13 @@ class LLM:
         )
         with _cache_bytes_for_budget():
             self.strategy = build(
-                strategy, spec=self.spec, budget_bytes=cache_bytes, physical=True, **(strategy_options or {})
+                strategy,
+                spec=self.spec,
+                budget_bytes=cache_bytes,
+                physical=True,
+                table_rows=scheduler_config.max_running,
+                max_request_tokens=self.max_model_len,
+                **(strategy_options or {}),
             )
             self.engine = Engine(
                 self.model,

@@ -12,7 +12,7 @@ import torch
 from hybridcache.device import room_on
 from hybridcache.errors import bad
 
-RESERVE_BYTES = 192 << 20
+RESERVE_BYTES = 256 << 20
 """Of libraries (cuBLAS takes 32 MiB a stream), partial results of split attention, and the allocator's rounding."""
 
 

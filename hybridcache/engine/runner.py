@@ -116,8 +116,7 @@ class ModelRunner:
         self.strategy = strategy
         self.backend = backend
         self.layout = strategy.layout
-        # A resident holds a state at least, so the budget bounds the rows too.
-        self.max_rows = max(1, min(max_rows, strategy.budget_bytes // strategy.spec.state_bytes))
+        self.max_rows = max(1, strategy.step_rows(max_rows))
         self.max_tokens = max_tokens
         self._max_entries = -(-strategy.request_limit() // self.layout.attention.tokens_per_entry)
         decode = [Shape(size) for size in graph_sizes(self.max_rows)]

@@ -20,6 +20,8 @@ _CLASSES = {
 }
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {"shared_pool_carve": ("shared_pool", {"mode": "carve"})}
 """Names of ``conf/strategy`` that are a class with other options."""
+COMMON = ("physical", "table_rows", "max_request_tokens")
+"""Options of every strategy, which whoever builds it gives."""
 STRATEGIES = tuple(_CLASSES)
 """Names that ``build`` knows; a class of your own goes in by ``_target_`` (``docs/strategies.md``)."""
 
@@ -74,5 +76,6 @@ def build(name: str, *, spec: CacheSpec, budget_bytes: int, physical: bool = Fal
     valid = options_of(cls)
     for unknown in given:
         if unknown not in valid:
-            raise bad(unknown, given[unknown], f"strategy {name} has no such option; it has {', '.join(valid)}")
+            own = ", ".join(option for option in valid if option not in COMMON) or "none of its own"
+            raise bad(unknown, given[unknown], f"strategy {name} has no such option; it has {own}")
     return cls(spec, budget_bytes, **given)

@@ -155,7 +155,12 @@ class Accounts(ABC):
         """Bytes of the block tables of ``table_rows`` rows: for every state layer an entry to read and one to write, then the
         KV entries of the longest request."""
         width = 2 * len(self.spec.state_layers) + self._entries(max(self.request_limit(), 0))
-        return self.table_rows * width * ENTRY_BYTES
+        return self.step_rows(self.table_rows) * width * ENTRY_BYTES
+
+    def step_rows(self, asked: int) -> int:
+        """Rows of the largest step: ``asked``, or fewer where the budget holds no more requests (a request holds its states at
+        least)."""
+        return min(asked, self.budget_bytes // self.spec.state_bytes)
 
     def spans(self) -> Iterator[Span]:
         """Every span that somebody holds, in any order and without overlap (nothing for a strategy without addresses)."""

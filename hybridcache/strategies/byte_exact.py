@@ -35,6 +35,11 @@ class ByteExact(Strategy):
             least_bytes=self.spec.request_bytes(1),
         )
 
+    @property
+    def table_bytes(self) -> int:
+        """None: a bound needs no tables to find its bytes."""
+        return 0
+
     def _fits(self, entries: int, states: bool) -> bool:
         return entries * self.spec.kv_bytes_per_token + states * self.spec.state_bytes <= self._free
 

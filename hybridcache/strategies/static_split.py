@@ -142,6 +142,9 @@ class StaticSplit(Strategy):
     def _request_limit(self) -> int:
         return self.num_kv_tokens if self.running_cap else 0
 
+    def step_rows(self, asked: int) -> int:
+        return min(super().step_rows(asked), self.running_cap)
+
     def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
         for free, total, held in ((self._free_slots, self.num_slots, states), (self._free_pages, self.num_pages, kv)):
             everything = [*held, *free]
