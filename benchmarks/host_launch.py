@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with no_device() as device, ExitStack() as stack:
-        for module in ("devices", "gdn_decode.tuning"):
+        for module in ("devices", "gdn_decode.tiles"):
             stack.enter_context(patch(f"hybridcache.kernels.{module}.capability", lambda device: (9, 0)))
         step = make_step(args.mode, args.decoding, args.prefilling)
         found = measure(device, step, args.steps)
