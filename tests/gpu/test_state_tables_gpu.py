@@ -16,8 +16,8 @@ if torch.cuda.is_available():
 
     from hybridcache.kernels.backend import Backend
     from hybridcache.kernels.gdn_decode import naive as naive_decode
+    from hybridcache.kernels.gdn_decode.tiles import default_tiles
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.gdn_decode.tuning import default_tuning
     from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, prefill_case, reference64
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
     from hybridcache.kernels.testing import cached, rel_error, run, state_case, state_error
@@ -43,9 +43,9 @@ def positions(generator: torch.Generator, rows: int) -> list[int]:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_decode_moves_the_whole_state(generator, state_dtype, cut):
     """By the cut of each batch size, on 64 rows."""
-    tuning = default_tuning(cut, getattr(torch, state_dtype))
+    tiles = default_tiles(cut, getattr(torch, state_dtype))
     case = state_case(generator, positions=positions(generator, 64), apart=True, state_dtype=state_dtype, device="cuda")
-    check_moves(partial(gdn_decode, tuning=tuning), case)
+    check_moves(partial(gdn_decode, tiles=tiles), case)
 
 
 @pytest.mark.parametrize("rows", BATCHES)
