@@ -75,7 +75,8 @@ class PoolModel:
                 positions[mine],
                 int(batch.context_len_B[row]),
             )
-            state_hash = self._recur(memory, layout, batch.state_table_BL[row].numpy(), tokens[mine], positions[mine])
+            table = batch.state_table_BL[row].tolist()
+            state_hash = self._recur(memory, layout, (table, table), tokens[mine], positions[mine])
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
         wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
         hashes = np.array([last.get(int(index), 0.0) for index in wanted])
@@ -136,26 +137,43 @@ class PoolModel:
         return address // 8
 
     def _recur(
-        self, memory: np.ndarray, layout: Layout, table: np.ndarray, tokens: np.ndarray, positions: np.ndarray
+        self,
+        memory: np.ndarray,
+        layout: Layout,
+        tables: tuple[list[int], list[int]],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        checkpoints: dict[int, list[int]] | None = None,
     ) -> float:
-        """Update each layer's running hash and ring in place; hash what they hold then."""
-        st = layout.state
-        total = 0.0
-        for layer, entry in enumerate(table):
-            base = st.address(layer, int(entry)) // 8
-            end = base + int(np.prod(st.recurrent_shape)) - 1
+        """Update each layer's running hash and ring; hash what they hold then.
+
+        Args:
+            tables: entries that states are read from, and those that they are written to (equal ones: in place). At position 0
+                nothing is read.
+            checkpoints: by position the entries that the states before it go to as well.
+        """
+        st, total = layout.state, 0.0
+        words = (st.conv_offset + st.conv_kernel * st.conv_channels * 8) // 8
+        last = int(np.prod(st.recurrent_shape)) - 1
+        for layer, (read, write) in enumerate(zip(*tables, strict=True)):
+            source, base = (st.address(layer, entry) // 8 for entry in (read, write))
+            if source != base and positions[0] > 0:
+                memory[base : base + words] = memory[source : source + words]
             ring = base + st.conv_offset // 8
             for token, position in zip(tokens, positions):
-                for slot in (base, end):
+                for slot in (base, base + last):
                     previous = memory[slot] if position > 0 else 0.0
                     memory[slot] = (previous * 31 + token + layer + 1) % PRIME
                 # The last channel of the column.
                 memory[ring + (position % st.conv_kernel + 1) * st.conv_channels - 1] = token + 1
+                if checkpoints and position + 1 in checkpoints:
+                    kept = st.address(layer, checkpoints[position + 1][layer]) // 8
+                    memory[kept : kept + words] = memory[base : base + words]
             seen = range(max(int(positions[-1]) - st.conv_kernel + 1, 0), int(positions[-1]) + 1)
             columns = sum(
                 (i + 1) * memory[ring + (p % st.conv_kernel + 1) * st.conv_channels - 1] for i, p in enumerate(seen)
             )
-            total = (total * 17 + memory[base] + 3 * memory[end] + columns) % PRIME
+            total = (total * 17 + memory[base] + 3 * memory[base + last] + columns) % PRIME
         return total
 
 

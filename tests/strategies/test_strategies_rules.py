@@ -210,6 +210,16 @@ def test_two_ended_compacts_slots_for_a_page() -> None:
     pool.check_integrity()
 
 
+def test_two_ended_compacts_where_a_byte_is_missing() -> None:
+    pool = build("two_ended", spec=SPEC, budget_bytes=8 * UNIT - 1, page_size=16)
+    for seq_id in range(3):
+        assert pool.admit(seq_id, 16)
+    pool.release(0)
+    assert pool.grow(1, 64)  # two pages beyond the reach, and the gap is a byte too small for them
+    assert pool.bytes_moved == UNIT
+    pool.check_integrity()
+
+
 def test_two_ended_compacts_pages_for_a_slot() -> None:
     pool = make("two_ended", 8, page_size=16)
     assert pool.admit(0, 48)
