@@ -92,8 +92,7 @@ class LayerMajor(Strategy):
     def _give_states(self, units: Sequence[int]) -> None:
         self._free.put_all(units)
 
-    def _give_kv(self, units: Sequence[int]) -> None:
-        self._free.put_all(units)
+    _give_kv = _give_states
 
     def _free_bytes(self) -> int:
         return len(self._free) * self.block_bytes

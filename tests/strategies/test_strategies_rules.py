@@ -59,8 +59,11 @@ def test_carve_shares_the_kernel_blocks_of_a_block() -> None:
     assert pool.kv_table(0).tolist() == [4, 5, 6]
     assert pool.admit(1, 8)
     assert pool.kv_table(1).tolist() == [7], "the other half of the block that is open"
-    pool.release(0)
-    pool.release(1)
+    assert pool.admit(2, 8)  # states in 6 and 7; opens block 8
+    assert pool.grow(2, 32), "3 more: a whole block, then the open half"
+    assert pool.kv_table(2).tolist() == [16, 18, 19, 17]
+    for seq_id in (0, 1, 2):
+        pool.release(seq_id)
     assert residents(pool, 8) == 4, "two share a block"
     assert pool.usage().free == 0
 
@@ -135,6 +138,7 @@ def test_static_split_border_and_cap() -> None:
     assert residents(pool, 30) == 10
     assert not pool.admit(10, 1), "slots are gone though tokens are left"
     assert pool.usage().free == 60 * 192
+    assert build("static_split", spec=SPEC, budget_bytes=100_000, ratio=1.0).num_slots == 16  # of 50,000 B
     capped = split(q=3)
     assert capped.running_cap == 3
     assert capped.usage().reserved == 100_000 - 3 * 3072 - 360 * 192
