@@ -77,9 +77,9 @@ class PoolModel:
                 positions[mine],
                 int(batch.context_len_B[row]),
             )
-            tables = (batch.state_read_BL[row].numpy(), batch.state_write_BL[row].numpy())
+            tables = (batch.state_read_BL[row].tolist(), batch.state_write_BL[row].tolist())
             kept = self._kept(batch, row, positions[mine])
-            state_hash = self._recur(memory, layout, *tables, tokens[mine], positions[mine], kept)
+            state_hash = self._recur(memory, layout, tables, tokens[mine], positions[mine], kept)
             last[int(mine[-1])] = (7 * kv_hash + 13 * state_hash) % PRIME
         wanted = range(batch.num_tokens) if batch.logit_index_R is None else batch.logit_index_R
         hashes = np.array([last.get(int(index), 0.0) for index in wanted])
@@ -126,13 +126,13 @@ class PoolModel:
         return total
 
     @staticmethod
-    def _kept(batch: StepBatch, row: int, positions: np.ndarray) -> dict[int, np.ndarray]:
+    def _kept(batch: StepBatch, row: int, positions: np.ndarray) -> dict[int, list[int]]:
         """The state entries of the row's checkpoints inside this step, by position."""
         table, interval = batch.checkpoint_table_PNL, batch.checkpoint_interval
         if table is None or row < batch.num_decode:
             return {}
         first = positions[0] // interval + 1
-        entries = table[row - batch.num_decode].numpy()
+        entries = table[row - batch.num_decode].tolist()
         return {
             (first + n) * interval: entry
             for n, entry in enumerate(entries)
@@ -157,37 +157,40 @@ class PoolModel:
         self,
         memory: np.ndarray,
         layout: Layout,
-        read: np.ndarray,
-        write: np.ndarray,
+        tables: tuple[list[int], list[int]],
         tokens: np.ndarray,
         positions: np.ndarray,
-        kept: dict[int, np.ndarray],
+        checkpoints: dict[int, list[int]] | None = None,
     ) -> float:
-        """Update each layer's running hash and ring, from where they are read to where they are written; hash what they hold
-        then."""
-        st = layout.state
-        total = 0.0
-        size = (st.conv_offset // 8) + st.conv_kernel * st.conv_channels
-        for layer, (source, entry) in enumerate(zip(read, write)):
-            base, origin = st.address(layer, int(entry)) // 8, st.address(layer, int(source)) // 8
-            if base != origin and positions[0] > 0:
-                memory[base : base + size] = memory[origin : origin + size]
-            end = base + int(np.prod(st.recurrent_shape)) - 1
+        """Update each layer's running hash and ring; hash what they hold then.
+
+        Args:
+            tables: entries that states are read from, and those that they are written to (equal ones: in place). At position 0
+                nothing is read.
+            checkpoints: by position the entries that the states before it go to as well.
+        """
+        st, total = layout.state, 0.0
+        words = (st.conv_offset + st.conv_kernel * st.conv_channels * 8) // 8
+        last = int(np.prod(st.recurrent_shape)) - 1
+        for layer, (read, write) in enumerate(zip(*tables, strict=True)):
+            source, base = (st.address(layer, entry) // 8 for entry in (read, write))
+            if source != base and positions[0] > 0:
+                memory[base : base + words] = memory[source : source + words]
             ring = base + st.conv_offset // 8
             for token, position in zip(tokens, positions):
-                for slot in (base, end):
+                for slot in (base, base + last):
                     previous = memory[slot] if position > 0 else 0.0
                     memory[slot] = (previous * 31 + token + layer + 1) % PRIME
                 # The last channel of the column.
                 memory[ring + (position % st.conv_kernel + 1) * st.conv_channels - 1] = token + 1
-                if position + 1 in kept:
-                    copy = st.address(layer, int(kept[position + 1][layer])) // 8
-                    memory[copy : copy + size] = memory[base : base + size]
+                if checkpoints and position + 1 in checkpoints:
+                    kept = st.address(layer, checkpoints[position + 1][layer]) // 8
+                    memory[kept : kept + words] = memory[base : base + words]
             seen = range(max(int(positions[-1]) - st.conv_kernel + 1, 0), int(positions[-1]) + 1)
             columns = sum(
                 (i + 1) * memory[ring + (p % st.conv_kernel + 1) * st.conv_channels - 1] for i, p in enumerate(seen)
             )
-            total = (total * 17 + memory[base] + 3 * memory[end] + columns) % PRIME
+            total = (total * 17 + memory[base] + 3 * memory[base + last] + columns) % PRIME
         return total
 
 

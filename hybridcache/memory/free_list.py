@@ -6,20 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 
-def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Maximal runs of consecutive ascending numbers, as ``(first, count)``."""
-    first, count = -1, 0
-    for number in numbers:
-        if count and number == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = number, 1
-    if count:
-        yield first, count
-
-
 def merged_runs(numbers: Iterable[int] | np.ndarray) -> np.ndarray:
     """Maximal runs of a set of numbers given in any order, as int64 ``[runs, 2]`` of ``(first, count)``."""
     given = numbers.astype(np.int64) if isinstance(numbers, np.ndarray) else np.fromiter(numbers, dtype=np.int64)
@@ -48,7 +34,7 @@ class FreeList:
     def __len__(self) -> int:
         return len(self._free)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter(self._free)
 
     def pop(self) -> int:

@@ -124,9 +124,7 @@ def plan(spec: CacheSpec) -> list[Geometry]:
     Raises:
         UserError: the model is not hybrid, or its K or V rows do not start on 16 bytes.
     """
-    if spec.state is None or spec.attention is None:
-        raise bad("spec", spec.model_type, "the planner needs a model with attention KV and recurrent states")
-    check_kv_rows(spec)
+    _require_plannable(spec)
     found: list[Geometry] = []
     for kb in KERNEL_BLOCK_TOKENS:
         kernel_block_bytes = kb * spec.kv_bytes_per_token

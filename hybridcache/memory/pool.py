@@ -29,11 +29,6 @@ class CachePool:
         if poison:
             self.buffer.fill_(POISON_BYTE)
 
-    def view(self, dtype: torch.dtype) -> torch.Tensor:
-        """The buffer as a flat tensor of that element type (the last odd bytes cut off). No copy."""
-        size = dtype.itemsize
-        return self.buffer[: self.buffer.numel() // size * size].view(dtype)
-
     def poison(self, spans: Iterable[Span]) -> None:
         """Overwrite spans with NaN patterns."""
         for span in spans:

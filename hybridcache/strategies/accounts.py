@@ -17,7 +17,7 @@ from hybridcache.memory.layout import Layout, check_kv_rows
 from hybridcache.memory.owners import Checkpoint, Resident, Segment, SharedKv, StateSet
 from hybridcache.memory.spans import Kind, Move, Span
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.options import whole
+from hybridcache.strategies.options import whole, whole_or_none
 from hybridcache.strategies.usage import Cut, Usage
 
 ENTRY_BYTES = 4
@@ -68,9 +68,7 @@ class Accounts(ABC):
         self.budget_bytes = budget_bytes
         self.physical = physical
         self.table_rows = whole("table_rows", table_rows, 0)
-        self.max_request_tokens = (
-            None if max_request_tokens is None else whole("max_request_tokens", max_request_tokens)
-        )
+        self.max_request_tokens = whole_or_none("max_request_tokens", max_request_tokens)
         self.bytes_moved = 0
         """Bytes relocated by compaction since construction."""
         self.bytes_copied = 0

@@ -10,6 +10,7 @@ layout and tables must be read back, whatever was shared, copied or moved meanwh
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from random import Random
 from typing import Any
 
@@ -22,15 +23,6 @@ Make = Callable[..., Strategy]
 OPERATIONS = 400
 LONGEST = 60
 """Tokens of the requests that are tried."""
-
-
-def small_spec() -> CacheSpec:
-    """Two attention layers and six linear ones, with states of about 40 tokens of KV."""
-    kv = AttentionKV(num_kv_heads=2, k_dim=16, v_dim=16, dtype="bfloat16")
-    state = RecurrentState((2, 16, 32), "float32", conv_channels=32, conv_kernel=4, conv_dtype="bfloat16")
-    return CacheSpec(
-        "check", tuple(LayerSpec(i, kv, None) if i % 4 == 3 else LayerSpec(i, None, state) for i in range(8))
-    )
 
 
 class Memory:
@@ -53,96 +45,74 @@ class Memory:
         for seq_id, tokens in self.written.items():
             table, start, total = self.pool.kv_table(seq_id), len(tokens), self.pool.num_tokens(seq_id)
             if tokens:
-                self._expect(self._rows(table, tokens), f"KV of request {seq_id}")
-                self._expect(
-                    self._states(self.pool.state_read_table(seq_id), tokens[-1]), f"the state of request {seq_id}"
-                )
+                found = [*self._rows(table, tokens, 0), *self._states(self.pool.state_read_table(seq_id), tokens[-1])]
+                lost = [tag for at, tag in found if self.tags.get(at) != tag]
+                assert not lost, f"request {seq_id} finds other bytes than were written: (token, layer, ...) {lost[0]}"
             if total > start:
                 tokens += range(self.tokens, self.tokens + total - start)
                 self.tokens += total - start
-                self._put([*self._rows(table, tokens)][start * self._ends :])
-                self._put(self._states(self.pool.state_write_table(seq_id), tokens[-1]))
+                self.tags |= self._rows(table, tokens, start)
+                self.tags |= self._states(self.pool.state_write_table(seq_id), tokens[-1])
+        assert all(0 <= at < self.layout.pool_bytes for at in self.tags), "a row or state lies beyond the pool"
         self.pool.settle_states()
 
-    @property
-    def _ends(self) -> int:
-        return 4 * len(self.layout.attention.base) * self.layout.attention.num_kv_heads
-
-    def _rows(self, table: Sequence[int], tokens: list[int]) -> Iterator[tuple[int, object]]:
+    def _rows(self, table: Sequence[int], tokens: list[int], start: int) -> Iterator[tuple[int, object]]:
         at = self.layout.attention
-        for position, token in enumerate(tokens):
-            entry = int(table[position // at.tokens_per_entry])
-            for layer in range(len(at.base)):
-                for kv, dim in enumerate((at.k_dim, at.v_dim)):
-                    for head in range(at.num_kv_heads):
-                        first = at.address(layer, entry, position, kv, head)
-                        yield first, (token, layer, kv, head)
-                        yield first + dim * itemsize(at.dtype) - 1, (token, layer, kv, head)
+        for position, layer, kv, head in product(
+            range(start, len(tokens)), range(len(at.base)), range(2), range(at.num_kv_heads)
+        ):
+            first = at.address(layer, int(table[position // at.tokens_per_entry]), position, kv, head)
+            for end in (first, first + (at.k_dim, at.v_dim)[kv] * itemsize(at.dtype) - 1):
+                yield end, (tokens[position], layer, kv, head)
 
     def _states(self, table: Sequence[int], token: int) -> Iterator[tuple[int, object]]:
-        st = self.layout.state
-        for layer in range(len(st.base)):
-            first = st.address(layer, int(table[layer % len(table)]))
-            yield first, (token, layer)
-            yield first + self.pool.spec.stored_state_bytes_per_layer - 1, (token, layer)
-
-    def _put(self, pieces: Any) -> None:
-        for at, tag in pieces:
-            assert 0 <= at < self.layout.pool_bytes, f"byte {at} lies beyond the pool of {self.layout.pool_bytes}"
-            self.tags[at] = tag
-
-    def _expect(self, pieces: Iterator[tuple[int, object]], what: str) -> None:
-        assert all(self.tags.get(at) == tag for at, tag in pieces), f"{what} was overwritten or lost"
+        for layer in range(len(self.layout.state.base)):
+            first = self.layout.state.address(layer, int(table[layer % len(table)]))
+            for end in (first, first + self.pool.spec.stored_state_bytes_per_layer - 1):
+                yield end, (token, layer)
 
 
-def _operate(pool: Strategy, rng: Random, shares: bool, memory: Memory | None = None, steps: int = OPERATIONS) -> None:
+def _operate(pool: Strategy, rng: Random, shares: bool, memory: Memory | None = None) -> None:
     """Random operations, the bookkeeping checked after each; in the end everything is returned."""
-    empty, grown = pool.usage(), set[int]()
-    for number in range(steps):
+    empty, settled = pool.usage(), set[int]()
+    written, kept = ({}, {}) if memory is None else (memory.written, memory.kept)
+    for number in range(OPERATIONS):
         seq_id, more, before = rng.randrange(6), rng.randint(1, LONGEST // 2), pool.usage()
         key = rng.choice(pool.cached) if pool.cached else None
-        resident, total = seq_id in pool.residents, 0
-        if resident:
-            total = pool.num_tokens(seq_id) + more
-        if rng.random() < 0.3:
+        what, done = rng.random(), True
+        if what < 0.3:
             pool.settle_states() if memory is None else memory.step()
-            grown.clear()
-            continue
-        if resident and rng.random() < 0.3:
+            settled = set(pool.residents)
+        elif seq_id in pool.residents and what < 0.5:
             pool.release(seq_id)
-            done = memory is None or memory.written.pop(seq_id) is not None
-        elif shares and resident and seq_id not in grown and rng.random() < 0.5:
+            settled.discard(seq_id)
+            written.pop(seq_id)
+        elif shares and seq_id in settled and what < 0.7:
             pool.checkpoint(seq_id, number)
-            done = True
+            kept[number] = list(written[seq_id])
             assert pool.usage().free == before.free, "checkpoint took memory"
-            if memory is not None:
-                memory.kept[number] = list(memory.written[seq_id])
-        elif resident:
+        elif seq_id in pool.residents:
+            total = pool.num_tokens(seq_id) + more
             within = total <= pool.room[seq_id]
-            done = within and number % 2 == 1
-            if done:
+            if within and number % 2:
                 pool.fill({seq_id: total})
             else:
                 done = pool.grow(seq_id, total)
             assert done or not within, "refused to grow within its room"
-            assert not done or pool.num_tokens(seq_id) == total, (
-                f"grew to {pool.num_tokens(seq_id)} tokens, not {total}"
-            )
             assert not within or pool.usage().held == before.held, "took memory to grow within its room"
-            grown |= {seq_id} if done else set()
-        elif key is not None and rng.random() < 0.3:
+            assert not done or pool.num_tokens(seq_id) == total, (
+                f"{pool.num_tokens(seq_id)} tokens after growing to {total}"
+            )
+            settled -= {seq_id} if done else set()
+        elif key is not None and what < 0.5:
             pool.drop(key)
-            done = memory is None or memory.kept.pop(key) is not None
-        elif key is not None and rng.random() < 0.7:
+            kept.pop(key)
+        elif key is not None and what < 0.8:
             done = pool.restore(seq_id, key, pool.cached_tokens(key) + more)
-            if done and memory is not None:
-                memory.written[seq_id] = list(memory.kept[key])
+            written |= {seq_id: list(kept[key])} if done else {}
         else:
             done = pool.admit(seq_id, more)
-            if done and memory is not None:
-                memory.written[seq_id] = []
-        if not resident and seq_id in pool.residents:
-            grown.add(seq_id)
+            written |= {seq_id: []} if done else {}
         assert done or pool.usage() == before, "a refused operation changed what is held"
         pool.check_integrity()
     for seq_id in pool.residents:
@@ -192,7 +162,7 @@ def tables(make: Make) -> None:
     pool = make(table_rows=2, max_request_tokens=LONGEST)
     assert pool.request_limit() <= LONGEST
     assert pool.usage().reserved >= pool.table_bytes > 0, "block tables are not reserved"
-    _operate(pool, Random(3), shares=True, steps=50)
+    _operate(pool, Random(3), shares=True)
 
 
 def contents(make: Make) -> None:
@@ -214,7 +184,10 @@ def check(name: str, **options: Any) -> list[tuple[str, str | None]]:
     Raises:
         UserError: the class cannot be found or built.
     """
-    spec, cls = small_spec(), strategy_class(name)
+    kv = AttentionKV(num_kv_heads=2, k_dim=16, v_dim=16, dtype="bfloat16")
+    state = RecurrentState((2, 16, 32), "float32", conv_channels=32, conv_kernel=4, conv_dtype="bfloat16")
+    spec = CacheSpec("check", tuple(LayerSpec(i, *((kv, None) if i % 4 == 3 else (None, state))) for i in range(8)))
+    physical = strategy_class(name).supports_physical
 
     def make(budget_bytes: int = 1 << 32, **more: Any) -> Strategy:
         return build(name, spec=spec, budget_bytes=budget_bytes, **options, **more)
@@ -229,7 +202,7 @@ def check(name: str, **options: Any) -> list[tuple[str, str | None]]:
     budget = 5 * large.usage().held + 4096
     found: list[tuple[str, str | None]] = []
     for one in PROPERTIES:
-        if one is contents and not cls.supports_physical:
+        if one is contents and not physical:
             continue
         try:
             one(lambda budget_bytes=budget, **more: make(budget_bytes, **more))

@@ -15,7 +15,7 @@ from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Units
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import seed
+from hybridcache.strategies.options import whole_or_none
 
 
 class LayerMajor(Strategy):
@@ -33,15 +33,8 @@ class LayerMajor(Strategy):
         watermark: float = 0.0,
         placement_seed: int | None = None,
     ) -> None:
-        """Cut the pool into blocks.
-
-        Args:
-            block_tokens: tokens of KV in one page.
-            kernel_block_tokens: tokens of one kernel block; divides ``block_tokens``.
-            group_size: tensors, ``G``.
-            watermark: fraction of all blocks that stays free at admission.
-            placement_seed: shuffle the free blocks first (tests).
-        """
+        """Cut the pool into blocks of ``block_tokens`` tokens, a multiple of ``kernel_block_tokens``, in ``group_size``
+        tensors; the fraction ``watermark`` of all blocks stays free at admission."""
         spec = self.spec
         self.block_tokens = block_tokens
         self.kernel_block_tokens = kernel_block_tokens
@@ -50,7 +43,7 @@ class LayerMajor(Strategy):
         self.attention_groups = -(-len(spec.attention_layers) // group_size)
         self.state_groups = -(-len(spec.state_layers) // group_size)
         self._watermark = watermark
-        self._placement_seed = seed("placement_seed", placement_seed)
+        self._placement_seed = whole_or_none("placement_seed", placement_seed, 0)
         if self.physical and self.attention_groups > 1:
             raise bad(
                 "spec",
@@ -99,8 +92,7 @@ class LayerMajor(Strategy):
     def _give_states(self, units: Sequence[int]) -> None:
         self._free.put_all(units)
 
-    def _give_kv(self, units: Sequence[int]) -> None:
-        self._free.put_all(units)
+    _give_kv = _give_states
 
     def _free_bytes(self) -> int:
         return len(self._free) * self.block_bytes

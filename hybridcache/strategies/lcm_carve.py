@@ -13,11 +13,12 @@ from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Any, ClassVar
 
+from hybridcache.errors import bad
 from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import choice, seed, whole
+from hybridcache.strategies.options import whole, whole_or_none
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")
@@ -45,13 +46,15 @@ class LcmCarve(Strategy):
         **common: Any,
     ) -> None:
         super().__init__(spec, budget_bytes, **common)
-        self.order = choice("order", order, ORDERS)
+        if order not in ORDERS:
+            raise bad("order", order, f"choose one of {', '.join(ORDERS)}")
+        self.order = order
         self.page_size = whole("page_size", page_size)
         self.page_bytes = page_size * spec.kv_bytes_per_token
         self.children = -(-spec.state_bytes // self.page_bytes)
         """``K``: KV pages of one large page."""
         self.large_page_bytes = self.children * self.page_bytes
-        self._placement_seed = seed("placement_seed", placement_seed)
+        self._placement_seed = whole_or_none("placement_seed", placement_seed, 0)
         self._set_up()
 
     def _cut(self, pool_bytes: int) -> Cut:
@@ -97,9 +100,7 @@ class LcmCarve(Strategy):
         self._free.put_all(units)
 
     def _give_kv(self, units: Sequence[int]) -> None:
-        for emptied in map(self._parents.put, units):
-            if emptied is not None:
-                self._free.put(emptied)
+        self._parents.give(units, self._free)
 
     def _free_bytes(self) -> int:
         return len(self._free) * self.large_page_bytes + self._parents.free_children * self.page_bytes

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from hybridcache.memory.free_list import FreeList
+
 
 class Parents:
     """The blocks that are bound to children now, bucketed by how many of their children are used.
@@ -57,6 +59,12 @@ class Parents:
         self._by_used[used + 1][block] = None
         self.free_children -= 1
         return self._free[block].pop()
+
+    def give(self, children: Iterable[int], free: FreeList) -> None:
+        """Take children back; blocks that are empty then go to the free list."""
+        for emptied in map(self.put, children):
+            if emptied is not None:
+                free.put(emptied)
 
     def put(self, child: int) -> int | None:
         """Give a child back. Returns its block if that is empty now (and no longer bound)."""

@@ -25,7 +25,7 @@ from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import choice, seed
+from hybridcache.strategies.options import whole_or_none
 from hybridcache.strategies.parents import Parents
 
 MODES = ("exclusive", "carve")
@@ -57,14 +57,16 @@ class SharedPool(Strategy):
         **common: Any,
     ) -> None:
         super().__init__(spec, budget_bytes, **common)
-        self.mode = choice("mode", mode, MODES)
+        if mode not in MODES:
+            raise bad("mode", mode, f"choose one of {', '.join(MODES)}")
+        self.mode = mode
         self._carve = mode == "carve"
         self.geometry = _geometry(spec, kernel_block_tokens, kernel_blocks_per_manager_block, states_per_manager_block)
         self._block_bytes = self.geometry.manager_block_bytes
         self._state_blocks = self.geometry.state_blocks_per_request
         self._children = self.geometry.kernel_blocks_per_manager_block
         self._slot_bytes, self._state_unit = _state_slots(spec, self.geometry)
-        self._placement_seed = seed("placement_seed", placement_seed)
+        self._placement_seed = whole_or_none("placement_seed", placement_seed, 0)
         self._set_up()
 
     def _cut(self, pool_bytes: int) -> Cut:
@@ -111,12 +113,10 @@ class SharedPool(Strategy):
         self._free.put_all(units)
 
     def _give_kv(self, units: Sequence[int]) -> None:
-        if not self._carve:
+        if self._carve:
+            self._parents.give(units, self._free)
+        else:
             self._free.put_all(units)
-            return
-        for emptied in map(self._parents.put, units):
-            if emptied is not None:
-                self._free.put(emptied)
 
     def _free_bytes(self) -> int:
         return len(self._free) * self._block_bytes + self._parents.free_children * self.geometry.kernel_block_bytes
@@ -163,19 +163,12 @@ class SharedPool(Strategy):
 
 
 def _geometry(spec: CacheSpec, kb: int | None, m: int | None, n: int | None) -> Geometry:
-    given = {
-        "kernel_block_tokens": kb,
-        "kernel_blocks_per_manager_block": m,
-        "states_per_manager_block": n,
-    }
-    if all(value is None for value in given.values()):
+    names = ("kernel_block_tokens", "kernel_blocks_per_manager_block", "states_per_manager_block")
+    if kb is None and m is None and n is None:
         return plan(spec)[0]
-    for name, value in given.items():
-        if value is None:
-            raise bad(name, value, f"give all of {', '.join(given)}, or none for the planner's choice")
-    assert kb is not None
-    assert m is not None
-    assert n is not None
+    if kb is None or m is None or n is None:
+        missing = names[(kb, m, n).index(None)]
+        raise bad(missing, None, f"give all of {', '.join(names)}, or none for the planner's choice")
     return geometry(spec, kb, m, n)
 
 

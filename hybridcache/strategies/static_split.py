@@ -21,7 +21,7 @@ from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import flag, number, seed, whole
+from hybridcache.strategies.options import number, whole, whole_or_none
 
 PHYSICAL_PAGE_TOKENS = 64
 EXTRA_SLOTS = 2
@@ -61,19 +61,21 @@ class StaticSplit(Strategy):
         super().__init__(spec, budget_bytes, **common)
         default = PHYSICAL_PAGE_TOKENS if self.physical else 1
         self.page_size = whole("page_size", default if page_size is None else page_size)
-        self.extra_buffer = flag("extra_buffer", extra_buffer)
+        if not isinstance(extra_buffer, bool):
+            raise bad("extra_buffer", extra_buffer, "give true or false")
+        self.extra_buffer = extra_buffer
         self._slots_held = 1 + EXTRA_SLOTS * extra_buffer
         self._q = whole("q", q, self._slots_held)
-        self._asked_slots = None if slots is None else whole("slots", slots, q)
-        self._max_running = None if max_running is None else whole("max_running", max_running)
-        if not 0 < number("ratio", ratio, "give a number above 0") < float("inf"):
+        self._asked_slots = whole_or_none("slots", slots, q)
+        self._max_running = whole_or_none("max_running", max_running)
+        if number("ratio", ratio, "give a number above 0") <= 0:
             raise bad("ratio", ratio, "give a number above 0")
         self.ratio = ratio
         layer_bytes = spec.stored_state_bytes_per_layer if self.physical else spec.state_bytes_per_layer
         self._state_bytes_per_layer = layer_bytes
         self.slot_bytes = layer_bytes * len(spec.state_layers)
         self.page_bytes = self.page_size * spec.kv_bytes_per_token
-        self._placement_seed = seed("placement_seed", placement_seed)
+        self._placement_seed = whole_or_none("placement_seed", placement_seed, 0)
         self._set_up()
 
     def _cut(self, pool_bytes: int) -> Cut:

@@ -13,7 +13,8 @@ import pytest
 from strategies_contents import Contents, key_entries
 from strategies_specs import build_in, small_spec
 
-from hybridcache.strategies import Kind, Strategy
+from hybridcache.observe.metrics import pool_map
+from hybridcache.strategies import Kind, Strategy, build
 
 VARIANTS = [
     ("byte_exact", {}, False),
@@ -317,3 +318,16 @@ def test_random_owners_against_a_dictionary(name: str, options: dict, physical: 
     )
     assert done["fork"] >= 1
     assert done["refused"] >= 3
+
+
+def test_the_pool_map_shows_cached_bytes() -> None:
+    pool = build("shared_pool", spec=small_spec(Random(5)), budget_bytes=1 << 16)
+    assert pool.admit(0, pool.request_limit() // 2)
+    assert "4" not in pool_map(pool, 40)
+    pool.checkpoint(0, 1)
+    assert "4" not in pool_map(pool, 40), "a resident holds them too"
+    held = pool_map(pool, 40).count("1") + pool_map(pool, 40).count("2")
+    pool.release(0)
+    assert pool_map(pool, 40).count("4") == held
+    pool.drop(1)
+    assert pool_map(pool, 40) == "0" * 40

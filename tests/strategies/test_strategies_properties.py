@@ -34,7 +34,7 @@ from hybridcache.strategies.shared_pool import SharedPool
 from hybridcache.strategies.static_split import StaticSplit
 from hybridcache.strategies.two_ended import TwoEnded
 
-STEPS = settings(max_examples=100, stateful_step_count=200, deadline=None)
+STEPS = settings(max_examples=30, stateful_step_count=150, deadline=None)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -59,8 +59,11 @@ def test_carve_shares_the_kernel_blocks_of_a_block() -> None:
     assert pool.kv_table(0).tolist() == [4, 5, 6]
     assert pool.admit(1, 8)
     assert pool.kv_table(1).tolist() == [7], "the other half of the block that is open"
-    pool.release(0)
-    pool.release(1)
+    assert pool.admit(2, 8)  # states in 6 and 7; opens block 8
+    assert pool.grow(2, 32), "3 more: a whole block, then the open half"
+    assert pool.kv_table(2).tolist() == [16, 18, 19, 17]
+    for seq_id in (0, 1, 2):
+        pool.release(seq_id)
     assert residents(pool, 8) == 4, "two share a block"
     assert pool.usage().free == 0
 
@@ -135,6 +138,7 @@ def test_static_split_border_and_cap() -> None:
     assert residents(pool, 30) == 10
     assert not pool.admit(10, 1), "slots are gone though tokens are left"
     assert pool.usage().free == 60 * 192
+    assert build("static_split", spec=SPEC, budget_bytes=100_000, ratio=1.0).num_slots == 16  # of 50,000 B
     capped = split(q=3)
     assert capped.running_cap == 3
     assert capped.usage().reserved == 100_000 - 3 * 3072 - 360 * 192
@@ -207,6 +211,16 @@ def test_two_ended_compacts_slots_for_a_page() -> None:
     assert pool.bytes_moved == UNIT
     assert (list(pool._residents[2].states.units), pool.kv_table(2).tolist()) == ([0], [5, 2])
     assert pool.usage().free == 0
+    pool.check_integrity()
+
+
+def test_two_ended_compacts_where_a_byte_is_missing() -> None:
+    pool = build("two_ended", spec=SPEC, budget_bytes=8 * UNIT - 1, page_size=16)
+    for seq_id in range(3):
+        assert pool.admit(seq_id, 16)
+    pool.release(0)
+    assert pool.grow(1, 64)  # two pages beyond the reach, and the gap is a byte too small for them
+    assert pool.bytes_moved == UNIT
     pool.check_integrity()
 
 
