@@ -159,13 +159,15 @@ class Comparison:
     """Whether ``rows`` are about the requests that all of them served, and no others."""
     note: str | None = None
     """What was refused, and who is ranked therefore; None where nothing was refused."""
+    exact: bool = False
+    """Whether values are counts without noise."""
 
     def judge(self, metric: Metric) -> Verdict | None:
         """Who did best; None where ``metric`` cannot be compared or ranks nothing."""
         if not metric.better or metric.column not in self.rows.columns or self.rows.empty:
             return None
         values = self.rows.pivot_table(index="repetition", columns="strategy", values=metric.column, sort=False)
-        return judge(values, metric.text, metric.better)
+        return judge(values, metric.text, metric.better, self.exact)
 
 
 def compare(run: Run, phase: str, workload: str) -> Comparison:
@@ -173,8 +175,8 @@ def compare(run: Run, phase: str, workload: str) -> Comparison:
     rows = run.rows(phase).query("workload == @workload")
     rivals = competitors(list(dict.fromkeys(rows["strategy"])))
     rows = rows[rows["strategy"].isin(rivals)]
-    if "requests_refused" not in rows.columns:
-        return Comparison(rows)
+    if phase == "capacity" or "requests_refused" not in rows.columns:
+        return Comparison(rows, exact=phase == "capacity")
     requests = _served(run, phase, workload)
     served = {name: _key(rows[rows["strategy"] == name], requests.get(name)) for name in rivals}
     offered = rows["requests_offered"].max()
@@ -234,44 +236,27 @@ def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[i
     return pd.DataFrame(rows)
 
 
-def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison | None]]:
+def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison]]:
     """Every comparison that the first part of a report shows, in the order in which a reader asks: its title, who did best,
-    and the comparison of serving runs behind it."""
-    order = {phase: i for i, phase in enumerate(("inference", "simulation", "capacity"))}
-    phases = sorted(run.phases, key=lambda phase: (clock_means_nothing(run, phase), order.get(phase, 0)))
-    compared = {
-        (phase, workload): compare(run, phase, workload)
-        for phase in phases
-        if phase != "capacity"
-        for workload in run.workloads(phase)
-    }
+    and what was compared. Of the capacity phase these are the shortest and the longest request."""
+    phases = [phase for phase in ("inference", "simulation", "capacity") if phase in run.phases]
+    phases += [phase for phase in run.phases if phase not in phases]
+    phases.sort(key=lambda phase: clock_means_nothing(run, phase))
     for column in HIGHLIGHTS:
         metric = BY_COLUMN[column]
-        if column == "residents_peak":
-            for length, values in _capacity_ends(run):
-                if (verdict := judge(values, metric.text, metric.better, exact=True)) is not None:
-                    yield f"capacity: most residents of {length}", verdict, None
-            continue
-        for (phase, workload), comparison in compared.items():
-            if metric.clock and clock_means_nothing(run, phase):
+        for phase in phases:
+            if (column == "residents_peak") != (phase == "capacity") or (
+                metric.clock and clock_means_nothing(run, phase)
+            ):
                 continue
-            if (verdict := comparison.judge(metric)) is not None:
-                word = "highest" if metric.better > 0 else "lowest"
-                yield f"{phase}, {workload}: {word} {metric.heading}", verdict, comparison
-
-
-def _capacity_ends(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Residents at the shortest and the longest request of the capacity phase."""
-    rows = run.rows("capacity")
-    if rows.empty or "residents_peak" not in rows.columns:
-        return
-    workloads = list(dict.fromkeys(rows["workload"]))
-    for workload in dict.fromkeys((workloads[0], workloads[-1])):
-        here = rows[rows["workload"] == workload]
-        yield (
-            length_text(workload),
-            here.pivot_table(index="repetition", columns="strategy", values="residents_peak", sort=False),
-        )
+            workloads = run.workloads(phase)
+            for workload in dict.fromkeys((workloads[0], workloads[-1])) if phase == "capacity" else workloads:
+                comparison = compare(run, phase, workload)
+                title = f"{phase}, {workload}: {'highest' if metric.better > 0 else 'lowest'} {metric.heading}"
+                if phase == "capacity":
+                    title = f"capacity: most residents of {length_text(workload)}"
+                if (verdict := comparison.judge(metric)) is not None:
+                    yield title, verdict, comparison
 
 
 def length_text(workload: str) -> str:
