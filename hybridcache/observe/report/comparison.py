@@ -172,7 +172,7 @@ class Comparison:
 
 def compare(run: Run, phase: str, workload: str) -> Comparison:
     """Only strategies that served the same requests: all; else the two or more that served most; else what all served."""
-    rows = run.rows(phase).query("workload == @workload")
+    rows = run.rows(phase, workload)
     rivals = competitors(list(dict.fromkeys(rows["strategy"])))
     rows = rows[rows["strategy"].isin(rivals)]
     if phase == "capacity" or "requests_refused" not in rows.columns:
@@ -239,9 +239,8 @@ def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[i
 def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison]]:
     """Every comparison that the first part of a report shows, in the order in which a reader asks: its title, who did best,
     and what was compared. Of the capacity phase these are the shortest and the longest request."""
-    phases = [phase for phase in ("inference", "simulation", "capacity") if phase in run.phases]
-    phases += [phase for phase in run.phases if phase not in phases]
-    phases.sort(key=lambda phase: clock_means_nothing(run, phase))
+    order = {"inference": 0, "simulation": 1, "capacity": 2}
+    phases = sorted(run.phases, key=lambda phase: (clock_means_nothing(run, phase), order.get(phase, 3)))
     for column in HIGHLIGHTS:
         metric = BY_COLUMN[column]
         for phase in phases:

@@ -165,7 +165,7 @@ def _tables(run: Run) -> Iterator[Section]:
 
 def serving_table(run: Run, phase: str, workload: str) -> Section:
     """Means over repetitions of every metric that the results have, with their standard deviations."""
-    rows, comparison = run.rows(phase).query("workload == @workload"), compare(run, phase, workload)
+    rows, comparison = run.rows(phase, workload), compare(run, phase, workload)
     repetitions, unranked = rows["repetition"].nunique(), clock_means_nothing(run, phase)
     shown = [metric for metric in METRICS if metric.column in rows.columns and rows[metric.column].notna().any()]
     shown = [metric for metric in shown if metric.always or rows[metric.column].any()]
@@ -197,7 +197,7 @@ def _cell(mean: float, spread: float, metric: Metric) -> str:
 
 def token_agreement(run: Run, phase: str, workload: str) -> str | None:
     """Whether all strategies sampled the same tokens; None where the results carry no hash of them."""
-    rows = run.rows(phase).query("workload == @workload")
+    rows = run.rows(phase, workload)
     rows = rows[rows["tokens_sha256"].notna()] if "tokens_sha256" in rows.columns else rows.iloc[:0]
     count = rows["strategy"].nunique()
     if count < 2:
