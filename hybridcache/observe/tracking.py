@@ -22,14 +22,8 @@ SERIES = ("phase", "strategy", "workload", "repetition")
 """Fields of a sample that name its series; the others are its values."""
 
 ARTIFACT_FILES = ("results.parquet", "events.jsonl", "config.yaml", "report.html")
-SETTINGS: dict[str, Any] = {
-    "silent": True,
-    "quiet": True,
-    "console": "off",
-    "show_errors": False,
-    "show_warnings": False,
-}
-SETTINGS |= {"init_timeout": 60, "disable_code": True, "disable_job_creation": True}
+SETTINGS: dict[str, Any] = {"silent": True, "quiet": True, "console": "off", "show_errors": False}
+SETTINGS |= {"show_warnings": False, "init_timeout": 60, "disable_code": True, "disable_job_creation": True}
 MAX_POINTS = 200
 """Points of one series that a dashboard gets (events.jsonl keeps all): a point costs about 0.5 ms and 2 kB."""
 

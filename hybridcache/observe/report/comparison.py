@@ -178,20 +178,21 @@ def compare(run: Run, phase: str, workload: str) -> Comparison:
     if phase == "capacity" or "requests_refused" not in rows.columns:
         return Comparison(rows, exact=phase == "capacity")
     requests = _served(run, phase, workload)
-    served = {name: _key(rows[rows["strategy"] == name], requests.get(name)) for name in rivals}
+    keys = ["repetition", "requests_served", "prompt_tokens"]  # where there are no events, number and tokens tell
+    by_name = {str(name): frozenset(found[keys].itertuples(index=False)) for name, found in rows.groupby("strategy")}
+    served = {name: requests.get(name) or by_name[name] for name in rivals}
     offered = rows["requests_offered"].max()
     if len(set(served.values())) == 1:
         refused = rows["requests_refused"].max()
         note = f"Every strategy refused the same {refused:,.0f} of {plural(offered, 'request')}." if refused else None
         return Comparison(rows, note=note)
     means = rows.groupby("strategy")[["requests_served", "requests_refused", "prompt_tokens"]].mean().loc[rivals]
-    texts = (
-        f"{name} refused {row.requests_refused:,.0f} of {plural(offered, 'request')} and computed "
-        f"{means['prompt_tokens'].max() - row.prompt_tokens:,.0f} prompt tokens fewer"
-        for name, row in means[means["requests_refused"] > 0].iterrows()
+    counts, fewer = means["requests_served"], means["prompt_tokens"].max() - means["prompt_tokens"]
+    refused = means["requests_refused"].map(lambda count: f"refused {count:,.0f}" if count else "did not finish all")
+    refusals = "; ".join(
+        f"{name} {refused[name]} of {plural(offered, 'request')} and computed {fewer[name]:,.0f} prompt tokens fewer"
+        for name in counts.index[counts < offered]
     )
-    refusals = "; ".join(texts)
-    counts = means["requests_served"]
     leader = max(rivals, key=lambda name: (counts[name], list(served.values()).count(served[name])))
     most = [name for name in rivals if served[name] == served[leader]]
     if len(most) > 1:
@@ -214,11 +215,6 @@ def _served(run: Run, phase: str, workload: str) -> dict[str, frozenset[tuple[in
     events = events[~events["finish_reason"].isin(["abort", "error"])]
     groups = events[events["strategy"].isin(competitors(run.strategies))].groupby("strategy", sort=False)
     return {str(name): frozenset(zip(rows["repetition"], rows["seq_id"])) for name, rows in groups}
-
-
-def _key(rows: pd.DataFrame, requests: frozenset[tuple[int, int]] | None) -> frozenset[tuple[float, ...]]:
-    """What a strategy served: its requests, or without events their number and tokens."""
-    return requests or frozenset(zip(rows["repetition"], rows["requests_served"], rows["prompt_tokens"]))
 
 
 def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[int, int]]) -> pd.DataFrame:
@@ -244,9 +240,8 @@ def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison]]:
     for column in HIGHLIGHTS:
         metric = BY_COLUMN[column]
         for phase in phases:
-            if (column == "residents_peak") != (phase == "capacity") or (
-                metric.clock and clock_means_nothing(run, phase)
-            ):
+            unranked = metric.clock and clock_means_nothing(run, phase)
+            if unranked or (column == "residents_peak") != (phase == "capacity"):
                 continue
             workloads = run.workloads(phase)
             for workload in dict.fromkeys((workloads[0], workloads[-1])) if phase == "capacity" else workloads:

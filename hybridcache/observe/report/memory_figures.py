@@ -74,11 +74,8 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
         in_turn[name] = float(np.mean(np.maximum(cells["state"].max(axis=1) + cells["kv"].max(axis=1) - 1, 0)))
         style.panel_title(axes, name, f"both in turn {in_turn[name]:.0%}")
     figure.supylabel("address (% of the budget)", fontsize=9.5)
-    handles = [
-        Patch(color=style.KIND_COLORS[kind], label={"state": "recurrent state", "kv": "KV"}.get(kind, kind))
-        for kind in KINDS
-        if kind in seen
-    ]
+    words = {"state": "recurrent state", "kv": "KV", "cached": "cached", "reserved": "reserved"}
+    handles = [Patch(color=style.KIND_COLORS[kind], label=words[kind]) for kind in KINDS if kind in seen]
     rest = "free" if "reserved" in seen else "free or reserved"
     handles.append(Patch(color=style.KIND_COLORS["free"], label=rest))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
