@@ -32,14 +32,8 @@ def commit() -> str | None:
     """The checkout's commit, ``-dirty`` where tracked files differ from it; ``HYBRIDCACHE_COMMIT`` where there is no git
     (a copied tree), None where nothing is known."""
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        command = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
         return run.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("HYBRIDCACHE_COMMIT")

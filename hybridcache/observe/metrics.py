@@ -23,8 +23,8 @@ MAX_MAPS = 400
 BYTES = ("useful_bytes", "padding_bytes", "reserved_bytes", "cached_bytes", "free_bytes", "state_bytes", "kv_bytes")
 SAMPLED = (*BYTES, "running", "waiting")
 PEAKS = ("held_bytes", "running", "waiting")
-LEAST_WEIGHT_S = 1e-12
-"""Weight of a step without duration within its slice of time; slices of such steps alone get plain means."""
+LEAST_S = 1e-12
+"""Duration of a step that took no time by its clock, so that a mean over such steps alone is their plain mean."""
 SERVED = ("length", "stop")
 """``finish_reason`` of a request that got all its tokens."""
 
@@ -42,34 +42,26 @@ class _Slice(NamedTuple):
     step: int
     """The first step in it."""
     duration_s: float
-    weight: float
     sums: np.ndarray
-    """Of :data:`SAMPLED`, weighted."""
+    """Of :data:`SAMPLED`, times seconds."""
     peaks: np.ndarray
     """Most of each of :data:`PEAKS`."""
 
     def joined(self, later: "_Slice") -> "_Slice":
-        peaks = np.maximum(self.peaks, later.peaks)
-        duration, weight = self.duration_s + later.duration_s, self.weight + later.weight
-        return _Slice(self.time_s, self.step, duration, weight, self.sums + later.sums, peaks)
-
-
-class _Map(NamedTuple):
-    """The pool at one moment."""
-
-    time_s: float
-    step: int
-    cells: dict[str, str]
+        duration_s, peaks = self.duration_s + later.duration_s, np.maximum(self.peaks, later.peaks)
+        return _Slice(self.time_s, self.step, duration_s, self.sums + later.sums, peaks)
 
 
 class Observation(NamedTuple):
     """What a step found when it began: the memory it runs in."""
 
     time_s: float
+    step: int
     values: np.ndarray
     """Of :data:`SAMPLED`."""
     residents: int
-    cells: dict[str, str] | None
+    cells: dict[str, str]
+    """The pool map; empty where none was wanted."""
 
 
 class Recorder:
@@ -92,10 +84,11 @@ class Recorder:
         self.origin_s = origin_s
         self.steps = 0
         self.residents_peak = 0
+        self._observed = 0
         self._seconds = 0.0
         self._sums = np.zeros(len(SAMPLED))
         self._samples = TimeSeries(MAX_SAMPLES, _Slice.joined)
-        self._maps: TimeSeries[_Map] = TimeSeries(MAX_MAPS, lambda first, later: first)
+        self._maps: TimeSeries[Observation] = TimeSeries(MAX_MAPS, lambda first, later: first)
 
     def step(self, time_s: float, duration_s: float, strategy: Strategy, running: int, waiting: int) -> None:
         """Observe a step that began at ``time_s`` and lasted ``duration_s``, with the memory that it ran in."""
@@ -104,23 +97,22 @@ class Recorder:
     def observe(self, time_s: float, strategy: Strategy, running: int, waiting: int) -> Observation:
         """Look at the memory in which a step that begins at ``time_s`` runs; it counts once :meth:`add` is called."""
         usage, time_s = strategy.usage(), time_s - self.origin_s
-        wanted = strategy.has_addresses and self._maps.is_new(time_s)
-        return Observation(
-            time_s, _values(usage, running, waiting), usage.residents, pool_map(strategy) if wanted else None
-        )
+        self._observed += 1
+        values = _values(usage, running, waiting)
+        cells = pool_map(strategy) if strategy.has_addresses and self._maps.is_new(time_s) else {}
+        return Observation(time_s, self._observed - 1, values, usage.residents, cells)
 
     def add(self, observed: Observation, duration_s: float) -> None:
         """Count a step, which lasted ``duration_s``. Steps are added in the order in which they began."""
-        time_s, values, residents, cells = observed
-        self.residents_peak = max(self.residents_peak, residents)
-        self._seconds += duration_s
-        self._sums += values * duration_s
-        weight = max(duration_s, LEAST_WEIGHT_S)
-        peaks = np.array([values[0] + values[1], values[-2], values[-1]])
-        self._samples.add(_Slice(time_s, self.steps, duration_s, weight, values * weight, peaks))
-        if cells is not None:
-            self._maps.add(_Map(time_s, self.steps, cells))
+        values, duration_s = observed.values, max(duration_s, LEAST_S)
+        sums, peaks = values * duration_s, np.array([values[0] + values[1], values[-2], values[-1]])
         self.steps += 1
+        self.residents_peak = max(self.residents_peak, observed.residents)
+        self._seconds += duration_s
+        self._sums += sums
+        self._samples.add(_Slice(observed.time_s, observed.step, duration_s, sums, peaks))
+        if observed.cells:
+            self._maps.add(observed)
 
     def finish(
         self, sequences: Iterable[Sequence], strategy: Strategy, refused: Iterable[Request] = ()
@@ -148,11 +140,8 @@ class Recorder:
             "duration_s": duration_s,
             "residents_peak": self.residents_peak,
             "running_mean": mean["running"],
-            "useful_bytes_mean": mean["useful_bytes"],
             "held_bytes_mean": mean["useful_bytes"] + mean["padding_bytes"],
-            "reserved_bytes_mean": mean["reserved_bytes"],
-            "cached_bytes_mean": mean["cached_bytes"],
-            "free_bytes_mean": mean["free_bytes"],
+            **{f"{name}_mean": mean[name] for name in ("useful_bytes", "reserved_bytes", "cached_bytes", "free_bytes")},
             "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes,
             "preemptions": sum(seq.num_preemptions for seq in done),
             "recomputed_tokens_preemption": sum(seq.recomputed_tokens for seq in done),
@@ -169,7 +158,7 @@ class Recorder:
 
     def _events(self, done: list[Sequence], refused: list[Request]) -> Iterable[dict[str, Any]]:
         for at in self._samples.entries:
-            means = dict(zip(SAMPLED, (at.sums / at.weight).tolist()))
+            means = dict(zip(SAMPLED, (at.sums / at.duration_s).tolist()))
             peaks = {f"{name}_max": value for name, value in zip(PEAKS, at.peaks.tolist())}
             yield {
                 "event": "sample",

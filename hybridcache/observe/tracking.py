@@ -22,7 +22,8 @@ SERIES = ("phase", "strategy", "workload", "repetition")
 """Fields of a sample that name its series; the others are its values."""
 
 ARTIFACT_FILES = ("results.parquet", "events.jsonl", "config.yaml", "report.html")
-INIT_TIMEOUT_S = 60
+SETTINGS: dict[str, Any] = {"silent": True, "quiet": True, "console": "off", "show_errors": False}
+SETTINGS |= {"show_warnings": False, "init_timeout": 60, "disable_code": True, "disable_job_creation": True}
 MAX_POINTS = 200
 """Points of one series that a dashboard gets (events.jsonl keeps all): a point costs about 0.5 ms and 2 kB."""
 
@@ -58,23 +59,10 @@ class WandbTracker:
         mode: ``offline`` (files only, no network) or ``online``.
         run_dir: the run directory; its name becomes the run's name.
         config: the resolved configuration, plain values.
-        project, entity, group, job_type, tags: as Weights & Biases defines them.
-        directory: where its files go; None for the run directory.
+        options: ``project``, ``entity``, ``group``, ``job_type``, ``tags`` and ``dir``, as ``wandb.init`` takes them.
     """
 
-    def __init__(
-        self,
-        mode: str,
-        run_dir: Path,
-        config: Mapping[str, Any],
-        *,
-        project: str = "hybridcache",
-        entity: str | None = None,
-        group: str | None = None,
-        job_type: str | None = None,
-        tags: list[str] | None = None,
-        directory: Path | None = None,
-    ) -> None:
+    def __init__(self, mode: str, run_dir: Path, config: Mapping[str, Any], **options: Any) -> None:
         self.run_dir = run_dir
         self.error: Exception | None = None
         """What ended tracking, if anything did."""
@@ -83,27 +71,9 @@ class WandbTracker:
         def start() -> None:
             import wandb
 
-            self._run = wandb.init(
-                mode=mode,  # type: ignore[arg-type]
-                project=project,
-                entity=entity,
-                group=group,
-                job_type=job_type,
-                tags=tags or None,
-                name=run_dir.resolve().name,
-                dir=str(directory or run_dir),
-                config=dict(config),
-                settings=wandb.Settings(
-                    silent=True,
-                    quiet=True,
-                    console="off",
-                    show_errors=False,
-                    show_warnings=False,
-                    init_timeout=INIT_TIMEOUT_S,
-                    disable_code=True,
-                    disable_job_creation=True,
-                ),
-            )
+            settings = wandb.Settings(**SETTINGS)
+            name = run_dir.resolve().name
+            self._run = wandb.init(mode=mode, name=name, config=dict(config), settings=settings, **options)  # type: ignore[arg-type]
 
         self._guard("start", start)
 
@@ -195,15 +165,12 @@ def make_tracker(tracking: Mapping[str, Any], run_dir: Path, config: Mapping[str
     if mode == "disabled":
         return NullTracker()
     model = config.get("model")
-    directory = tracking.get("dir")
-    return WandbTracker(
-        mode,
-        run_dir,
-        config,
-        project=tracking.get("project") or "hybridcache",
-        entity=tracking.get("entity"),
-        group=tracking.get("group") or config.get("experiment_name"),
-        job_type=tracking.get("job_type") or (model.get("name") if isinstance(model, Mapping) else None),
-        tags=[str(tag) for tag in tracking.get("tags") or ()],
-        directory=Path(directory) if directory else None,
-    )
+    options = {
+        "project": tracking.get("project") or "hybridcache",
+        "entity": tracking.get("entity"),
+        "group": tracking.get("group") or config.get("experiment_name"),
+        "job_type": tracking.get("job_type") or (model.get("name") if isinstance(model, Mapping) else None),
+        "tags": [str(tag) for tag in tracking.get("tags") or ()] or None,
+        "dir": str(tracking.get("dir") or run_dir),
+    }
+    return WandbTracker(mode, run_dir, config, **options)

@@ -159,37 +159,40 @@ class Comparison:
     """Whether ``rows`` are about the requests that all of them served, and no others."""
     note: str | None = None
     """What was refused, and who is ranked therefore; None where nothing was refused."""
+    exact: bool = False
+    """Whether values are counts without noise."""
 
     def judge(self, metric: Metric) -> Verdict | None:
         """Who did best; None where ``metric`` cannot be compared or ranks nothing."""
         if not metric.better or metric.column not in self.rows.columns or self.rows.empty:
             return None
         values = self.rows.pivot_table(index="repetition", columns="strategy", values=metric.column, sort=False)
-        return judge(values, metric.text, metric.better)
+        return judge(values, metric.text, metric.better, self.exact)
 
 
 def compare(run: Run, phase: str, workload: str) -> Comparison:
     """Only strategies that served the same requests: all; else the two or more that served most; else what all served."""
-    rows = run.rows(phase).query("workload == @workload")
+    rows = run.rows(phase, workload)
     rivals = competitors(list(dict.fromkeys(rows["strategy"])))
     rows = rows[rows["strategy"].isin(rivals)]
-    if "requests_refused" not in rows.columns:
-        return Comparison(rows)
+    if phase == "capacity" or "requests_refused" not in rows.columns:
+        return Comparison(rows, exact=phase == "capacity")
     requests = _served(run, phase, workload)
-    served = {name: _key(rows[rows["strategy"] == name], requests.get(name)) for name in rivals}
+    keys = ["repetition", "requests_served", "prompt_tokens"]  # where there are no events, number and tokens tell
+    by_name = {str(name): frozenset(found[keys].itertuples(index=False)) for name, found in rows.groupby("strategy")}
+    served = {name: requests.get(name) or by_name[name] for name in rivals}
     offered = rows["requests_offered"].max()
     if len(set(served.values())) == 1:
         refused = rows["requests_refused"].max()
         note = f"Every strategy refused the same {refused:,.0f} of {plural(offered, 'request')}." if refused else None
         return Comparison(rows, note=note)
     means = rows.groupby("strategy")[["requests_served", "requests_refused", "prompt_tokens"]].mean().loc[rivals]
-    texts = (
-        f"{name} refused {row.requests_refused:,.0f} of {plural(offered, 'request')} and computed "
-        f"{means['prompt_tokens'].max() - row.prompt_tokens:,.0f} prompt tokens fewer"
-        for name, row in means[means["requests_refused"] > 0].iterrows()
+    counts, fewer = means["requests_served"], means["prompt_tokens"].max() - means["prompt_tokens"]
+    refused = means["requests_refused"].map(lambda count: f"refused {count:,.0f}" if count else "did not finish all")
+    refusals = "; ".join(
+        f"{name} {refused[name]} of {plural(offered, 'request')} and computed {fewer[name]:,.0f} prompt tokens fewer"
+        for name in counts.index[counts < offered]
     )
-    refusals = "; ".join(texts)
-    counts = means["requests_served"]
     leader = max(rivals, key=lambda name: (counts[name], list(served.values()).count(served[name])))
     most = [name for name in rivals if served[name] == served[leader]]
     if len(most) > 1:
@@ -214,11 +217,6 @@ def _served(run: Run, phase: str, workload: str) -> dict[str, frozenset[tuple[in
     return {str(name): frozenset(zip(rows["repetition"], rows["seq_id"])) for name, rows in groups}
 
 
-def _key(rows: pd.DataFrame, requests: frozenset[tuple[int, int]] | None) -> frozenset[tuple[float, ...]]:
-    """What a strategy served: its requests, or without events their number and tokens."""
-    return requests or frozenset(zip(rows["repetition"], rows["requests_served"], rows["prompt_tokens"]))
-
-
 def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[int, int]]) -> pd.DataFrame:
     chosen = np.array([key in common for key in zip(events["repetition"], events["seq_id"])])
     events = events[chosen & events["strategy"].isin(names)]
@@ -234,44 +232,25 @@ def _of_common(events: pd.DataFrame, names: list[str], common: frozenset[tuple[i
     return pd.DataFrame(rows)
 
 
-def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison | None]]:
+def contests(run: Run) -> Iterator[tuple[str, Verdict, Comparison]]:
     """Every comparison that the first part of a report shows, in the order in which a reader asks: its title, who did best,
-    and the comparison of serving runs behind it."""
-    order = {phase: i for i, phase in enumerate(("inference", "simulation", "capacity"))}
-    phases = sorted(run.phases, key=lambda phase: (clock_means_nothing(run, phase), order.get(phase, 0)))
-    compared = {
-        (phase, workload): compare(run, phase, workload)
-        for phase in phases
-        if phase != "capacity"
-        for workload in run.workloads(phase)
-    }
+    and what was compared. Of the capacity phase these are the shortest and the longest request."""
+    order = {"inference": 0, "simulation": 1, "capacity": 2}
+    phases = sorted(run.phases, key=lambda phase: (clock_means_nothing(run, phase), order.get(phase, 3)))
     for column in HIGHLIGHTS:
         metric = BY_COLUMN[column]
-        if column == "residents_peak":
-            for length, values in _capacity_ends(run):
-                if (verdict := judge(values, metric.text, metric.better, exact=True)) is not None:
-                    yield f"capacity: most residents of {length}", verdict, None
-            continue
-        for (phase, workload), comparison in compared.items():
-            if metric.clock and clock_means_nothing(run, phase):
+        for phase in phases:
+            unranked = metric.clock and clock_means_nothing(run, phase)
+            if unranked or (column == "residents_peak") != (phase == "capacity"):
                 continue
-            if (verdict := comparison.judge(metric)) is not None:
-                word = "highest" if metric.better > 0 else "lowest"
-                yield f"{phase}, {workload}: {word} {metric.heading}", verdict, comparison
-
-
-def _capacity_ends(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Residents at the shortest and the longest request of the capacity phase."""
-    rows = run.rows("capacity")
-    if rows.empty or "residents_peak" not in rows.columns:
-        return
-    workloads = list(dict.fromkeys(rows["workload"]))
-    for workload in dict.fromkeys((workloads[0], workloads[-1])):
-        here = rows[rows["workload"] == workload]
-        yield (
-            length_text(workload),
-            here.pivot_table(index="repetition", columns="strategy", values="residents_peak", sort=False),
-        )
+            workloads = run.workloads(phase)
+            for workload in dict.fromkeys((workloads[0], workloads[-1])) if phase == "capacity" else workloads:
+                comparison = compare(run, phase, workload)
+                title = f"{phase}, {workload}: {'highest' if metric.better > 0 else 'lowest'} {metric.heading}"
+                if phase == "capacity":
+                    title = f"capacity: most residents of {length_text(workload)}"
+                if (verdict := comparison.judge(metric)) is not None:
+                    yield title, verdict, comparison
 
 
 def length_text(workload: str) -> str:

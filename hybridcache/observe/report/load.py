@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,16 @@ class NoData(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run.
-
-    Attributes:
-        results: one row per phase x strategy x workload x repetition (``results.parquet``).
-        events: tables by event type (``events.jsonl``).
-        config: the resolved configuration.
-        environment: versions, device, commit, command, start time.
-        path: the run directory.
-        absent: files of a complete run that this one lacks; their field is empty.
-    """
+    """One finished run: its results (a row per phase, strategy, workload and repetition), tables of its events by type, its
+    resolved configuration, its environment, and the run directory."""
 
     results: pd.DataFrame
     events: Mapping[str, pd.DataFrame]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     path: Path
-    absent: tuple[str, ...] = field(default=())
+    absent: tuple[str, ...] = ()
+    """Files of a complete run that this one lacks; their field is empty."""
 
     @property
     def strategies(self) -> list[str]:
@@ -54,9 +47,10 @@ class Run:
     def workloads(self, phase: str) -> list[str]:
         return list(dict.fromkeys(self.rows(phase)["workload"]))
 
-    def rows(self, phase: str) -> pd.DataFrame:
-        """Results of one phase."""
-        return self.results[self.results["phase"] == phase]
+    def rows(self, phase: str, workload: str | None = None) -> pd.DataFrame:
+        """Results of one phase, or of one workload of it."""
+        chosen = self.results["phase"] == phase
+        return self.results[chosen if workload is None else chosen & (self.results["workload"] == workload)]
 
     def select(self, event: str, phase: str, workload: str) -> pd.DataFrame:
         """Events of one type, phase and workload, all repetitions; an empty table where there are none."""
@@ -76,29 +70,26 @@ class Run:
             raise NoData(f"no {event} events (the capacity phase writes them)")
         return found.drop_duplicates(["strategy", "length"], keep="last").reset_index(drop=True)
 
-    def over_time(
-        self, event: str, phase: str, workload: str, columns: Sequence[str], optional: Sequence[str] = ()
-    ) -> pd.DataFrame:
-        """Events over time of the first repetition, by strategy and step: ``columns``, and those ``optional`` ones there are.
+    def over_time(self, event: str, phase: str, workload: str, columns: Sequence[str]) -> pd.DataFrame:
+        """Events over time of the first repetition, by strategy and step.
 
         Raises:
             NoData: there are none, or they lack a column.
         """
         found = self.select(event, phase, workload)
+        missing = [name for name in columns if name not in found.columns]
         if found.empty:
             raise NoData(f"no {event} events of {phase}, {workload}")
-        missing = [name for name in columns if name not in found.columns]
         if missing:
             raise NoData(
-                f"{event} events of {phase}, {workload} lack {', '.join(missing)}: an older version wrote them"
+                f"{event} events of {phase}, {workload} lack {', '.join(missing)}: they are of an older version"
             )
         found = found[found["repetition"] == found["repetition"].min()].sort_values(["strategy", "step"], kind="stable")
-        extra = [name for name in optional if name in found.columns and name not in columns]
-        return found[["strategy", "step", *columns, *extra]].reset_index(drop=True)
+        return found[["strategy", "step", *columns]].reset_index(drop=True)
 
     def means(self, phase: str, workload: str, column: str) -> pd.Series:
         """Means over repetitions by strategy, as the tables have them; empty where the results lack the column."""
-        rows = self.rows(phase).query("workload == @workload")
+        rows = self.rows(phase, workload)
         return rows.groupby("strategy")[column].mean() if column in rows.columns else pd.Series(dtype=float)
 
     def present(self, data: pd.DataFrame) -> list[str]:

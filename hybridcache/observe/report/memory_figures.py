@@ -14,15 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from hybridcache.observe.pool_map import shares
+from hybridcache.observe.pool_map import KINDS, shares
 from hybridcache.observe.report import style
 from hybridcache.observe.report.comparison import BY_COLUMN, compare, label
 from hybridcache.observe.report.load import Run
 from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import byte_unit, join_names, percent_text, time_unit
-
-KINDS = {"state": "recurrent state", "kv": "KV", "cached": "cached", "reserved": "reserved"}
-"""Kinds of a pool map's bytes, in words."""
 
 
 @style.styled()
@@ -57,15 +54,15 @@ def memory_over_time(run: Run, phase: str, workload: str) -> Drawn:
 @style.styled()
 def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
     """A map of the pool: every column is one moment, every row one slice of addresses, its colour what lies there."""
-    data = run.over_time("pool_map", phase, workload, ["time_s", "state", "kv"], [*KINDS])
-    names, kinds = run.present(data), [kind for kind in KINDS if kind in data]
+    data = run.over_time("pool_map", phase, workload, ["time_s", *KINDS])
+    names = run.present(data)
     figure = style.new_figure(0.9 + 2.3 * style.panel_rows(len(names)))
     per_second, time_name = time_unit(data["time_s"].max())
     in_turn, seen = {}, set()
     for axes, name in zip(style.panels(figure, len(names), f"time ({time_name})"), names):
         rows = data[data["strategy"] == name]
-        cells = {kind: np.stack([shares(text) for text in rows[kind]], axis=1) for kind in kinds}
-        seen |= {kind for kind in kinds if cells[kind].any()}
+        cells = {kind: np.stack([shares(text) for text in rows[kind]], axis=1) for kind in KINDS}
+        seen |= {kind for kind in KINDS if cells[kind].any()}
         free = np.clip(1 - sum(cells.values()), 0, 1)
         picture = sum(
             share[..., None] * style.rgb(style.KIND_COLORS[kind]) for kind, share in {**cells, "free": free}.items()
@@ -77,7 +74,8 @@ def pool_over_time(run: Run, phase: str, workload: str) -> Drawn:
         in_turn[name] = float(np.mean(np.maximum(cells["state"].max(axis=1) + cells["kv"].max(axis=1) - 1, 0)))
         style.panel_title(axes, name, f"both in turn {in_turn[name]:.0%}")
     figure.supylabel("address (% of the budget)", fontsize=9.5)
-    handles = [Patch(color=style.KIND_COLORS[kind], label=KINDS[kind]) for kind in kinds if kind in seen]
+    words = {"state": "recurrent state", "kv": "KV", "cached": "cached", "reserved": "reserved"}
+    handles = [Patch(color=style.KIND_COLORS[kind], label=words[kind]) for kind in KINDS if kind in seen]
     rest = "free" if "reserved" in seen else "free or reserved"
     handles.append(Patch(color=style.KIND_COLORS["free"], label=rest))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -58,14 +58,11 @@ class Section:
     texts: list[str] = field(default_factory=list)
     figures: list[Picture] = field(default_factory=list)
     headings: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
+    rows: list[list[str]] = field(default_factory=list)
     anchor: str = ""
     cards: Sequence[Card] = ()
     notes: Sequence[str] = ()
     terms: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rows = list(self.rows)
 
 
 def save_picture(folder: Path, name: str, figure: Figure, data: pd.DataFrame, caption: str) -> Picture:

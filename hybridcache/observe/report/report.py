@@ -12,7 +12,7 @@ import yaml
 
 from hybridcache.observe.report import comparison as compared
 from hybridcache.observe.report.capacity_figures import residents_by_length, waste_by_length
-from hybridcache.observe.report.comparison import BY_COLUMN, METRICS, Metric, clock_means_nothing, compare, judge, label
+from hybridcache.observe.report.comparison import BY_COLUMN, METRICS, Metric, clock_means_nothing, compare, label
 from hybridcache.observe.report.load import SERVING_PHASES, NoData, Run, load_run
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
 from hybridcache.observe.report.page import SUFFIXES, Best, Card, Picture, Section, file_name, save_picture, write_page
@@ -138,14 +138,14 @@ def _answers(run: Run) -> Section:
     return Section("Best by metric", [about], anchor="best", cards=cards, notes=notes)
 
 
-def _card(title: str, verdict: compared.Verdict, comparison: compared.Comparison | None) -> Card:
+def _card(title: str, verdict: compared.Verdict, comparison: compared.Comparison) -> Card:
     best, worst = verdict.means[verdict.best[0]], verdict.means[verdict.worst[0]]
     notes = [f"within {verdict.noise}: {', '.join(verdict.alike)}"] if verdict.alike else []
     ratio = f" (factor {max(best, worst) / min(best, worst):.2f})" if min(best, worst) > 0 else ""
     if verdict.half_interval is not None:
         ratio = f" ({best / worst - 1:+.1%} ± {verdict.half_interval:.1%}, 95 %)"
     notes.append(f"against {verdict.text(worst)} under {verdict.worst[0]}{ratio}")
-    if comparison is not None and comparison.common:
+    if comparison.common:
         notes.append("over the requests that all served")
     names = verdict.best
     shown = ", ".join(names) if len(names) <= 3 else f"{len(names)} of {len(verdict.means)} strategies"
@@ -159,31 +159,13 @@ def _tables(run: Run) -> Iterator[Section]:
     )
     yield Section("Results", [about], anchor="results")
     for phase in run.phases:
-        if phase == "capacity":
-            yield capacity_table(run)
-            continue
-        for workload in run.workloads(phase):
+        for workload in run.workloads(phase) if phase != "capacity" else ():
             yield serving_table(run, phase, workload)
-
-
-def capacity_table(run: Run) -> Section:
-    """Residents by strategy and length."""
-    metric = BY_COLUMN["residents_peak"]
-    found = run.rows("capacity").pivot_table(index="strategy", columns="workload", values=metric.column, sort=False)
-    table = {name: [label(name)] for name in run.strategies if name in found.index}
-    for length in found:
-        verdict = judge(found[[length]].T, metric.text, +1, exact=True)
-        shaded = verdict.best if verdict is not None and verdict.decided else ()
-        for name, cells in table.items():
-            text = _cell(found.at[name, length], 0.0, metric)
-            cells.append(Best(text) if name in shaded else text)
-    headings = ["strategy", *map(compared.length_text, found)]
-    return Section("Capacity: residents by request length", headings=headings, rows=list(table.values()))
 
 
 def serving_table(run: Run, phase: str, workload: str) -> Section:
     """Means over repetitions of every metric that the results have, with their standard deviations."""
-    rows, comparison = run.rows(phase).query("workload == @workload"), compare(run, phase, workload)
+    rows, comparison = run.rows(phase, workload), compare(run, phase, workload)
     repetitions, unranked = rows["repetition"].nunique(), clock_means_nothing(run, phase)
     shown = [metric for metric in METRICS if metric.column in rows.columns and rows[metric.column].notna().any()]
     shown = [metric for metric in shown if metric.always or rows[metric.column].any()]
@@ -215,7 +197,7 @@ def _cell(mean: float, spread: float, metric: Metric) -> str:
 
 def token_agreement(run: Run, phase: str, workload: str) -> str | None:
     """Whether all strategies sampled the same tokens; None where the results carry no hash of them."""
-    rows = run.rows(phase).query("workload == @workload")
+    rows = run.rows(phase, workload)
     rows = rows[rows["tokens_sha256"].notna()] if "tokens_sha256" in rows.columns else rows.iloc[:0]
     count = rows["strategy"].nunique()
     if count < 2:
