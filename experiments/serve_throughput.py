@@ -70,7 +70,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     cfg.kv_dtype, cfg.state_dtype = found.kv_dtype, found.state_dtype
     cfg.engine.max_tokens_per_step = found.max_tokens_per_step
     SchedulerConfig(**container(cfg.engine))
-    return cfg if model_chosen(cfg) else OmegaConf.masked_copy(cfg, [key for key in cfg if key != "model"])
+    return cfg if model_chosen(cfg) else OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "model"])
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

@@ -137,7 +137,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
         found = MAX_TOKENS_PER_STEP if simulates or not infers else cfg.inference.max_tokens_per_step
         cfg.engine.max_tokens_per_step = found
     SchedulerConfig(**container(cfg.engine))
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if not unread.get(str(key))])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if not unread.get(str(key))])
 
 
 def _resolve_geometry(cfg: DictConfig) -> None:

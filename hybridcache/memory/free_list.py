@@ -9,9 +9,15 @@ import numpy as np
 def merged_runs(numbers: Iterable[int] | np.ndarray) -> np.ndarray:
     """Maximal runs of a set of numbers given in any order, as int64 ``[runs, 2]`` of ``(first, count)``."""
     given = numbers.astype(np.int64) if isinstance(numbers, np.ndarray) else np.fromiter(numbers, dtype=np.int64)
-    ordered = np.sort(given)
-    if ordered.size == 0:
+    if given.size == 0:
         return np.empty((0, 2), dtype=np.int64)
+    low, spread = int(given.min()), int(given.max()) - int(given.min())
+    if spread < 16 * given.size:  # marks take a third of a sort's time; pools of single tokens hold very many pages
+        marks = np.zeros(spread + 3, dtype=np.int8)
+        marks[given - (low - 1)] = 1
+        edges = np.flatnonzero(marks[1:] != marks[:-1]).reshape(-1, 2)
+        return np.stack([edges[:, 0] + low, edges[:, 1] - edges[:, 0]], axis=1)
+    ordered = np.sort(given)
     starts = np.concatenate([[0], np.flatnonzero(np.diff(ordered) != 1) + 1])
     counts = np.diff(np.append(starts, ordered.size))
     return np.stack([ordered[starts], counts], axis=1)

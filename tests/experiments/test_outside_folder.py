@@ -1,117 +1,34 @@
 """A user adds an experiment, a workload, a model and a strategy from a folder of their own, as the pages in docs/ say."""
 
 import json
-import textwrap
+import re
 
 import pandas as pd
 from command_line import ROOT, run
 from omegaconf import OmegaConf
 
-FILES = {
-    "conf/workload/bursts.yaml": """
-        _target_: lab.workloads.bursts
-        name: bursts
-        count: 6
-        seed: ${seed}
-    """,
-    "lab/workloads.py": '''
-        import random
-
-        from hybridcache.workloads import Request, Workload
+PAGES = ("adding_an_experiment", "adding_a_workload", "adding_a_model")
+CARVED = "_target_: hybridcache.strategies.shared_pool.SharedPool\nmode: carve\n"
 
 
-        def bursts(*, count: int, seed: int = 0) -> Workload:
-            """Three requests at once, every second."""
-            draw = random.Random(seed)
-            requests = tuple(Request(i, float(i // 3), draw.randint(10, 300), 5) for i in range(count))
-            return Workload("bursts", f"bursts seed={seed}", requests)
-    ''',
-    "conf/model/slim.yaml": """
-        name: slim
-        hf_config:
-          model_type: qwen3_next
-          vocab_size: 272
-          hidden_size: 32
-          intermediate_size: 64
-          num_hidden_layers: 4
-          full_attention_interval: 4
-          num_attention_heads: 2
-          num_key_value_heads: 1
-          head_dim: 16
-          rope_parameters: {rope_type: default, rope_theta: 10000.0, partial_rotary_factor: 0.25}
-          linear_conv_kernel_dim: 4
-          linear_key_head_dim: 16
-          linear_value_head_dim: 16
-          linear_num_key_heads: 1
-          linear_num_value_heads: 2
-          moe_intermediate_size: 16
-          shared_expert_intermediate_size: 16
-          num_experts_per_tok: 1
-          num_experts: 2
-          norm_topk_prob: true
-          max_position_embeddings: 4096
-    """,
-    "conf/strategy/carved.yaml": """
-        _target_: hybridcache.strategies.shared_pool.SharedPool
-        mode: carve
-    """,
-    "conf/experiment/doubling.yaml": """
-        # @package _global_
-        experiment_name: lab.doubling
-        strategies: [shared_pool, carved]
-        strategy_options: {}
-        doubling:
-          start_gib: 0.001
-          times: 3
-    """,
-    "lab/__init__.py": "",
-    "lab/doubling.py": '''
-        """How many requests of 100 tokens fit as the budget doubles?"""
-
-        from dataclasses import dataclass
-        from typing import Any
-
-        from experiments.lib import settings
-        from experiments.lib.harness import write_results
-        from experiments.lib.settings import container
-        from experiments.lib.strategy_choices import CacheMemory, choose_strategies
-        from hybridcache.sim.capacity import residents
-        from hybridcache.spec import CacheSpec
-
-
-        @dataclass
-        class Doubling:
-            start_gib: float
-            times: int
-
-
-        @dataclass
-        class Config(settings.Common):
-            model: settings.Model
-            strategies: list[str]
-            strategy_options: dict[str, Any]
-            doubling: Doubling
-
-
-        def run(cfg, run_dir):
-            spec = CacheSpec.from_config(container(cfg.model.hf_config))
-            rows = []
-            for choice in choose_strategies(cfg):
-                for k in range(cfg.doubling.times):
-                    memory = CacheMemory(spec, int(cfg.doubling.start_gib * 2**30) << k)
-                    count, usage = residents(lambda: choice.build(memory), 100)
-                    rows.append({"phase": "doubling", "workload": f"x{2**k}", "repetition": 0, "residents": count,
-                                 "budget_bytes": usage.budget, **memory.columns(), **choice.columns()})
-            return write_results(rows, run_dir)
-    ''',
-}
+def files() -> dict[str, str]:
+    """The pages' blocks that begin with the name of a file, and a strategy."""
+    found = {"lab/__init__.py": "", "conf/strategy/carved.yaml": CARVED}
+    for page in PAGES:
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        for name, block in re.findall(
+            r"```(?:python|yaml)\n# (?:my_lab/)?(\S+\.(?:py|yaml))\n(.*?)```", text, re.DOTALL
+        ):
+            found[name] = block
+    assert {"lab/doubling.py", "lab/workloads.py", "conf/model/slim.yaml", "conf/workload/bursts.yaml"} <= set(found)
+    return found
 
 
 def folder(path):
-    for name, text in FILES.items():
+    for name, text in files().items():
         file = path / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(textwrap.dedent(text).lstrip())
+        file.write_text(text)
     return path
 
 
@@ -125,7 +42,8 @@ def outside(tmp_path, *arguments):
 
 
 def test_an_experiment_with_a_model_and_a_strategy(tmp_path):
-    rows, recorded = outside(tmp_path, "+experiment=doubling", "model=slim", "doubling.times=2")
+    small = ("doubling.times=2", "doubling.start_gib=0.001")
+    rows, recorded = outside(tmp_path, "+experiment=doubling", "model=slim", "strategies=[shared_pool,carved]", *small)
     assert set(rows["strategy"]) == {"shared_pool", "carved"}
     for _, of_strategy in rows.groupby("strategy"):
         assert list(of_strategy["residents"].diff().dropna() > 0) == [True]
@@ -145,7 +63,8 @@ def test_an_experiment_with_a_model_and_a_strategy(tmp_path):
 def test_a_workload_a_model_and_a_strategy_in_a_shipped_experiment(tmp_path):
     rows, recorded = outside(
         tmp_path,
-        "+experiment=shared_pool", "workload=bursts", "model=slim", "strategies=[carved]", "capacity.budget_gib=0.01",
+        "+experiment=shared_pool", "workload=bursts", "workload.count=6",
+        "model=slim", "strategies=[carved]", "capacity.budget_gib=0.01",
         "simulation.budget_gib=0.01", "simulation.repetitions=2", "seed=7", "inference.max_output=4", "inference.max_prompt=40",
     )  # fmt: skip
     simulation = rows[rows["phase"] == "simulation"]
