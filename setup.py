@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent
 MOVED = ("models", "experiments", "benchmarks", "run")
 DATA = (".yaml", ".html", ".json", ".txt")
 _NAMES = "|".join(MOVED)
-_IN_A_STRING = re.compile(rf"""(?<=["'])(?:{_NAMES})\.(?:(?={{)|[\w.]+(?=["']))""")
-"""A quoted module, or the beginning of an f-string that names one."""
+_IN_A_STRING = re.compile(rf"""(?<=["'])(?:{_NAMES})\.(?:(?={{)|[\w.]+(?=(?::\w+)?["']))""")
+"""A quoted module (``a.b`` or ``a.b:Name``), or the beginning of an f-string that names one."""
 
 
 class BuildPy(build_py):
@@ -105,4 +105,5 @@ def _renamed_string(match: re.Match[str]) -> str:
     return f"hybridcache.{match[0]}" if known else match[0]
 
 
-setup(cmdclass={"build_py": BuildPy})
+if __name__ == "__main__":
+    setup(cmdclass={"build_py": BuildPy})

@@ -1,5 +1,6 @@
 """The wheel works by itself: outside the repository, beside other people's folders of the same names."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -66,6 +67,36 @@ def site(wheel, tmp_path_factory) -> Path:
 def environment(site: Path) -> dict[str, str]:
     """The installed wheel comes first on the path; the environment's packages, an editable install among them, behind."""
     return {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+
+
+SOURCE = """from models.qwen3_next import model
+from models import configs
+import models.configs as shipped
+def f(name, files):
+    from run import main
+    path = f"experiments.{name}", 'models.configs', "models.configs:Name"
+    others = "models.nothing", "experiments", f"{name}.models.configs"
+    models = files.models.configs  # neither is models.configs
+"""
+RENAMED = """from hybridcache.models.qwen3_next import model
+from hybridcache.models import configs
+import hybridcache.models.configs as shipped
+def f(name, files):
+    from hybridcache.run import main
+    path = f"hybridcache.experiments.{name}", 'hybridcache.models.configs', "hybridcache.models.configs:Name"
+    others = "models.nothing", "experiments", f"{name}.models.configs"
+    models = files.models.configs  # neither is models.configs
+"""
+
+
+def test_modules_are_renamed_in_imports_and_strings():
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    assert setup.rename(SOURCE, "file.py") == RENAMED
+    assert setup.rename(RENAMED, "file.py") == RENAMED
+    with pytest.raises(SystemExit, match=r"^file.py:1: write `import models.configs as ...`"):
+        setup.rename("import models.configs", "file.py")
 
 
 def run_elsewhere(site: Path, elsewhere: Path, *arguments: object) -> str:
