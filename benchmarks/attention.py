@@ -84,13 +84,14 @@ def decode(case: Case, setup: Setup, more: Operations = NONE) -> Work:
     footprint = sum(case.lengths) * _token_bytes(case)
     pool = _Pool(case, setup, footprint, fill=True)
     q_BHD = pool.draw(rows, dims.heads, dims.head_dim, dtype=case.dtype)
-    inputs = (q_BHD, pool.at.kv_table_BN, pool.at.context_len_B)
-    scale, checked = dims.head_dim**-0.5, slice(0, CHECKED_ROWS)
-    expected = naive_decode.paged_decode(pool.caches[0], *(x[checked] for x in inputs), scale)
+    checked, tables = slice(0, CHECKED_ROWS), (pool.at.kv_table_BN, pool.at.context_len_B)
+    inputs: list[Any] = [q_BHD, *tables, dims.head_dim**-0.5]
+    first: list[Any] = [*(x[checked] for x in inputs[:3]), inputs[3]]
+    expected = naive_decode.paged_decode(pool.caches[0], *first)
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(pool.caches[i], *inputs, scale)
+            return operation(pool.caches[i], *inputs)
 
         return Implementation(run, lambda: worst([(run(0)[checked], expected)]), graph)
 
@@ -193,7 +194,7 @@ def fused_store(case: Case, setup: Setup) -> Work:
     pool, place = _destinations(case, setup, footprint)
     angle_TP = torch.rand(tokens, dims.head_dim // 8, generator=pool.generator).to(pool.device) * 6.3
     norms = [pool.draw(dims.head_dim, dtype="float32") * 0.1 for _ in range(2)]
-    rest = (*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place)
+    rest: list[Any] = [*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place]
     widths = [2 * dims.heads * dims.head_dim, *(count * dims.head_dim for count in heads[1:])]
 
     def projection() -> tuple[torch.Tensor, ...]:
@@ -201,9 +202,10 @@ def fused_store(case: Case, setup: Setup) -> Work:
         q = q.unflatten(1, (dims.heads, 2 * dims.head_dim))[:, :, : dims.head_dim]
         return (q, *(x.unflatten(1, (dims.kv_heads, dims.head_dim)) for x in (k, v)))
 
-    qkv = [projection() for _ in pool.layers]
+    qkv: list[Any] = [projection() for _ in pool.layers]
     buffer, before, dtype = pool.at.buffer, pool.at.buffer.clone(), torch_dtype(case.dtype)
-    expected = naive_fused.qk_norm_rope_store(pool.caches[0], *[*qkv[0], *rest])
+    first: list[Any] = [*qkv[0], *rest]
+    expected = naive_fused.qk_norm_rope_store(pool.caches[0], *first)
     stored = buffer.clone()
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:

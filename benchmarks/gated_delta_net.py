@@ -162,7 +162,8 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
         """The launches of one part; those that it needs before it have run once."""
         from hybridcache.kernels.gdn_prefill.triton import Prefill
 
-        calls = [Prefill(*step(i), **checkpoints(i), tiles=tiles) for i in range(sets)]
+        options: list[dict[str, Any]] = [{**checkpoints(i), "tiles": tiles} for i in range(sets)]
+        calls = [Prefill(*step(i), **options[i]) for i in range(sets)]
 
         def prepare(i: int) -> None:
             calls[i].conv()

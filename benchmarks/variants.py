@@ -134,7 +134,7 @@ def experts_of_a_layer() -> Iterator[tuple[Case, Variants]]:
 
     product, tiling = tilings.Product, tilings.Tiling
     row_cuts = ((8, 512, 4, 8, 4), (4, 1024, 4, 4, 4), (8, 256, 2, 8, 2), (16, 256, 4, 16, 4), (16, 512, 8, 16, 8))
-    rows = {
+    rows: Variants = {
         f"row by row {gate}x{dims}w{warps} {down}w{down_warps}": partial(
             few_tokens.mixture, tuning=few_tokens.Tuning(gate, dims, warps, down, down_warps)
         )

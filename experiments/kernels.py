@@ -33,8 +33,8 @@ from hybridcache.observe.report.page import Picture, Section, save_picture, writ
 from hybridcache.observe.report.words import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
-HEADINGS = ("operation", "shape", "impl", "L2", "ms", "±", "bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error")
-HEADINGS += ("clock x launches",)
+RATES = ("bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error", "clock x launches")
+HEADINGS = ("operation", "shape", "impl", "L2", "ms", "±", *RATES)
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:

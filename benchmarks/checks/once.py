@@ -26,7 +26,8 @@ def gdn_decode(state_dtype: str, shared_memory: bool, apart: bool, generator: to
 
     case = state_case(generator, positions=[0, 2, -1, 77], state_dtype=state_dtype, device="cuda", apart=apart)
     tuning = default_tuning(256 if shared_memory else 4, getattr(torch, state_dtype))
-    return [gdn_decode(*cached(case.buffer, *case.step(1)), tuning=tuning)]
+    step: list[Any] = [*cached(case.buffer, *case.step(1)), tuning]
+    return [gdn_decode(*step)]
 
 
 def gdn_prefill(dtype: str, apart: bool, generator: torch.Generator) -> Outs:
@@ -99,7 +100,8 @@ def fused_store(generator: torch.Generator) -> Outs:
     draw = partial(normal, generator, device=CUDA)
     qkv = [draw((5, n, DIM), dtype="bfloat16") for n in (HEADS, KV_HEADS, KV_HEADS)]
     weights, angle_TP = [draw((DIM,), dtype="float32") for _ in range(2)], draw((5, PAIRS), dtype="float32")
-    return [qk_norm_rope_store(cache, *qkv, *weights, 1e-6, angle_TP.cos(), angle_TP.sin(), *place)]
+    rest: list[Any] = [*qkv, *weights, 1e-6, angle_TP.cos(), angle_TP.sin(), *place]
+    return [qk_norm_rope_store(cache, *rest)]
 
 
 def block_copy(generator: torch.Generator) -> Outs:
@@ -122,10 +124,10 @@ def experts(name: str, generator: torch.Generator) -> Outs:
     weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
     if name != "many":
         shapes = ((count, 2 * inner, hidden), (count, hidden, inner), (2 * inner, hidden), (hidden, inner))
-        inputs = (x_TD, weight_Ts, expert_Tk, *map(draw, shapes))
+        inputs: list[Any] = [x_TD, weight_Ts, expert_Tk, *map(draw, shapes)]
         if name == "few":
             return [few_tokens.mixture(*inputs)]
-        return [tiled.mixture(*inputs, tiling=cut) for cut in (tilings.FEW, tilings.SOME, tilings.MANY)]
+        return [tiled.mixture(*[*inputs, cut]) for cut in (tilings.FEW, tilings.SOME, tilings.MANY)]
     order_A = expert_Tk.flatten().sort(stable=True).indices
     x_AD, place_A = grouped.gather(x_TD, order_A, k)
     narrow = grouped.silu_mul(draw((tokens * k, 2 * inner)), weight_Ts, order_A)
