@@ -21,7 +21,7 @@ from hybridcache.kernels.testing import AttentionCase, attention_case, byte_inde
 from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 if TYPE_CHECKING:
-    from hybridcache.kernels.paged_decode.tiles import Tuning
+    from hybridcache.kernels.paged_decode.tiles import Tiles
 
 Operation = Callable[..., Any]
 """Takes a layer's cache, then the operation's arguments."""
@@ -231,25 +231,25 @@ def fused_store(case: Case, setup: Setup) -> Work:
 
 @dataclass(frozen=True)
 class DecodeLaunch:
-    """A paged decode as it is compiled: a case's layout and sizes, a tuning and the splits."""
+    """A paged decode as it is compiled: a case's layout and sizes, tiles and the splits."""
 
     case: Case
-    tuning: "Tuning"
+    tiles: "Tiles"
     splits: int
 
     @classmethod
     def of(cls, case: Case, multiprocessors: int) -> "DecodeLaunch":
         """What the library launches for a case of rows of one length. Cases that compile to the same give equal launches."""
-        from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tuning
+        from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tiles
 
         dims, dtype = case.dims, getattr(torch, case.dtype)
         assert case.manager_block
         programs, tokens = len(case.lengths) * dims.kv_heads, -(-max(case.lengths) // case.manager_block)
         empty = Case(**{**vars(case), "lengths": (0,)})
         layout = _cache(empty, torch.device("cpu"), torch.Generator(), [], layers=1).layout
-        tuning = choose_tuning(layout, dims.heads, dtype, programs, multiprocessors)
-        splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tuning)
-        return cls(Case(**{**vars(case), "lengths": (300, 70)}), tuning, splits)
+        tiles = choose_tiles(layout, dims.heads, dtype, programs, multiprocessors)
+        splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tiles)
+        return cls(Case(**{**vars(case), "lengths": (300, 70)}), tiles, splits)
 
 
 def decode_launches(cases: Iterable[Case], multiprocessors: int) -> list[DecodeLaunch]:
@@ -266,5 +266,5 @@ def launch_decode(item: DecodeLaunch) -> None:
     at = _cache(item.case, torch.device("cuda"), torch.Generator(), [])
     q_BHD = normal(torch.Generator(), (2, dims.heads, dims.head_dim), at.buffer.device, item.case.dtype)
     inputs = (AttentionCache(at.buffer, at.layout, 0), q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
-    paged_decode(*inputs, num_splits=item.splits, tuning=item.tuning)
+    paged_decode(*inputs, num_splits=item.splits, tiles=item.tiles)
     torch.cuda.synchronize()

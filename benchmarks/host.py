@@ -231,7 +231,7 @@ def main() -> None:
             row: dict[str, Any] = {"strategy": args.strategy, **options, "running": args.running}
         else:
             device, mode = stack.enter_context(no_device()), args.mode or "exclusive"
-            for module in ("devices", "gdn_decode.tuning"):
+            for module in ("devices", "gdn_decode.tiles"):
                 stack.enter_context(patch(f"hybridcache.kernels.{module}.capability", lambda device: (9, 0)))
             launched = launch_step(mode, args.decoding, args.prefilling)
             launched()

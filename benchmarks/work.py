@@ -92,7 +92,7 @@ class Work:
         if on_cuda and operation == "paged_prefill" and is_hopper(setup.device):
             modules["gluon"] = "paged_prefill.hopper"
         if case.with_torch:
-            modules["torch"] = OPERATIONS[operation].torch
+            modules["torch"] = OPERATIONS[operation].torch_module
         if on_cuda and "fa3" in OPERATIONS[operation].others and attention_backends()["fa3"] == "installed":
             modules["fa3"] = OPERATIONS[operation].others["fa3"]
         for name, module in modules.items():

@@ -64,7 +64,7 @@ class Backend(LayerOperations):
         """Whether a CUDA graph can hold a step: no operation reads the device from the host."""
         for operation, entry in LAYER.items():
             setattr(self, operation, self._layer_operation(operation, entry))
-        self._copy = load(BLOCK_COPY.triton if self.fused else BLOCK_COPY.torch, "block_copy")
+        self._copy = load(BLOCK_COPY.triton_module if self.fused else BLOCK_COPY.torch_module, "block_copy")
 
     def bind(self, buffer: torch.Tensor, layout: Layout) -> Caches:
         """The caches of a pool, whose bytes are ``buffer``."""
@@ -86,16 +86,16 @@ class Backend(LayerOperations):
             return cast(int, self._copy(buffer, moves))
 
     def _layer_operation(self, operation: str, entry: Operation) -> Callable[..., Any]:
-        exact = load(entry.torch, operation)
+        exact = load(entry.torch_module, operation)
         if not self.fused:
             return exact
-        fused = load(entry.triton, operation)
+        fused = load(entry.triton_module, operation)
         return lambda x, *rest: (exact if x.dtype is torch.float64 else fused)(x, *rest)
 
     def _cache_operation(self, operation: str, entry: Operation, cache: Any) -> Callable[..., Any]:
         """The operation on one layer's cache: checked, counted and on the cache's device."""
         name = self._attention if entry.others else self._language
-        run = load({"torch": entry.torch, "triton": entry.triton, **entry.others}[name], operation)
+        run = load({"torch": entry.torch_module, "triton": entry.triton_module, **entry.others}[name], operation)
         two_kernels = entry.two_kernels and name == "triton"
         dtypes = entry.triton_dtypes if name == "triton" else ()
         label, launches, index = f"{operation}[{name}]", self.launches, cache.buffer.device.index

@@ -9,8 +9,7 @@ import torch
 from hybridcache.kernels.caches import AttentionCache, StateCache
 from hybridcache.kernels.devices import is_hopper
 from hybridcache.kernels.gdn_decode import triton as decode
-from hybridcache.kernels.gdn_decode.staging import Staging
-from hybridcache.kernels.gdn_decode.tuning import choose
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, choose
 from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles
 from hybridcache.kernels.gdn_prefill import triton as prefill
 from hybridcache.kernels.paged_prefill import hopper, triton
@@ -28,11 +27,11 @@ def paged_prefill(cache: AttentionCache, q_THD: torch.Tensor, *rest: Any) -> Ran
 
 def gdn_decode(cache: StateCache, x_BC: torch.Tensor, *rest: Any) -> Ran:
     kind = (x_BC.shape[0], x_BC.dtype)
-    tuning = cache.memo.get(kind)
-    if tuning is None:
-        tuning = cache.memo[kind] = choose(cache.layout, x_BC)
-    language = "gluon" if isinstance(tuning, Staging) else "triton"
-    return language, decode.gdn_decode(cache, x_BC, *rest, tuning=tuning)
+    tiles = cache.memo.get(kind)
+    if tiles is None:
+        tiles = cache.memo[kind] = choose(cache.layout, x_BC)
+    language = "gluon" if isinstance(tiles, SharedTiles) else "triton"
+    return language, decode.gdn_decode(cache, x_BC, *rest, tiles=tiles)  # type: ignore[misc]
 
 
 def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *rest: Any, **checkpoints: Any) -> Ran:

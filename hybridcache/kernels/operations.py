@@ -135,26 +135,29 @@ class StateOperations(Protocol):
         ...
 
 
-class LayerOperations(Protocol):
-    """What a layer computes between its projections, and the greedy choice of tokens: no caches."""
+class LayerOperations:
+    """What a layer computes between its projections, the greedy choice of tokens, and copies of blocks. A backend sets each
+    to its implementation."""
 
     def add_norm(
         self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``x + delta``, rounded to x's dtype, and of that ``x / rms(x) * (1 + weight)``, rounded to it too."""
-        ...
+        raise NotImplementedError
 
     def gated_norm(
         self, x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
     ) -> None:
         """``x / rms(x) * weight * silu(gate)`` over the last dimension, into ``out``."""
+        raise NotImplementedError
 
     def sigmoid_mul(self, x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
         """``x * sigmoid(gate)`` into ``out``."""
+        raise NotImplementedError
 
     def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor:
         """``silu(gate) * up`` of rows that hold gate, then up."""
-        ...
+        raise NotImplementedError
 
     def route(
         self, logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool
@@ -165,7 +168,7 @@ class LayerOperations(Protocol):
             Weights ``[T, k + 1]``, float32 or float64: of the chosen experts, summing to 1 with ``renormalise``, then the
             sigmoid of logit ``experts``. Expert ids ``[T, k]``, int32, most likely first.
         """
-        ...
+        raise NotImplementedError
 
     def mixture(
         self,
@@ -178,7 +181,7 @@ class LayerOperations(Protocol):
         shared_down_DJ: torch.Tensor,
     ) -> torch.Tensor:
         """Weighted sum of each token's experts and the shared one, ``[T, D]``. Gate's rows come before up's."""
-        ...
+        raise NotImplementedError
 
     def greedy(self, logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tensor) -> None:
         """The most likely token of each row, the first of equals. Nothing waits for the device.
@@ -188,11 +191,12 @@ class LayerOperations(Protocol):
             sampled_R: int64; takes the tokens, :data:`~hybridcache.kernels.greedy.NOT_FINITE` where there is none.
             feed_R: int64; takes the tokens, 0 where there is none, for the next step to read.
         """
+        raise NotImplementedError
 
     def block_copy(self, buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
         """Copy ``num_bytes`` from byte ``src`` to byte ``dst`` for every ``(src, dst, num_bytes)``, in order. Returns the
         bytes moved."""
-        ...
+        raise NotImplementedError
 
 
 CHECKPOINT_MULTIPLE = 64
@@ -204,8 +208,8 @@ FLOAT32_OR_LESS = (torch.bfloat16, torch.float16, torch.float32)
 class Operation:
     """Who computes one operation: the module, below this package, that holds a function of the operation's name."""
 
-    torch: str
-    triton: str
+    torch_module: str
+    triton_module: str
     others: dict[str, str] = field(default_factory=dict)
     """Attention backends beside the two, by name."""
     two_kernels: bool = False

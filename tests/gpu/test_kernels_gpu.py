@@ -19,7 +19,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.gdn_prefill.testing import block_errors, prefill_case
     from hybridcache.kernels.kv_store import naive as naive_store
     from hybridcache.kernels.paged_decode import naive as naive_decode
-    from hybridcache.kernels.paged_decode.tiles import Tuning
+    from hybridcache.kernels.paged_decode.tiles import Tiles
     from hybridcache.kernels.paged_decode.triton import paged_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
     from hybridcache.kernels.testing import (
@@ -191,16 +191,16 @@ def test_paged_decode_of_other_shapes(backend, generator, dim, heads, kv_heads):
     assert rel_error(run(backend, "paged_decode", case.buffer, *inputs), expected) <= 1e-2
 
 
-@pytest.mark.parametrize("tuning", [(64, 4, 3, 1), (64, 8, 3, 1), (32, 4, 4, 1), (16, 4, 3, 4), (16, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize("tiles", [(64, 4, 3, 1), (64, 8, 3, 1), (32, 4, 4, 1), (16, 4, 3, 4), (16, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("splits", [1, 2, 7, 66, 128])
-def test_paged_decode_tunings(generator, tuning, splits):
+def test_paged_decode_tiles(generator, tiles, splits):
     lengths = [1, 0, 63, 64, 65, 16 * splits, 64 * splits, 64 * splits + 1, 5000]
     case = paged_case(generator, lengths, "block_major", 8, 11)
 
     class Tuned:
         @staticmethod
         def paged_decode(*inputs):
-            return paged_decode(*inputs, num_splits=splits, tuning=Tuning(*tuning))
+            return paged_decode(*inputs, num_splits=splits, tiles=Tiles(*tiles))
 
     check_paged_decode(Tuned, generator, case)
 
@@ -211,22 +211,22 @@ def test_a_reduction_waits_for_every_split(generator):
     case = paged_case(generator, [4000, 20_000], "block_major", 8, 11)
     first_BHD = normal(generator, (2, HEADS, DIM), case.buffer.device, "bfloat16")
 
-    def steps(tuning, after=lambda: None):
+    def steps(tiles, after=lambda: None):
         outs = [first_BHD]
         for _ in range(40):
             inputs = (case.layout, 7, outs[-1], case.kv_table_BN, case.context_len_B, 1.0)
-            outs.append(paged_decode(*cached(case.buffer, *inputs), tuning=tuning))
+            outs.append(paged_decode(*cached(case.buffer, *inputs), tiles=tiles))
             after()
         return outs[1:]
 
-    tuning = Tuning(64, 4, 3, 1)
-    alone, eager = steps(replace(tuning, dependent_launch=False), torch.cuda.synchronize), steps(tuning)
+    tiles = Tiles(64, 4, 3, 1)
+    alone, eager = steps(replace(tiles, dependent_launch=False), torch.cuda.synchronize), steps(tiles)
     for found, expected in zip(eager, alone):
         assert torch.equal(found, expected)
     assert not any(torch.equal(one, other) for one, other in pairwise(alone))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        together = steps(tuning)
+        together = steps(tiles)
     for _ in range(3):
         for out in together:
             out.fill_(float("nan"))

@@ -12,7 +12,7 @@ pytestmark = [
 if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.naive import gather
     from hybridcache.kernels.paged_prefill import hopper, triton
-    from hybridcache.kernels.paged_prefill.tiles import Tile
+    from hybridcache.kernels.paged_prefill.tiles import Tiles
     from hybridcache.kernels.testing import attention_case, cached, normal, rel_error
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -186,7 +186,7 @@ def test_the_same_bits_every_time(prefill, generator):
     "shape", [(128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4), (64, 32, 4, 3), (64, 64, 8, 2)], ids=str
 )
 def test_tiles(generator, shape):
-    check(triton.paged_prefill, generator, paged_case(generator, [1025, 300]), [1025, 77], tile=Tile(*shape))
+    check(triton.paged_prefill, generator, paged_case(generator, [1025, 300]), [1025, 77], tiles=Tiles(*shape))
 
 
 def test_beyond_2_32_elements(prefill, generator):

@@ -20,7 +20,7 @@ from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.kv_store import triton as triton_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
-from hybridcache.kernels.paged_decode.tiles import Tuning
+from hybridcache.kernels.paged_decode.tiles import Tiles
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, state_case, state_error
 
@@ -214,7 +214,7 @@ def test_paged_decode_around_a_tile_and_a_split(generator, keys, splits):
     q_BHD = torch.randn(len(lengths), 6, 16, generator=generator)
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
     expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
-    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tuning=Tuning(keys, 4, 1, 1))
+    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tiles=Tiles(keys, 4, 1, 1))
     for row, length in enumerate(lengths):
         assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
 

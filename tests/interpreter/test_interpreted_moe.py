@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hybridcache.kernels.backend import Backend
-from hybridcache.kernels.moe import few_tokens, grouped, router_rows, tiled, tilings
+from hybridcache.kernels.moe import few_tokens, grouped, router_rows, tiled
+from hybridcache.kernels.moe import tiles as moe_tiles
 from hybridcache.kernels.moe.routing import route
 from hybridcache.kernels.norms import triton as triton_norms
 from hybridcache.kernels.testing import rel_error
@@ -77,10 +78,10 @@ def test_few_tokens(generator, tokens, experts, k, hidden, inner, dtype):
     x = torch.randn(tokens, 2 * hidden, generator=generator).to(dtype)[:, :hidden]
     weight, expert = routed(generator, tokens, experts, k)
     expected = layers.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
-    for tuning in (few_tokens.Tuning(), few_tokens.Tuning(gate_rows=4, gate_dims=32, down_rows=16)):
-        out = few_tokens.mixture(x, weight, expert, *matrices, tuning=tuning)
+    for tiles in (few_tokens.Tiles(), few_tokens.Tiles(gate_rows=4, gate_dims=32, down_rows=16)):
+        out = few_tokens.mixture(x, weight, expert, *matrices, tiles=tiles)
         assert out.dtype == dtype
-        assert rel_error(out, expected) < TOLERANCE[dtype], tuning
+        assert rel_error(out, expected) < TOLERANCE[dtype], tiles
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -104,16 +105,18 @@ def test_what_stands_between_grouped_products(generator, tokens, experts, k, dim
     assert rel_error(out, summed) < TOLERANCE[dtype]
 
 
-TILINGS = {
-    "swapped-16": tilings.Tiling(16, True, tilings.Product(32, 16, 3, 4), tilings.Product(16, 32, 2, 4)),
-    "one-size-64": tilings.Tiling(64, False, tilings.Product(16, 32, 2, 4), tilings.Product(64, 16, 3, 4)),
-    "two-sizes-128": tilings.Tiling(128, False, tilings.Product(32, 32, 4, 8), tilings.Product(32, 32, 3, 8)),
-    "two-sizes-swapped-128": tilings.Tiling(128, True, tilings.Product(64, 64, 4, 8), tilings.Product(64, 64, 3, 8)),
+TILES = {
+    "swapped-16": moe_tiles.Tiles(16, True, moe_tiles.Product(32, 16, 3, 4), moe_tiles.Product(16, 32, 2, 4)),
+    "one-size-64": moe_tiles.Tiles(64, False, moe_tiles.Product(16, 32, 2, 4), moe_tiles.Product(64, 16, 3, 4)),
+    "two-sizes-128": moe_tiles.Tiles(128, False, moe_tiles.Product(32, 32, 4, 8), moe_tiles.Product(32, 32, 3, 8)),
+    "two-sizes-swapped-128": moe_tiles.Tiles(
+        128, True, moe_tiles.Product(64, 64, 4, 8), moe_tiles.Product(64, 64, 3, 8)
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", TILES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "k", "hidden", "inner", "shared"),
     [(1, 5, 3, 40, 24, 24), (37, 7, 3, 72, 40, 16), (150, 3, 2, 64, 16, 8), (9, 130, 2, 48, 72, 72)],
@@ -127,16 +130,16 @@ def test_tiles(generator, tokens, experts, k, hidden, inner, shared, name, dtype
     if tokens == 150:  # one expert has all first choices: two whole tiles of 64 and one of 22
         expert[:, 0], expert[:, 1] = 2, expert[:, 1] % 2
     expected = layers.mixture(x.double(), weight.double(), expert, *(matrix.double() for matrix in matrices))
-    out = tiled.mixture(x, weight, expert, *matrices, tiling=TILINGS[name])
+    out = tiled.mixture(x, weight, expert, *matrices, tiles=TILES[name])
     assert out.dtype == dtype
     # The interpreter cuts bits off where it casts to bfloat16, here three times.
     assert rel_error(out, expected) < 2 * TOLERANCE[dtype]
 
 
 def test_tiles_are_chosen_by_assignments_per_expert():
-    found = [tilings.choose_tiling(tokens * 10, 512) for tokens in (1, 256, 1024, 8192)]
-    assert found == [tilings.FEW, tilings.FEW, tilings.SOME, tilings.MANY]
-    assert tilings.choose_tiling(1, 1) == tilings.FEW
+    found = [moe_tiles.choose_tiles(tokens * 10, 512) for tokens in (1, 256, 1024, 8192)]
+    assert found == [moe_tiles.FEW, moe_tiles.FEW, moe_tiles.SOME, moe_tiles.MANY]
+    assert moe_tiles.choose_tiles(1, 1) == moe_tiles.FEW
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

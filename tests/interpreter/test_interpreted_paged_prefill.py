@@ -10,11 +10,11 @@ import torch
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.paged_prefill import naive, triton
-from hybridcache.kernels.paged_prefill.tiles import Tile, max_tiles
+from hybridcache.kernels.paged_prefill.tiles import Tiles, max_tiles
 from hybridcache.kernels.testing import attention_case, cached, rel_error
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-TILE = Tile(queries=64, keys=32, num_warps=4, num_stages=2)
+TILE = Tiles(queries=64, keys=32, num_warps=4, num_stages=2)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_whole_prompts_and_resumed_chunks(generator, order, kb, blocks, kv_heads
     )
     inputs = chunks(generator, case, queries, kv_heads * group, dtype, tail=2)
     expected = naive.paged_prefill(*cached(case.buffer, *inputs))
-    out = triton.paged_prefill(*cached(case.buffer, *inputs), tile=TILE)
+    out = triton.paged_prefill(*cached(case.buffer, *inputs), tiles=TILE)
     assert out.dtype == inputs[2].dtype
     assert (out[65:70] == 0).all()
     assert (out[-2:] == 0).all()
@@ -78,8 +78,8 @@ def test_lengths_around_a_tile(generator, tokens):
     case = attention_case(generator, lengths=[tokens], kv_heads=1, k_dim=16, v_dim=16, dtype="float32", extra_entries=0)
     inputs = chunks(generator, case, [tokens], 2)
     expected = naive.paged_prefill(*cached(case.buffer, *inputs))
-    tile = Tile(queries=128, keys=64, num_warps=8, num_stages=2)
-    out = triton.paged_prefill(*cached(case.buffer, *inputs), tile=tile)
+    tile = Tiles(queries=128, keys=64, num_warps=8, num_stages=2)
+    out = triton.paged_prefill(*cached(case.buffer, *inputs), tiles=tile)
     for token in range(tokens):
         assert rel_error(out[token], expected[token]) <= 1e-5, f"token {token}"
 
@@ -88,7 +88,7 @@ def test_more_heads_than_a_tile_and_the_default_tile(generator):
     case = attention_case(generator, lengths=[40, 3], kv_heads=1, k_dim=16, v_dim=16, dtype="float32")
     inputs = chunks(generator, case, [9, 3], 72)
     expected = naive.paged_prefill(*cached(case.buffer, *inputs))
-    assert rel_error(triton.paged_prefill(*cached(case.buffer, *inputs), tile=TILE), expected) <= 1e-5
+    assert rel_error(triton.paged_prefill(*cached(case.buffer, *inputs), tiles=TILE), expected) <= 1e-5
     assert rel_error(triton.paged_prefill(*cached(case.buffer, *inputs)), expected) <= 1e-5
 
 
@@ -99,7 +99,7 @@ def test_more_rows_than_one_step_of_the_search(generator):
     case = attention_case(generator, lengths=lengths, kv_heads=1, k_dim=16, v_dim=16, dtype="float32", extra_entries=0)
     inputs = chunks(generator, case, lengths, 2)
     expected = naive.paged_prefill(*cached(case.buffer, *inputs))
-    assert rel_error(triton.paged_prefill(*cached(case.buffer, *inputs), tile=TILE), expected) <= 1e-5
+    assert rel_error(triton.paged_prefill(*cached(case.buffer, *inputs), tiles=TILE), expected) <= 1e-5
 
 
 def test_the_output_sees_its_keys_and_values(generator):
@@ -107,7 +107,7 @@ def test_the_output_sees_its_keys_and_values(generator):
     case = attention_case(generator, lengths=[40, 40], kv_heads=2, k_dim=16, v_dim=16, dtype="float32")
     address = case.layout.address(1, int(case.kv_table_BN[1, 0]), 21, 1, 0)
     case.buffer[address : address + 64] = 0xFF
-    out = triton.paged_prefill(*cached(case.buffer, *chunks(generator, case, [40, 40], 4)), tile=TILE)
+    out = triton.paged_prefill(*cached(case.buffer, *chunks(generator, case, [40, 40], 4)), tiles=TILE)
     assert out[:40].isfinite().all()
     assert out[40:, 2:].isfinite().all()
     assert out[61:, :2].isnan().all()

@@ -199,9 +199,9 @@ def test_every_operation_has_one_entry_and_its_implementations_exist():
     ):
         assert set(entries) == {name for name in vars(protocol) if not name.startswith("_")}
         for name, entry in entries.items():
-            for module in (entry.torch, entry.triton, *entry.others.values()):
+            for module in (entry.torch_module, entry.triton_module, *entry.others.values()):
                 assert callable(operations.load(module, name))
-            assert operations.load(entry.torch, name).__name__ == name
+            assert operations.load(entry.torch_module, name).__name__ == name
 
 
 def test_properties_say_what_a_backend_can_do():

@@ -14,9 +14,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from hybridcache.kernels.gdn_decode import hopper  # noqa: E402
-from hybridcache.kernels.gdn_decode.staging import Staging  # noqa: E402
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles  # noqa: E402
 from hybridcache.kernels.gdn_decode.triton import constants, gdn_decode_kernel, options  # noqa: E402
-from hybridcache.kernels.gdn_decode.tuning import Tuning  # noqa: E402
 from hybridcache.kernels.testing import state_case  # noqa: E402
 
 
@@ -26,24 +25,24 @@ def pointer_types(state_dtype: str) -> dict[str, str]:
         "state_ptr": "*" + TRITON_TYPE[state_dtype],
         **dict.fromkeys(activations, "*bf16"),
         **dict.fromkeys(("a_log_ptr", "dt_bias_ptr"), "*fp32"),
-        "table_ptr": "*i32",
+        **dict.fromkeys(("read_ptr", "write_ptr"), "*i32"),
         "position_ptr": "*i64",
     }
 
 
-def compiled_for(state_dtype: str, tuning: Tuning, weight_by_column: bool = False):
+def compiled_for(state_dtype: str, tiles: Tiles, weight_by_column: bool = False):
     layout = state_case(torch.Generator(), positions=[-1], layers=1, state_dtype=state_dtype).layout
     pointers = pointer_types(state_dtype)
     weight_strides = (1, layout.conv_channels) if weight_by_column else None
-    constant = constants(layout, torch.bfloat16, tuning, weight_strides)
-    return compile_for_hopper(gdn_decode_kernel, pointers, {"layer": "i32"}, constant, options(tuning))
+    constant = constants(layout, torch.bfloat16, tiles, weight_strides)
+    return compile_for_hopper(gdn_decode_kernel, pointers, {"layer": "i32"}, constant, options(tiles))
 
 
 @pytest.mark.parametrize("conv_first", [False, True], ids=["state-first", "conv-first"])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("block_v", "num_warps"), [(16, 1), (32, 1), (32, 2), (64, 2), (128, 4)])
-def test_tunings_fit_and_load_before_they_wait(block_v, num_warps, state_dtype, conv_first, tmp_path):
-    compiled = compiled_for(state_dtype, Tuning(block_v, num_warps, conv_first=conv_first), weight_by_column=conv_first)
+def test_tiles_fit_and_load_before_they_wait(block_v, num_warps, state_dtype, conv_first, tmp_path):
+    compiled = compiled_for(state_dtype, Tiles(block_v, num_warps, conv_first=conv_first), weight_by_column=conv_first)
     assert_fits(compiled, tmp_path)
     parts = re.split(r"bar\.(?:warp\.)?sync", compiled.asm["ptx"])
     vectors = len(re.findall(r"ld\.global\.v4\.b32", parts[0]))
@@ -57,8 +56,8 @@ def test_tunings_fit_and_load_before_they_wait(block_v, num_warps, state_dtype, 
 
 
 def test_options_reach_the_assembler(tmp_path):
-    tuning = Tuning(16, 1, evict_first=True, max_registers=160, dependent_launch=True)
-    compiled = compiled_for("float32", tuning, weight_by_column=True)
+    tiles = Tiles(16, 1, evict_first=True, max_registers=160, dependent_launch=True)
+    compiled = compiled_for("float32", tiles, weight_by_column=True)
     assert_fits(compiled, tmp_path)
     ptx = compiled.asm["ptx"]
     assert "L2::evict_first" in ptx
@@ -66,10 +65,10 @@ def test_options_reach_the_assembler(tmp_path):
     assert ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
-def staged_for(state_dtype: str, staging: Staging, weight_by_column: bool = False):
+def staged_for(state_dtype: str, tiles: SharedTiles, weight_by_column: bool = False):
     """As the launcher would compile it for aligned arguments."""
     layout = state_case(torch.Generator(), positions=[-1], layers=1, state_dtype=state_dtype).layout
-    constant = hopper.constants(layout, staging, (1, layout.conv_channels) if weight_by_column else None)
+    constant = hopper.constants(layout, tiles, (1, layout.conv_channels) if weight_by_column else None)
     types = {**pointer_types(state_dtype), "layer": "i32"}
     kernel = hopper.shared_decode_kernel
     signature, aligned = {}, {}
@@ -79,7 +78,7 @@ def staged_for(state_dtype: str, staging: Staging, weight_by_column: bool = Fals
         if not (is_constant or param.name == "layer" or param.do_not_specialize_on_alignment):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constexprs=constant, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": staging.num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tiles.num_warps})
 
 
 @pytest.mark.parametrize("weight_by_column", [False, True], ids=["CW", "WC"])
@@ -87,9 +86,11 @@ def staged_for(state_dtype: str, staging: Staging, weight_by_column: bool = Fals
 @pytest.mark.parametrize(
     ("block_v", "num_warps", "chunks"), [(128, 4, 1), (128, 4, 4), (128, 4, 8), (64, 4, 1), (64, 2, 1)]
 )
-def test_stagings_fit_and_copy_before_they_wait(block_v, num_warps, chunks, state_dtype, weight_by_column, tmp_path):
-    staging = Staging(block_v, num_warps, chunks, dependent_launch=True)
-    compiled = staged_for(state_dtype, staging, weight_by_column)
+def test_shared_tiles_fit_and_copy_before_they_wait(
+    block_v, num_warps, chunks, state_dtype, weight_by_column, tmp_path
+):
+    tiles = SharedTiles(block_v, num_warps, chunks, dependent_launch=True)
+    compiled = staged_for(state_dtype, tiles, weight_by_column)
     assert_fits(compiled, tmp_path)
     ptx = compiled.asm["ptx"]
     copies = [match.start() for match in re.finditer(r"cp\.async\.cg\.shared\.global", ptx)]

@@ -49,7 +49,7 @@ class Target:
             "state_ptr": "*" + TRITON_TYPE[state_dtype],
             **{f"{name}_ptr": "*" + element for name in activations},
             **{f"{name}_ptr": "*fp32" for name in ("gates", "a_log", "dt_bias")},
-            **{f"{name}_ptr": "*i32" for name in ("index", "first", "table", "cu", "start", "checkpoint")},
+            **{f"{name}_ptr": "*i32" for name in ("index", "first", "read", "write", "cu", "start", "checkpoint")},
         }
         self.scalars = dict.fromkeys(("layer", "interval", "rows", "tokens", "checkpoints"), "i32")
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from hybridcache.kernels.block_copy import triton as block_copy  # noqa: E402
 from hybridcache.kernels.gdn_decode import triton as gdn_decode  # noqa: E402
-from hybridcache.kernels.gdn_decode.tuning import in_registers  # noqa: E402
+from hybridcache.kernels.gdn_decode.tiles import in_registers  # noqa: E402
 from hybridcache.kernels.kv_store import triton as kv_store  # noqa: E402
 from hybridcache.kernels.paged_decode import triton as paged_decode  # noqa: E402
 from hybridcache.kernels.paged_decode.tiles import narrow, wide  # noqa: E402
@@ -83,13 +83,13 @@ def test_gdn_decode(state_dtype, tmp_path):
         "state_ptr": "*" + TRITON_TYPE[state_dtype],
         **dict.fromkeys(activations, "*bf16"),
         **dict.fromkeys(("a_log_ptr", "dt_bias_ptr"), "*fp32"),
-        "table_ptr": "*i32",
+        **dict.fromkeys(("read_ptr", "write_ptr"), "*i32"),
         "position_ptr": "*i64",
     }
-    tuning = in_registers(64, getattr(torch, state_dtype))
-    constants = gdn_decode.constants(layout, torch.bfloat16, tuning)
+    tiles = in_registers(64, getattr(torch, state_dtype))
+    constants = gdn_decode.constants(layout, torch.bfloat16, tiles)
     compiled = compile_for_hopper(
-        gdn_decode.gdn_decode_kernel, pointers, {"layer": "i32"}, constants, gdn_decode.options(tuning)
+        gdn_decode.gdn_decode_kernel, pointers, {"layer": "i32"}, constants, gdn_decode.options(tiles)
     )
     assert_fits(compiled, tmp_path)
     assert re.search(r"ld\.global\.v4\.b32|ld\.global\.v2\.b32", compiled.asm["ptx"]), "state loads are not vectors"
@@ -114,11 +114,11 @@ def compile_decode(layout, heads, dtype, choose, *, split=True):
         **dict.fromkeys(("table_ptr", "length_ptr"), "*i32"),
         **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32" if split else "*" + TRITON_TYPE[dtype]),
     }
-    tuning = choose(layout, heads, getattr(torch, dtype))
-    constants = paged_decode.constants(layout, heads, getattr(torch, dtype), tuning, split=split)
-    options = {"num_warps": tuning.num_warps}
+    tiles = choose(layout, heads, getattr(torch, dtype))
+    constants = paged_decode.constants(layout, heads, getattr(torch, dtype), tiles, split=split)
+    options = {"num_warps": tiles.num_warps}
     scalars = {"scale_log2": "fp32", "splits": "i32"}
-    return compile_for_hopper(paged_decode.paged_decode_kernel, pointers, scalars, constants, options), tuning
+    return compile_for_hopper(paged_decode.paged_decode_kernel, pointers, scalars, constants, options), tiles
 
 
 @pytest.mark.parametrize("choose", [wide, narrow])
@@ -134,11 +134,11 @@ def test_paged_decode(dtype, kv_dtype, kb, blocks, dim, choose, tmp_path):
         v_dim=dim,
         dtype=kv_dtype,
     ).layout
-    compiled, tuning = compile_decode(layout, 16, dtype, choose)
+    compiled, tiles = compile_decode(layout, 16, dtype, choose)
     assert_fits(compiled, tmp_path)
-    assert tuning.programs_per_sm * (compiled.metadata.shared + 1024) <= SHARED_MEMORY_PER_SM
+    assert tiles.programs_per_sm * (compiled.metadata.shared + 1024) <= SHARED_MEMORY_PER_SM
     registers = int(re.findall(r"Used (\d+) registers", ptxas_report(compiled, tmp_path))[-1])
-    assert tuning.programs_per_sm * tuning.num_warps * 32 * registers <= REGISTERS_PER_SM
+    assert tiles.programs_per_sm * tiles.num_warps * 32 * registers <= REGISTERS_PER_SM
     if kv_dtype != "float32":
         assert "mma.sync" in compiled.asm["ptx"], "the matrix unit is not used"
     if kv_dtype == dtype:

@@ -15,9 +15,9 @@ from hybridcache.kernels.paged_decode.tiles import (
     MAX_SPLITS,
     MIN_FILL,
     MIN_SPLIT_TOKENS,
-    Tuning,
+    Tiles,
     choose_splits,
-    choose_tuning,
+    choose_tiles,
     head_programs,
     head_tile,
 )
@@ -26,8 +26,8 @@ from hybridcache.kernels.testing import attention_case, run
 
 @given(st.integers(1, 10_000), st.integers(1, 1 << 20), st.integers(1, 200), st.integers(1, 8))
 def test_splits_stay_within_their_bounds_and_one_wave(programs, max_tokens, multiprocessors, programs_per_sm):
-    tuning = Tuning(16, 4, 3, programs_per_sm)
-    splits = choose_splits(programs, max_tokens, multiprocessors, tuning)
+    tiles = Tiles(16, 4, 3, programs_per_sm)
+    splits = choose_splits(programs, max_tokens, multiprocessors, tiles)
     assert 1 <= splits <= MAX_SPLITS
     assert (splits - 1) * MIN_SPLIT_TOKENS < max_tokens
     assert splits == 1 or programs * splits <= programs_per_sm * multiprocessors
@@ -49,16 +49,16 @@ def qwen3_next_layout():
     ],
 )
 def test_decode_of_qwen3_next_on_132_multiprocessors(rows, tokens, keys, splits):
-    tuning = choose_tuning(qwen3_next_layout(), 16, torch.bfloat16, 2 * rows, 132)
-    assert tuning.keys == keys
-    assert choose_splits(2 * rows, tokens, 132, tuning) == splits
+    tiles = choose_tiles(qwen3_next_layout(), 16, torch.bfloat16, 2 * rows, 132)
+    assert tiles.keys == keys
+    assert choose_splits(2 * rows, tokens, 132, tiles) == splits
 
 
 @given(st.integers(1, 2_000), st.sampled_from([1, 16, 108, 132, 144]))
 def test_large_tiles_need_full_multiprocessors(programs, multiprocessors):
-    tuning = choose_tuning(qwen3_next_layout(), 16, torch.bfloat16, programs, multiprocessors)
-    splits = choose_splits(programs, 1 << 20, multiprocessors, tuning)
-    if tuning.programs_per_sm == 1 and splits < MAX_SPLITS:
+    tiles = choose_tiles(qwen3_next_layout(), 16, torch.bfloat16, programs, multiprocessors)
+    splits = choose_splits(programs, 1 << 20, multiprocessors, tiles)
+    if tiles.programs_per_sm == 1 and splits < MAX_SPLITS:
         assert MIN_FILL * multiprocessors <= programs * splits <= multiprocessors
 
 

@@ -13,14 +13,15 @@ from test_kernels_compile import assert_fits, compile_for_hopper, ptxas_report  
 
 from hybridcache.kernels.greedy import NOT_FINITE  # noqa: E402
 from hybridcache.kernels.greedy import triton as greedy  # noqa: E402
-from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled, tilings  # noqa: E402
+from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled  # noqa: E402
+from hybridcache.kernels.moe import tiles as moe_tiles  # noqa: E402
 from hybridcache.kernels.norms import triton as norms  # noqa: E402
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 512, 512, 10
-TUNINGS = [
-    few_tokens.Tuning(),
-    few_tokens.Tuning(gate_rows=4, gate_dims=1024, gate_warps=4, down_rows=4, down_warps=2),
-    few_tokens.Tuning(gate_rows=16, gate_dims=256, gate_warps=4, down_rows=16, down_warps=8),
+TILES = [
+    few_tokens.Tiles(),
+    few_tokens.Tiles(gate_rows=4, gate_dims=1024, gate_warps=4, down_rows=4, down_warps=2),
+    few_tokens.Tiles(gate_rows=16, gate_dims=256, gate_warps=4, down_rows=16, down_warps=8),
 ]
 
 
@@ -28,24 +29,24 @@ def wide_loads(compiled) -> int:
     return len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"]))
 
 
-@pytest.mark.parametrize("tuning", TUNINGS)
-def test_few_tokens(tuning, tmp_path):
-    gate_constants, down_constants = few_tokens.constants(HIDDEN, INNER, TOP_K, tuning)
+@pytest.mark.parametrize("tiles", TILES)
+def test_few_tokens(tiles, tmp_path):
+    gate_constants, down_constants = few_tokens.constants(HIDDEN, INNER, TOP_K, tiles)
     matrices = {"gate_up_ptr": "*bf16", "down_ptr": "*bf16", "shared_ptr": "*bf16"}
     pointers = {**matrices, "x_ptr": "*bf16", "expert_ptr": "*i32", "out_ptr": "*fp32"}
     compiled = compile_for_hopper(
-        few_tokens.moe_gate_up_kernel, pointers, {"x_stride": "i32"}, gate_constants, {"num_warps": tuning.gate_warps}
+        few_tokens.moe_gate_up_kernel, pointers, {"x_stride": "i32"}, gate_constants, {"num_warps": tiles.gate_warps}
     )
     assert_fits(compiled, tmp_path)
-    tile_bytes = 2 * 2 * tuning.gate_rows * HIDDEN
-    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tuning.gate_warps)
+    tile_bytes = 2 * 2 * tiles.gate_rows * HIDDEN
+    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tiles.gate_warps)
     pointers = {**matrices, "narrow_ptr": "*fp32", "weight_ptr": "*fp32", "expert_ptr": "*i32", "out_ptr": "*bf16"}
     compiled = compile_for_hopper(
-        few_tokens.moe_down_kernel, pointers, {}, down_constants, {"num_warps": tuning.down_warps}
+        few_tokens.moe_down_kernel, pointers, {}, down_constants, {"num_warps": tiles.down_warps}
     )
     assert_fits(compiled, tmp_path)
-    tile_bytes = 2 * tuning.down_rows * INNER * (TOP_K + 1)
-    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tuning.down_warps)
+    tile_bytes = 2 * tiles.down_rows * INNER * (TOP_K + 1)
+    assert wide_loads(compiled) >= tile_bytes // (16 * 32 * tiles.down_warps)
 
 
 def test_routing(tmp_path):
@@ -71,21 +72,21 @@ def test_between_grouped_products(tmp_path):
         assert_fits(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("name", tilings.TILINGS)
+@pytest.mark.parametrize("name", moe_tiles.TILES)
 def test_tiles(name, tmp_path):
-    """Every tiling that is timed: products on the matrix unit, matrices by descriptor, gathered rows copied in the
+    """All tiles that are timed: products on the matrix unit, matrices by descriptor, gathered rows copied in the
     background, all of it in a pipeline."""
-    tiling = tilings.TILINGS[name]
-    both = tiled.constants(EXPERTS, HIDDEN, INNER, TOP_K, torch.bfloat16, tiling)
+    tiles = moe_tiles.TILES[name]
+    both = tiled.constants(EXPERTS, HIDDEN, INNER, TOP_K, torch.bfloat16, tiles)
     kernels = (tiled.moe_gate_up_tiles_kernel, tiled.moe_down_tiles_kernel)
     pointers = dict.fromkeys(("x_ptr", "narrow_ptr", "out_ptr"), "*bf16") | {"weight_ptr": "*fp32"}
     pointers |= dict.fromkeys(("count_ptr", "list_ptr", "tile_ptr"), "*i32")
-    for kernel, constants, product in zip(kernels, both, (tiling.gate_up, tiling.down)):
+    for kernel, constants, product in zip(kernels, both, (tiles.gate_up, tiles.down)):
         scalars = {"capacity": "i32", "matrix_desc": f"tensordesc<bf16[{product.columns}, {product.dims}]>"}
         compiled = compile_for_hopper(kernel, pointers, scalars, constants, {"num_warps": product.warps})
         assert_fits(compiled, tmp_path)
         ptx = compiled.asm["ptx"]
-        assert "wgmma.mma_async" in ptx or tiling.rows == 16
+        assert "wgmma.mma_async" in ptx or tiles.rows == 16
         assert "serialized" not in ptxas_report(compiled, tmp_path)
         assert ptx.count("cp.async.bulk.tensor") >= product.stages
         assert re.search(r"cp\.async\.c[ga]\.shared\.global", ptx), "rows are not copied in the background"

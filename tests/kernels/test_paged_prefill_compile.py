@@ -21,7 +21,7 @@ from benchmarks.checks.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.caches import cache_of  # noqa: E402
 from hybridcache.kernels.paged_prefill import hopper, hopper_kernel  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
-from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tile  # noqa: E402
+from hybridcache.kernels.paged_prefill.tiles import choose_ring, choose_tiles  # noqa: E402
 from hybridcache.kernels.testing import attention_case  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def test_paged_prefill(dtype, kv_dtype, kb, blocks, dim, heads, kv_heads, max_qu
         v_dim=dim,
         dtype=kv_dtype,
     ).layout
-    tile = choose_tile(layout, heads, getattr(torch, dtype), max_query_len)
+    tile = choose_tiles(layout, heads, getattr(torch, dtype), max_query_len)
     compiled = compiled_for(layout, heads, dtype, kv_dtype, tile)
     assert_fits(compiled, tmp_path)
     if dtype != "float32":

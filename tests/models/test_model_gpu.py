@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from qwen3_next_runs import Loop, tiny_config
 
-from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tilings
+from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled
+from hybridcache.kernels.moe import tiles as moe_tiles
 from hybridcache.kernels.norms import triton as norms
 from hybridcache.kernels.testing import rel_error
 from hybridcache.kernels.torch_ops import layers
@@ -56,7 +57,7 @@ def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     assert rel_error(out, expected) < 1e-2
 
 
-@pytest.mark.parametrize("name", tilings.TILINGS)
+@pytest.mark.parametrize("name", moe_tiles.TILES)
 def test_every_tiling_of_experts(rng, name):
     """At real widths, with experts of one token and of hundreds; the same to the bit every time."""
     tokens, experts, k, hidden, inner = rng.randint(200, 500), 24, 10, 2048, 512
@@ -67,11 +68,11 @@ def test_every_tiling_of_experts(rng, name):
         router_rows(experts), device="cuda"
     )
     weight, chosen = layers.route(logits, experts, k, True)
-    out = tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name])
+    out = tiled.mixture(x, weight, chosen, *matrices, tiles=moe_tiles.TILES[name])
     expected = layers.mixture(x.double(), weight.double(), chosen, *(matrix.double() for matrix in matrices))
     assert rel_error(out, expected) < 1e-2
     for _ in range(3):
-        assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiling=tilings.TILINGS[name]))
+        assert torch.equal(out, tiled.mixture(x, weight, chosen, *matrices, tiles=moe_tiles.TILES[name]))
 
 
 @pytest.mark.parametrize("renormalise", [True, False])

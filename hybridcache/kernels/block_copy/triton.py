@@ -27,14 +27,14 @@ Move = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tiles:
     """How a launch is cut: words (8 bytes at 16- and 8-byte units) that one program copies, and its warps."""
 
     chunk_words: int = 2_048
     num_warps: int = 4
 
 
-DEFAULT_TUNING = Tuning()
+DEFAULT_TILES = Tiles()
 """16 KiB in eight 16-byte vectors per thread, all on their way before the first is stored."""
 
 
@@ -119,14 +119,14 @@ def unit(moves: Iterable[Move]) -> int:
 _ELEMENT = {16: torch.int64, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
-def constants(unit_bytes: int, tuning: Tuning = DEFAULT_TUNING) -> dict[str, int]:
+def constants(unit_bytes: int, tiles: Tiles = DEFAULT_TILES) -> dict[str, int]:
     """Compile-time parameters of :func:`block_copy_kernel`."""
-    return {"WORDS": 2 if unit_bytes == 16 else 1, "CHUNK": tuning.chunk_words}
+    return {"WORDS": 2 if unit_bytes == 16 else 1, "CHUNK": tiles.chunk_words}
 
 
-def options(tuning: Tuning = DEFAULT_TUNING) -> dict[str, Any]:
+def options(tiles: Tiles = DEFAULT_TILES) -> dict[str, Any]:
     """Launch options."""
-    return {"num_warps": tuning.num_warps}
+    return {"num_warps": tiles.num_warps}
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,13 @@ def plan_between(source: torch.Tensor, target: torch.Tensor, moves: Sequence[Mov
     return [upload(move_M3, device)] if len(move_M3) else []
 
 
-def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], tuning: Tuning = DEFAULT_TUNING) -> None:
+def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], tiles: Tiles = DEFAULT_TILES) -> None:
     """Launch every batch, from bytes of ``source`` to bytes of ``target`` (the same buffer for moves inside one)."""
     for batch in batches:
-        dtype, constant = _ELEMENT[batch.unit_bytes], constants(batch.unit_bytes, tuning)
-        grid = (ceil_div(batch.longest // dtype.itemsize, tuning.chunk_words), len(batch.move_M3))
+        dtype, constant = _ELEMENT[batch.unit_bytes], constants(batch.unit_bytes, tiles)
+        grid = (ceil_div(batch.longest // dtype.itemsize, tiles.chunk_words), len(batch.move_M3))
         launcher(block_copy_kernel)[grid](
-            elements(source, dtype), elements(target, dtype), batch.move_M3, **constant, **options(tuning)
+            elements(source, dtype), elements(target, dtype), batch.move_M3, **constant, **options(tiles)
         )
 
 

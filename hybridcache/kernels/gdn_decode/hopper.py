@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
-from hybridcache.kernels.gdn_decode.staging import Staging, rows_at_once, why_not
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, rows_at_once, why_not
 from hybridcache.kernels.launch import launcher
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
@@ -225,7 +225,9 @@ def shared_decode_kernel(
         gl.store(written_state_ptr + n * (CHUNK * VALUE_DIM) + in_chunk, state, eviction_policy=EVICTION)
 
 
-def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int, int] | None = None) -> dict[str, Any]:
+def constants(
+    layout: StateLayout, tiles: SharedTiles, weight_stride_CW: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Compile-time parameters of :func:`shared_decode_kernel` for a layout and the conv weight's strides (contiguous where
     None)."""
     v_heads, key_dim, value_dim = layout.recurrent_shape
@@ -240,11 +242,11 @@ def constants(layout: StateLayout, staging: Staging, weight_stride_CW: tuple[int
         "VALUE_DIM": value_dim,
         "CHANNELS": layout.conv_channels,
         "WIDTH": layout.conv_kernel,
-        "BLOCK_V": staging.block_v,
-        "CHUNKS": staging.chunks,
-        "ROWS": rows_at_once(staging, torch_dtype(layout.recurrent_dtype).itemsize),
-        "EVICTION": "evict_first" if staging.evict_first else "",
-        "DEPENDENT_LAUNCH": staging.dependent_launch,
+        "BLOCK_V": tiles.block_v,
+        "CHUNKS": tiles.chunks,
+        "ROWS": rows_at_once(tiles, torch_dtype(layout.recurrent_dtype).itemsize),
+        "EVICTION": "evict_first" if tiles.evict_first else "",
+        "DEPENDENT_LAUNCH": tiles.dependent_launch,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
     }
@@ -261,7 +263,7 @@ def gdn_decode(
     state_read_BL: torch.Tensor,
     state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
-    staging: Staging,
+    tiles: SharedTiles,
 ) -> torch.Tensor:
     """See :func:`hybridcache.kernels.gdn_decode.triton.gdn_decode`, whose results and errors these are.
 
@@ -269,7 +271,7 @@ def gdn_decode(
         ValueError: :func:`why_not` has a reason.
     """
     layout = cache.layout
-    reason = why_not(layout, x_BC.dtype, staging)
+    reason = why_not(layout, x_BC.dtype, tiles)
     if reason is not None:
         raise ValueError(f"GDN decode through shared memory cannot do {reason}")
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
@@ -280,8 +282,8 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    constant = constants(layout, staging, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
-    grid = (value_dim // staging.block_v, v_heads, rows)
+    constant = constants(layout, tiles, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
+    grid = (value_dim // tiles.block_v, v_heads, rows)
     launcher(shared_decode_kernel)[grid](
         cache.state,
         cache.ring,
@@ -304,7 +306,7 @@ def gdn_decode(
         *cache.state_place,
         *cache.ring_place,
         **constant,
-        num_warps=staging.num_warps,
-        **({"launch_pdl": True} if staging.dependent_launch else {}),
+        num_warps=tiles.num_warps,
+        **({"launch_pdl": True} if tiles.dependent_launch else {}),
     )
     return out_BVJ

@@ -9,7 +9,7 @@ The step streams the state through the chip and does little else, so what counts
 
 - All loads are issued before anything waits for one. Barriers pin that order: the assembler moves no load across one, and
   it would otherwise move the state's behind the arithmetic of the conv, which costs a second trip to memory. Whether the
-  conv's few loads queue before or behind the state's many is part of the tuning.
+  conv's few loads queue before or behind the state's many is part of the choice of tiles.
 - With ``s = S^T k`` and ``t = S^T q`` of the *stored* state and unnormalised k and q, the prediction is
   ``decay |k|^-1 s`` and the output ``decay |q|^-1 t + (q . k) |q|^-1 |k|^-1 delta``: one pass over the tile yields all sums,
   and norms and gates scale them afterwards instead of standing before them.
@@ -24,8 +24,7 @@ import triton.language as tl
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
-from hybridcache.kernels.gdn_decode.staging import Staging
-from hybridcache.kernels.gdn_decode.tuning import Tuning, choose
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles, choose
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import StateLayout
@@ -213,7 +212,7 @@ def gdn_decode_kernel(
 def constants(
     layout: StateLayout,
     dtype: torch.dtype,
-    tuning: Tuning,
+    tiles: Tiles,
     weight_stride_CW: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
@@ -231,22 +230,22 @@ def constants(
         "CHANNELS": layout.conv_channels,
         "WIDTH": layout.conv_kernel,
         "BLOCK_K": power_of_2(key_dim),
-        "BLOCK_V": min(power_of_2(value_dim), tuning.block_v),
-        "EVICTION": "evict_first" if tuning.evict_first else "",
-        "DEPENDENT_LAUNCH": tuning.dependent_launch,
-        "CONV_FIRST": tuning.conv_first,
+        "BLOCK_V": min(power_of_2(value_dim), tiles.block_v),
+        "EVICTION": "evict_first" if tiles.evict_first else "",
+        "DEPENDENT_LAUNCH": tiles.dependent_launch,
+        "CONV_FIRST": tiles.conv_first,
         "SCALE": key_dim**-0.5,
         "EPS": L2NORM_EPS,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
 
 
-def options(tuning: Tuning) -> dict[str, Any]:
+def options(tiles: Tiles) -> dict[str, Any]:
     """Launch options."""
-    chosen: dict[str, Any] = {"num_warps": tuning.num_warps}
-    if tuning.max_registers:
-        chosen["maxnreg"] = tuning.max_registers
-    if tuning.dependent_launch:
+    chosen: dict[str, Any] = {"num_warps": tiles.num_warps}
+    if tiles.max_registers:
+        chosen["maxnreg"] = tiles.max_registers
+    if tiles.dependent_launch:
         chosen["launch_pdl"] = True
     return chosen
 
@@ -262,18 +261,18 @@ def gdn_decode(
     state_read_BL: torch.Tensor,
     state_write_BL: torch.Tensor,
     position_B: torch.Tensor,
-    tuning: Tuning | Staging | None = None,
+    tiles: Tiles | SharedTiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`.StateOperations.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
     whose last dimension has stride 1. The conv weight may have any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors,
-    so it is the faster one, and neither order is copied. A :class:`Staging` takes the kernel of ``hopper.py``; None chooses
-    (:func:`~hybridcache.kernels.gdn_decode.tuning.choose`)."""
+    so it is the faster one, and neither order is copied. A :class:`SharedTiles` takes the kernel of ``hopper.py``; None chooses
+    (:func:`~hybridcache.kernels.gdn_decode.tiles.choose`)."""
     layout = cache.layout
-    if tuning is None:
-        tuning = choose(layout, x_BC)
-    if isinstance(tuning, Staging):
+    if tiles is None:
+        tiles = choose(layout, x_BC)
+    if isinstance(tiles, SharedTiles):
         inputs = (x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_read_BL, state_write_BL, position_B)
-        return hopper.gdn_decode(cache, *inputs, staging=tuning)
+        return hopper.gdn_decode(cache, *inputs, tiles=tiles)
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
@@ -282,7 +281,7 @@ def gdn_decode(
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    constant = constants(layout, x_BC.dtype, tuning, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
+    constant = constants(layout, x_BC.dtype, tiles, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
     grid = (ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)
     launcher(gdn_decode_kernel)[grid](
         cache.state,
@@ -306,6 +305,6 @@ def gdn_decode(
         *cache.state_place,
         *cache.ring_place,
         **constant,
-        **options(tuning),
+        **options(tiles),
     )
     return out_BVJ

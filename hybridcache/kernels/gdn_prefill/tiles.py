@@ -41,7 +41,7 @@ tokens on an H100: 137 us in Gluon, 155 with 64 value dims in Triton, 186 with 1
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tuning choices. ``chunk`` tokens of a chunk; ``key_tile`` key dims per step of a chunk's products; ``value_tile``
+    """Tiles choices. ``chunk`` tokens of a chunk; ``key_tile`` key dims per step of a chunk's products; ``value_tile``
     value dims of one program of the state kernel; ``stages`` its pipeline's depth; warps of the three main kernels; a
     limit of registers per thread of the chunk kernel; ``conv_steps`` slots that a thread of the conv kernel walks down;
     ``hopper`` takes :mod:`.hopper_state` for the states, whose tiles and warps are its own."""

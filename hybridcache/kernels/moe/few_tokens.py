@@ -22,7 +22,7 @@ MAX_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tiles:
     """How the two launches are cut."""
 
     gate_rows: int = 4
@@ -106,12 +106,12 @@ def moe_down_kernel(
     tl.store(out_ptr + token * HIDDEN + d, tl.sum(acc, 1), mask=d_inside)
 
 
-def constants(hidden: int, inner: int, k: int, tuning: Tuning) -> tuple[dict[str, Any], dict[str, Any]]:
+def constants(hidden: int, inner: int, k: int, tiles: Tiles) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compile-time parameters of the two kernels."""
     shape = {"TOP_K": k, "HIDDEN": hidden, "INNER": inner}
     return (
-        {**shape, "BLOCK_I": tuning.gate_rows, "BLOCK_D": min(tuning.gate_dims, power_of_2(hidden))},
-        {**shape, "BLOCK_D": tuning.down_rows, "BLOCK_I": power_of_2(inner)},
+        {**shape, "BLOCK_I": tiles.gate_rows, "BLOCK_D": min(tiles.gate_dims, power_of_2(hidden))},
+        {**shape, "BLOCK_D": tiles.down_rows, "BLOCK_I": power_of_2(inner)},
     )
 
 
@@ -123,16 +123,16 @@ def mixture(
     down_EDI: torch.Tensor,
     shared_gate_up_ID: torch.Tensor,
     shared_down_DI: torch.Tensor,
-    tuning: Tuning | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`.LayerOperations.mixture`; the shared expert is as wide as the others. Not for float64."""
     tokens, hidden = x_TD.shape
     k, inner = expert_Tk.shape[1], down_EDI.shape[2]
-    tuning = tuning or Tuning()
-    gate_constants, down_constants = constants(hidden, inner, k, tuning)
+    tiles = tiles or Tiles()
+    gate_constants, down_constants = constants(hidden, inner, k, tiles)
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    launcher(moe_gate_up_kernel)[(-(-inner // tuning.gate_rows), tokens * (k + 1))](
+    launcher(moe_gate_up_kernel)[(-(-inner // tiles.gate_rows), tokens * (k + 1))](
         x_TD,
         expert_Tk,
         gate_up_EID,
@@ -140,9 +140,9 @@ def mixture(
         narrow,
         x_TD.stride(0),
         **gate_constants,
-        num_warps=tuning.gate_warps,
+        num_warps=tiles.gate_warps,
     )
-    launcher(moe_down_kernel)[(-(-hidden // tuning.down_rows), tokens)](
+    launcher(moe_down_kernel)[(-(-hidden // tiles.down_rows), tokens)](
         narrow,
         weight_Ts,
         expert_Tk,
@@ -150,6 +150,6 @@ def mixture(
         shared_down_DI,
         out_TD,
         **down_constants,
-        num_warps=tuning.down_warps,
+        num_warps=tiles.down_warps,
     )
     return out_TD

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hybridcache.errors import bad
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.moe.grouped import silu_mul
-from hybridcache.kernels.moe.tilings import Tiling, choose_tiling
+from hybridcache.kernels.moe.tiles import Tiles, choose_tiles
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import power_of_2
 
@@ -241,15 +241,15 @@ def moe_sum_kernel(
 
 @lru_cache
 def constants(
-    experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype, tiling: Tiling
+    experts: int, hidden: int, inner: int, k: int, dtype: torch.dtype, tiles: Tiles
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Compile-time parameters of the two products' kernels."""
     # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
     dot = tl.float32 if interpreting() or dtype == torch.float32 else tl.bfloat16
-    half = tiling.rows // 2 if tiling.rows > 64 else tiling.rows
-    shared = {"EXPERTS": experts, "ROWS": tiling.rows, "HALF": half, "HIDDEN": hidden, "INNER": inner}
-    shared |= {"SWAP": tiling.swap, "DOT": dot}
-    cuts = [{"COLUMNS": p.columns, "DIMS": p.dims, "STAGES": p.stages} for p in (tiling.gate_up, tiling.down)]
+    half = tiles.rows // 2 if tiles.rows > 64 else tiles.rows
+    shared = {"EXPERTS": experts, "ROWS": tiles.rows, "HALF": half, "HIDDEN": hidden, "INNER": inner}
+    shared |= {"SWAP": tiles.swap, "DOT": dot}
+    cuts = [{"COLUMNS": p.columns, "DIMS": p.dims, "STAGES": p.stages} for p in (tiles.gate_up, tiles.down)]
     gate_up = {**shared, **cuts[0], "TOP_K": k, "BLOCK_E": power_of_2(experts)}
     return MappingProxyType(gate_up), MappingProxyType({**shared, **cuts[1]})
 
@@ -262,7 +262,7 @@ def mixture(
     down_EDI: torch.Tensor,
     shared_gate_up_JD: torch.Tensor,
     shared_down_DJ: torch.Tensor,
-    tiling: Tiling | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`.LayerOperations.mixture`. bfloat16 or float32; weights are float32, rows of the matrices
     are multiples of 16 bytes.
@@ -272,7 +272,7 @@ def mixture(
     """
     if x_TD.dtype not in (torch.bfloat16, torch.float32):
         raise bad("dtype", str(x_TD.dtype), "experts in tiles take bfloat16 or float32")
-    y_TkD = routed(x_TD, weight_Ts, expert_Tk, gate_up_EID, down_EDI, tiling)
+    y_TkD = routed(x_TD, weight_Ts, expert_Tk, gate_up_EID, down_EDI, tiles)
     shared_TD = F.linear(silu_mul(F.linear(x_TD, shared_gate_up_JD)), shared_down_DJ)
     tokens, k, hidden = y_TkD.shape
     out_TD = torch.empty_like(shared_TD)
@@ -289,24 +289,24 @@ def routed(
     expert_Tk: torch.Tensor,
     gate_up_EID: torch.Tensor,
     down_EDI: torch.Tensor,
-    tiling: Tiling | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Every assignment's weighted result, ``[T, k, D]``."""
     (tokens, k), (experts, hidden, inner) = expert_Tk.shape, down_EDI.shape
     assignments, device = tokens * k, x_TD.device
-    tiling = tiling or choose_tiling(assignments, experts)
-    gate_up, down = tiling.gate_up, tiling.down
-    gate_up_constants, down_constants = constants(experts, hidden, inner, k, x_TD.dtype, tiling)
-    tiles = assignments // tiling.rows + min(experts, assignments)
+    tiles = tiles or choose_tiles(assignments, experts)
+    gate_up, down = tiles.gate_up, tiles.down
+    gate_up_constants, down_constants = constants(experts, hidden, inner, k, x_TD.dtype, tiles)
+    tile_count = assignments // tiles.rows + min(experts, assignments)
     count_E = torch.zeros(experts, dtype=torch.int32, device=device)
     list_ET = torch.empty((experts, tokens), dtype=torch.int32, device=device)
-    tile_M2 = torch.empty((tiles, 2), dtype=torch.int32, device=device)
+    tile_M2 = torch.empty((tile_count, 2), dtype=torch.int32, device=device)
     narrow_AI = torch.empty((assignments, inner), dtype=x_TD.dtype, device=device)
     y_TkD = torch.empty((tokens, k, hidden), dtype=x_TD.dtype, device=device)
     launcher(moe_list_kernel)[(-(-assignments // LISTED_AT_ONCE),)](
         expert_Tk, count_E, list_ET, assignments, tokens, BLOCK=LISTED_AT_ONCE, num_warps=4
     )
-    launcher(moe_gate_up_tiles_kernel)[(-(-inner // gate_up.columns), tiles)](
+    launcher(moe_gate_up_tiles_kernel)[(-(-inner // gate_up.columns), tile_count)](
         x_TD,
         TensorDescriptor.from_tensor(gate_up_EID.flatten(0, 1), [gate_up.columns, gate_up.dims]),
         weight_Ts,
@@ -319,7 +319,7 @@ def routed(
         **gate_up_constants,
         num_warps=gate_up.warps,
     )
-    launcher(moe_down_tiles_kernel)[(-(-hidden // down.columns), tiles)](
+    launcher(moe_down_tiles_kernel)[(-(-hidden // down.columns), tile_count)](
         narrow_AI,
         TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [down.columns, down.dims]),
         count_E,

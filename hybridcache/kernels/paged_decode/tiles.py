@@ -25,7 +25,7 @@ MAX_KEYS = 128
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tiles:
     """Shape of a program's work and how it is launched."""
 
     keys: int
@@ -68,19 +68,17 @@ def head_programs(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -
     return layout.num_kv_heads * ceil_div(group, head_tile(layout, num_heads, dtype))
 
 
-def wide(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tuning:
+def wide(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tiles:
     """Few programs: large tiles, one program a multiprocessor."""
-    return _tuning(layout, num_heads, dtype, WIDE_BYTES, programs_per_sm=1)
+    return _tiles(layout, num_heads, dtype, WIDE_BYTES, programs_per_sm=1)
 
 
-def narrow(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tuning:
+def narrow(layout: AttentionLayout, num_heads: int, dtype: torch.dtype) -> Tiles:
     """Many programs: small tiles, several programs a multiprocessor."""
-    return _tuning(layout, num_heads, dtype, NARROW_BYTES, programs_per_sm=4)
+    return _tiles(layout, num_heads, dtype, NARROW_BYTES, programs_per_sm=4)
 
 
-def _tuning(
-    layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile_bytes: int, programs_per_sm: int
-) -> Tuning:
+def _tiles(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile_bytes: int, programs_per_sm: int) -> Tiles:
     """Float32 and more than 32 heads take more registers and shared memory: smaller tiles, fewer programs."""
     many_heads = head_tile(layout, num_heads, dtype) > 32
     row_bytes = power_of_2(max(layout.k_dim, layout.v_dim)) * dtype.itemsize
@@ -89,13 +87,13 @@ def _tuning(
         keys = 16
     if many_heads or dtype == torch.float32:
         programs_per_sm = min(programs_per_sm, 2)
-    return Tuning(keys, num_warps=8 if many_heads else 4, num_stages=3, programs_per_sm=programs_per_sm)
+    return Tiles(keys, num_warps=8 if many_heads else 4, num_stages=3, programs_per_sm=programs_per_sm)
 
 
-def choose_tuning(
+def choose_tiles(
     layout: AttentionLayout, num_heads: int, dtype: torch.dtype, programs: int, multiprocessors: int
-) -> Tuning:
-    """The tuning for a layout, query heads and their dtype.
+) -> Tiles:
+    """The tiles for a layout, query heads and their dtype.
 
     Args:
         programs: programs of one split (rows x KV heads x tiles of query heads).
@@ -106,13 +104,13 @@ def choose_tuning(
     return choose(layout, num_heads, dtype)
 
 
-def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tuning: Tuning) -> int:
+def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tiles: Tiles) -> int:
     """Splits of each row's tokens: as many as run at once, all in the first wave.
 
     Args:
-        programs: see :func:`choose_tuning`.
+        programs: see :func:`choose_tiles`.
         max_tokens: tokens that a row's table can hold.
         multiprocessors: of the device.
     """
-    wanted = tuning.programs_per_sm * multiprocessors // programs
+    wanted = tiles.programs_per_sm * multiprocessors // programs
     return max(1, min(wanted, ceil_div(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))

@@ -20,9 +20,9 @@ from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.paged_decode.tiles import (
-    Tuning,
+    Tiles,
     choose_splits,
-    choose_tuning,
+    choose_tiles,
     head_programs,
     head_tile,
     processors,
@@ -167,9 +167,9 @@ def combine_kernel(
 
 
 def constants(
-    layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tuning: Tuning, *, split: bool, dependent: bool = True
+    layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tiles: Tiles, *, split: bool, dependent: bool = True
 ) -> dict[str, Any]:
-    """Compile-time parameters of :func:`paged_decode_kernel` for a layout, query heads, their dtype and a tuning.
+    """Compile-time parameters of :func:`paged_decode_kernel` for a layout, query heads, their dtype and tiles.
     ``dependent``: whether the device has dependent launches."""
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
@@ -180,7 +180,7 @@ def constants(
         "K_DIM": layout.k_dim,
         "V_DIM": layout.v_dim,
         "BLOCK_H": head_tile(layout, num_heads, dtype),
-        "BLOCK_N": tuning.keys,
+        "BLOCK_N": tiles.keys,
         "BLOCK_K": max(power_of_2(layout.k_dim), 16),
         "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
@@ -188,8 +188,8 @@ def constants(
         "SPLIT": split,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
         "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tuning.num_stages,
-        "DEPENDENT_LAUNCH": tuning.dependent_launch and dependent,
+        "STAGES": tiles.num_stages,
+        "DEPENDENT_LAUNCH": tiles.dependent_launch and dependent,
     }
 
 
@@ -216,13 +216,13 @@ def paged_decode(
     scale: float,
     *,
     num_splits: int | None = None,
-    tuning: Tuning | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`.AttentionOperations.paged_decode`. Padding rows of the output are 0.
 
     Args:
         num_splits: :func:`choose_splits` decides where None.
-        tuning: :func:`choose_tuning` decides where None.
+        tiles: :func:`choose_tiles` decides where None.
 
     Raises:
         UserError: float64 queries, a latent KV (``v_dim=0``), a manager block of 2^31 elements or more, or a scale that is
@@ -238,14 +238,14 @@ def paged_decode(
 
     device = processors(q_BHD.device)
     programs = rows * head_programs(layout, num_heads, q_BHD.dtype)
-    tuning = tuning or choose_tuning(layout, num_heads, q_BHD.dtype, programs, device.count)
+    tiles = tiles or choose_tiles(layout, num_heads, q_BHD.dtype, programs, device.count)
     max_tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
-    splits = num_splits or choose_splits(programs, max_tokens, device.count, tuning)
+    splits = num_splits or choose_splits(programs, max_tokens, device.count, tiles)
     part, lse = out_BHD, out_BHD
     if splits > 1:
         part = torch.empty((rows, num_heads, splits, layout.v_dim), dtype=torch.float32, device=q_BHD.device)
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
-    constant = constants(layout, num_heads, q_BHD.dtype, tuning, split=splits > 1, dependent=device.dependent_launch)
+    constant = constants(layout, num_heads, q_BHD.dtype, tiles, split=splits > 1, dependent=device.dependent_launch)
     launcher(paged_decode_kernel)[(programs, splits)](
         cache.pool,
         q_BHD,
@@ -260,7 +260,7 @@ def paged_decode(
         kv_table_BN.stride(0),
         **cache.strides,
         **constant,
-        num_warps=tuning.num_warps,
+        num_warps=tiles.num_warps,
     )
     if splits > 1:
         combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"])

@@ -14,7 +14,7 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tiles:
     """Shape of a program's work and how it is launched."""
 
     queries: int
@@ -24,7 +24,7 @@ class Tile:
     num_stages: int
 
 
-def choose_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, max_query_len: int) -> Tile:
+def choose_tiles(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, max_query_len: int) -> Tiles:
     """The tile for a model and the longest chunk of a step: what compiles without spills for Hopper and keeps its matrix
     unit busy.
 
@@ -32,16 +32,18 @@ def choose_tile(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, max
         max_query_len: tokens; a step of short chunks gets tiles of half as many queries.
     """
     if dtype == torch.float32:
-        return Tile(queries=32, keys=16, num_warps=8, num_stages=1)
+        return Tiles(queries=32, keys=16, num_warps=8, num_stages=1)
     wide = max(layout.k_dim, layout.v_dim) > 128
     if itemsize(layout.dtype) == 1 and wide:
-        return Tile(queries=128, keys=32, num_warps=8, num_stages=3)
+        return Tiles(queries=128, keys=32, num_warps=8, num_stages=3)
     if max_query_len * (num_heads // layout.num_kv_heads) <= 64:
-        return Tile(queries=64, keys=32, num_warps=4, num_stages=3) if wide else Tile(64, 64, num_warps=4, num_stages=2)
+        return (
+            Tiles(queries=64, keys=32, num_warps=4, num_stages=3) if wide else Tiles(64, 64, num_warps=4, num_stages=2)
+        )
     if wide and layout.kernel_block_tokens >= 64:
         # With the 64 keys of smaller blocks, Triton 3.6 spills 8 to 32 bytes here.
-        return Tile(queries=128, keys=32, num_warps=8, num_stages=3)
-    return Tile(queries=128, keys=64, num_warps=8, num_stages=2 if wide else 3)
+        return Tiles(queries=128, keys=32, num_warps=8, num_stages=3)
+    return Tiles(queries=128, keys=64, num_warps=8, num_stages=2 if wide else 3)
 
 
 def max_tiles(tokens: int, rows: int, tile_tokens: int) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.paged_prefill.tiles import Tile, check_inputs, choose_tile, max_tiles
+from hybridcache.kernels.paged_prefill.tiles import Tiles, check_inputs, choose_tiles, max_tiles
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
@@ -231,8 +231,8 @@ def paged_prefill_kernel(
     tl.store(out_tile + out_offset[:, None] + v_dim[None, :], out, mask=out_mask)
 
 
-def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
-    """Compile-time parameters of :func:`paged_prefill_kernel` for a layout, query heads, their dtype and a tile."""
+def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tiles: Tiles) -> dict[str, Any]:
+    """Compile-time parameters of :func:`paged_prefill_kernel` for a layout, query heads, their dtype and tiles."""
     group = num_heads // layout.num_kv_heads
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
@@ -240,11 +240,11 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile:
         "KB": layout.kernel_block_tokens,
         "KV_HEADS": layout.num_kv_heads,
         "GROUP": group,
-        "HEADS": min(group, tile.queries),
+        "HEADS": min(group, tiles.queries),
         "K_DIM": layout.k_dim,
         "V_DIM": layout.v_dim,
-        "BLOCK_M": tile.queries,
-        "BLOCK_N": tile.keys,
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.keys,
         "BLOCK_K": max(power_of_2(layout.k_dim), 16),
         "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
@@ -252,7 +252,7 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tile:
         "SEARCH": SEARCH_ROWS,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
         "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tile.num_stages,
+        "STAGES": tiles.num_stages,
     }
 
 
@@ -266,13 +266,13 @@ def paged_prefill(
     max_query_len: int,
     max_context_len: int,
     *,
-    tile: Tile | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`.AttentionOperations.paged_prefill`. Output of padding rows and of tokens behind the last
     row is 0. ``max_context_len`` is not needed.
 
     Args:
-        tile: :func:`choose_tile` decides where None.
+        tiles: :func:`choose_tiles` decides where None.
 
     Raises:
         UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
@@ -286,8 +286,8 @@ def paged_prefill(
     if tokens == 0 or rows == 0 or kv_table_BN.shape[1] == 0:
         return out_THD.zero_()
 
-    tile = tile or choose_tile(layout, num_heads, q_THD.dtype, max_query_len)
-    constant = constants(layout, num_heads, q_THD.dtype, tile)
+    tiles = tiles or choose_tiles(layout, num_heads, q_THD.dtype, max_query_len)
+    constant = constants(layout, num_heads, q_THD.dtype, tiles)
     head_tiles = layout.num_kv_heads * ceil_div(constant["GROUP"], constant["HEADS"])
     launcher(paged_prefill_kernel)[(max_tiles(tokens, rows, constant["BLOCK_M"] // constant["HEADS"]) * head_tiles,)](
         cache.pool,
@@ -304,6 +304,6 @@ def paged_prefill(
         kv_table_BN.stride(0),
         **cache.strides,
         **constant,
-        num_warps=tile.num_warps,
+        num_warps=tiles.num_warps,
     )
     return out_THD

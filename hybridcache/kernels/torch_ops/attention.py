@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from hybridcache.kernels.caches import AttentionCache
-from hybridcache.kernels.torch_ops import accumulation_dtype
 from hybridcache.memory.layout import AttentionLayout
 
 GROUP_SCORES = 1 << 22
@@ -73,7 +72,7 @@ def norm_rotate(
     x_THD: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TP: torch.Tensor, sin_TP: torch.Tensor
 ) -> torch.Tensor:
     """``x / rms(x) * (1 + weight)``, then dims ``(i, i + P)`` rotated; rounded once, to x's dtype."""
-    dtype = accumulation_dtype(x_THD.dtype, weight_D.dtype)
+    dtype = torch.promote_types(torch.promote_types(x_THD.dtype, weight_D.dtype), torch.float32)
     normed_THD = F.rms_norm(x_THD.to(dtype), weight_D.shape, 1.0 + weight_D.to(dtype), eps)
     pairs = cos_TP.shape[-1]
     cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
@@ -166,7 +165,7 @@ def _gather(
     for view in cache.views:
         x_RLKD = view[slots]
         dtype = like.dtype if x_RLKD.dtype.itemsize == 1 else torch.promote_types(like.dtype, x_RLKD.dtype)
-        x_RLKD = x_RLKD.to(accumulation_dtype(dtype) if like.device.type == "cpu" else dtype)
+        x_RLKD = x_RLKD.to(torch.promote_types(dtype, torch.float32) if like.device.type == "cpu" else dtype)
         if beyond_RL is not None:
             x_RLKD = x_RLKD.masked_fill_(beyond_RL[..., None, None], 0)
         found.append(x_RLKD.transpose(1, 2))

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.operations import CHECKPOINT_MULTIPLE
-from hybridcache.kernels.torch_ops import accumulation_dtype
 from hybridcache.memory.layout import StateLayout
 
 CHUNK = 64
@@ -48,7 +47,7 @@ def gdn_decode(
     # At position 0 what is gathered counts for nothing, and any entry will do.
     source = torch.where(position > 0, source, target)
     recurrent, ring = cache.views
-    dtype = accumulation_dtype(x.dtype, recurrent.dtype)
+    dtype = torch.promote_types(x.dtype, torch.promote_types(recurrent.dtype, torch.float32))
 
     width = layout.conv_kernel
     age_W = torch.arange(width - 1, 0, -1, device=x.device)
@@ -103,7 +102,7 @@ def gdn_prefill(
     if rows.count == 0:
         return x_TC.new_zeros(x_TC.shape[0], heads, value_dim)
     recurrent, ring = cache.views
-    dtype = accumulation_dtype(x_TC.dtype, recurrent.dtype)
+    dtype = torch.promote_types(x_TC.dtype, torch.promote_types(recurrent.dtype, torch.float32))
     q_TKD, k_TKD, v_TVD = _split(_conv(x_TC, conv_weight_CW, ring, rows, dtype), layout)
     decay_TV, beta_TV = _gates(a_TV, b_TV, a_log_V, dt_bias_V, dtype)
     state = recurrent[rows.source].to(dtype)
@@ -182,8 +181,9 @@ class _Rows:
                     number = end // CHUNK - start // CHUNK - 1
                     kept.append((entry, at, end - 1, len(found) + first[number] + at))
         columns = torch.tensor([row[1:6] for row in found] or [[0] * 5]).t().contiguous().to(device)
+        source_R, target_R, start_R, begin_R, length_R = columns
         kept_4M = torch.tensor(kept, dtype=torch.int64).view(-1, 4).t().contiguous().to(device)
-        return cls(*columns, chunks_R, active, first, _Kept(*kept_4M))
+        return cls(source_R, target_R, start_R, begin_R, length_R, chunks_R, active, first, _Kept(*kept_4M))
 
 
 def _split(y: torch.Tensor, layout: StateLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """What layers compute between projections, the greedy choice of tokens, and block copies, in PyTorch: the reference of every
 fused kernel, and the implementation wherever Triton does not run.
 
-Contracts and shapes: :class:`hybridcache.kernels.operations.LayerOperations`; A = T * k assignments of tokens to experts.
+Contracts and shapes: :class:`~hybridcache.kernels.operations.LayerOperations`, whose methods these are. Norms compute in at
+least float32. A = T * k assignments of tokens to experts.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from hybridcache.kernels.greedy import NOT_FINITE
 def add_norm(
     x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x + delta``, rounded to x's dtype, and of that ``x / rms(x) * (1 + weight)``, rounded to it too."""
     if delta_TD is not None:
         x_TD = x_TD + delta_TD
     return x_TD, F.rms_norm(x_TD.to(weight_D.dtype), weight_D.shape, 1.0 + weight_D, eps).to(x_TD.dtype)
@@ -24,23 +24,15 @@ def add_norm(
 def gated_norm(
     x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
 ) -> None:
-    """``x / rms(x) * weight * silu(gate)`` over the last dimension, into ``out``."""
     normed = F.rms_norm(x_THE.to(weight_E.dtype), weight_E.shape, weight_E, eps)
     out_THE.copy_(normed * F.silu(gate_THE.to(weight_E.dtype)))
 
 
 def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
-    """``x * sigmoid(gate)`` into ``out``."""
     torch.mul(x_THE, gate_THE.sigmoid(), out=out_THE)
 
 
 def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax and top-k of the first ``experts`` logits, and the shared expert's gate.
-
-    Returns:
-        Weights ``[T, k + 1]``, float32 or float64: of the chosen experts, summing to 1 with ``renormalise``, then the sigmoid
-        of logit ``experts``. Expert ids ``[T, k]``, int32, most likely first.
-    """
     logits_TR = logits_TR.to(torch.float64 if logits_TR.dtype == torch.float64 else torch.float32)
     weight_Tk, expert_Tk = logits_TR[:, :experts].softmax(-1).topk(k, dim=-1)
     if renormalise:
@@ -50,7 +42,6 @@ def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> t
 
 
 def silu_mul(gate_up_AI: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of rows that hold gate, then up."""
     gate, up = gate_up_AI.chunk(2, dim=1)
     return F.silu(gate) * up
 
@@ -64,8 +55,7 @@ def mixture(
     shared_gate_up_JD: torch.Tensor,
     shared_down_DJ: torch.Tensor,
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts and the shared one, ``[T, D]``. Gate's rows come before up's. Experts that were hit
-    are done one by one, their number and sizes read by the host."""
+    """Experts that were hit are done one by one, their number and sizes read by the host."""
     tokens, k = expert_Tk.shape
     expert_A, order_A = expert_Tk.flatten().sort(stable=True)
     x_AD = x_TD[order_A // k]
@@ -87,13 +77,6 @@ def mixture(
 
 
 def greedy(logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tensor) -> None:
-    """The most likely token of each row, the first of equals. Nothing waits for the device.
-
-    Args:
-        logits_RV: of any floating dtype.
-        sampled_R: int64; takes the tokens, :data:`~hybridcache.kernels.greedy.NOT_FINITE` where there is none.
-        feed_R: int64; takes the tokens, 0 where there is none, for the next step to read.
-    """
     best = logits_RV.max(dim=-1)
     # Infinity less itself and NaN are not 0. (torch.where would copy its scalar to the device, and wait.)
     sampled_R.copy_(best.indices.masked_fill_(best.values - best.values != 0, NOT_FINITE))
@@ -101,7 +84,6 @@ def greedy(logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tenso
 
 
 def block_copy(buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
-    """One copy of a slice per move."""
     for src, dst, num_bytes in moves:
         buffer[dst : dst + num_bytes].copy_(buffer[src : src + num_bytes])
     return sum(num_bytes for _, _, num_bytes in moves)

@@ -1,4 +1,4 @@
-"""Every kind of tuning of GDN decode on CUDA, at the shape of Qwen3-Next, against the float64 reference."""
+"""Every kind of tiles of GDN decode on CUDA, at the shape of Qwen3-Next, against the float64 reference."""
 
 import random
 from dataclasses import replace
@@ -12,26 +12,25 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from hybridcache.kernels.gdn_decode import naive
-    from hybridcache.kernels.gdn_decode.staging import Staging
+    from hybridcache.kernels.gdn_decode.tiles import SHARED_ROWS, SharedTiles, Tiles, choose
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.gdn_decode.tuning import STAGED_ROWS, Tuning, choose
     from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
 
     CUTS = {
-        "v8-w1": Tuning(8, 1),
-        "v16-w1-dependent": Tuning(16, 1, dependent_launch=True),
-        "v32-w1": Tuning(32, 1),
-        "v32-w1-first": Tuning(32, 1, conv_first=True),
-        "v32-w2-evict": Tuning(32, 2, evict_first=True),
-        "v64-w2": Tuning(64, 2),
-        "v64-w2-first-evict": Tuning(64, 2, conv_first=True, evict_first=True),
-        "v128-w4-r200": Tuning(128, 4, max_registers=200),
-        "shared-v128-w4-c1": Staging(128, 4, chunks=1),
-        "shared-v128-w4": Staging(128, 4),
-        "shared-v128-w4-c8-evict": Staging(128, 4, chunks=8, evict_first=True),
-        "shared-v64-w4-c1": Staging(64, 4, chunks=1),
-        "shared-v64-w2-c1": Staging(64, 2, chunks=1),
-        "shared-v32-w1-dependent": Staging(32, 1, dependent_launch=True),
+        "v8-w1": Tiles(8, 1),
+        "v16-w1-dependent": Tiles(16, 1, dependent_launch=True),
+        "v32-w1": Tiles(32, 1),
+        "v32-w1-first": Tiles(32, 1, conv_first=True),
+        "v32-w2-evict": Tiles(32, 2, evict_first=True),
+        "v64-w2": Tiles(64, 2),
+        "v64-w2-first-evict": Tiles(64, 2, conv_first=True, evict_first=True),
+        "v128-w4-r200": Tiles(128, 4, max_registers=200),
+        "shared-v128-w4-c1": SharedTiles(128, 4, chunks=1),
+        "shared-v128-w4": SharedTiles(128, 4),
+        "shared-v128-w4-c8-evict": SharedTiles(128, 4, chunks=8, evict_first=True),
+        "shared-v64-w4-c1": SharedTiles(64, 4, chunks=1),
+        "shared-v64-w2-c1": SharedTiles(64, 2, chunks=1),
+        "shared-v32-w1-dependent": SharedTiles(32, 1, dependent_launch=True),
     }
 else:
     CUTS = {}
@@ -41,7 +40,7 @@ else:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("order", ["block_major", "layer_major"])
 @pytest.mark.parametrize("name", CUTS)
-def test_tunings_agree(name, order, state_dtype, weight_by_column):
+def test_tiles_agree(name, order, state_dtype, weight_by_column):
     seed = random.SystemRandom().randrange(1 << 31)
     print(f"seed {seed}")
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +50,7 @@ def test_tunings_agree(name, order, state_dtype, weight_by_column):
     for step in range(3):
         expected_buffer = case.buffer.clone()
         expected = naive.gdn_decode(*cached(expected_buffer, *case.step(1)))
-        out = gdn_decode(*cached(case.buffer, *case.step(1)), tuning=CUTS[name])
+        out = gdn_decode(*cached(case.buffer, *case.step(1)), tiles=CUTS[name])
         assert rel_error(out, expected) <= 1e-2, f"step {step}"
         after = case.buffer.clone()
         assert state_error(case, expected_buffer, 1) <= (1e-5 if state_dtype == "float32" else 1e-2), f"step {step}"
@@ -68,7 +67,7 @@ def test_dependent_launches_wait_for_each_other(name):
     for dependent in (True, False):
         buffer, cut = case.buffer.clone(), replace(CUTS[name], dependent_launch=dependent)
         steps = [(*case.step(0)[:-1], case.position_B + step) for step in range(20)]
-        results.append(([gdn_decode(*cached(buffer, *step), tuning=cut) for step in steps], buffer))
+        results.append(([gdn_decode(*cached(buffer, *step), tiles=cut) for step in steps], buffer))
     (chained, chained_buffer), (alone, alone_buffer) = results
     assert all(torch.equal(first, second) for first, second in zip(chained, alone))
     assert torch.equal(chained_buffer, alone_buffer)
@@ -82,7 +81,7 @@ def test_shared_memory_is_not_read_before_its_copy_arrives(name):
     results = []
     for _ in range(10):
         buffer = case.buffer.clone()
-        results.append((gdn_decode(*cached(buffer, *case.step(0)), tuning=CUTS[name]), buffer))
+        results.append((gdn_decode(*cached(buffer, *case.step(0)), tiles=CUTS[name]), buffer))
     for out, buffer in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(buffer, results[0][1])
@@ -97,8 +96,8 @@ def test_the_choice_for_a_batch(rows, state_dtype):
     case = state_case(generator, positions=positions, state_dtype=state_dtype, device="cuda")
     case.conv_weight_CW = case.conv_weight_CW.t().contiguous().t()
     hopper = torch.cuda.get_device_capability() >= (9, 0)
-    staged = rows >= STAGED_ROWS[4 if state_dtype == "float32" else 2]
-    assert isinstance(choose(case.layout, case.x_BC), Staging) == (hopper and staged)
+    staged = rows >= SHARED_ROWS[4 if state_dtype == "float32" else 2]
+    assert isinstance(choose(case.layout, case.x_BC), SharedTiles) == (hopper and staged)
     expected_buffer = case.buffer.clone()
     expected = naive.gdn_decode(*cached(expected_buffer, *case.step(1)))
     assert rel_error(gdn_decode(*cached(case.buffer, *case.step(1))), expected) <= 1e-2

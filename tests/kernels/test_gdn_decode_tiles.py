@@ -5,9 +5,8 @@ import logging
 import pytest
 import torch
 
-from hybridcache.kernels.gdn_decode import tuning
-from hybridcache.kernels.gdn_decode.staging import Staging
-from hybridcache.kernels.gdn_decode.tuning import Tuning, choose, default_tuning
+from hybridcache.kernels.gdn_decode import tiles
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles, choose, default_tiles
 from hybridcache.kernels.testing import state_case
 
 
@@ -17,12 +16,12 @@ def case_of(rows: int, state_dtype: str = "bfloat16", **shape):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(tiles, "capability", lambda device: (9, 0))
 
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    tuning._say_once.cache_clear()
+    tiles._say_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -39,15 +38,15 @@ def nothing_said():
     ],
 )
 def test_measured_winners(state_dtype, rows, block_v):
-    chosen = default_tuning(rows, getattr(torch, state_dtype))
+    chosen = default_tiles(rows, getattr(torch, state_dtype))
     assert chosen.block_v == block_v
     assert chosen.dependent_launch
-    assert isinstance(chosen, Staging) == (block_v == 128)
+    assert isinstance(chosen, SharedTiles) == (block_v == 128)
 
 
 def test_hopper_gets_the_default(on_hopper, caplog):
     case = case_of(32)
-    assert choose(case.layout, case.x_BC) == default_tuning(32, torch.bfloat16)
+    assert choose(case.layout, case.x_BC) == default_tiles(32, torch.bfloat16)
     assert not caplog.records
 
 
@@ -55,7 +54,7 @@ def test_other_devices_stay_in_registers_and_say_why_once(caplog):
     case = case_of(32)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert choose(case.layout, case.x_BC) == Tuning(64, 2)
+            assert choose(case.layout, case.x_BC) == Tiles(64, 2)
     assert [record.getMessage() for record in caplog.records] == [
         "GDN decode keeps states in registers, not in shared memory: cpu: no compute capability of 9.0 or later"
     ]
@@ -65,6 +64,6 @@ def test_shapes_that_shared_memory_cannot_do_are_named(on_hopper, caplog):
     case = case_of(32, k_heads=1, v_heads=1, key_dim=96)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert choose(case.layout, case.x_BC) == Tuning(64, 2, dependent_launch=True)
+            assert choose(case.layout, case.x_BC) == Tiles(64, 2, dependent_launch=True)
     assert len(caplog.records) == 1
     assert "key dim 96" in caplog.text

@@ -15,7 +15,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Tiling:
+class Tiles:
     """``rows`` assignments of a tile, and its two products."""
 
     rows: int
@@ -24,15 +24,15 @@ class Tiling:
     down: Product
 
 
-FEW = Tiling(16, True, Product(64, 128, 3, 4), Product(128, 128, 3, 4))
-SOME = Tiling(64, False, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
-MANY = Tiling(128, False, Product(128, 64, 4, 8), Product(128, 64, 3, 8))
+FEW = Tiles(16, True, Product(64, 128, 3, 4), Product(128, 128, 3, 4))
+SOME = Tiles(64, False, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
+MANY = Tiles(128, False, Product(128, 64, 4, 8), Product(128, 64, 3, 8))
 
-TILINGS = {"few": FEW, "some": SOME, "many": MANY}
-"""Those that :func:`choose_tiling` takes."""
+TILES = {"few": FEW, "some": SOME, "many": MANY}
+"""Those that :func:`choose_tiles` takes."""
 
 
-def choose_tiling(assignments: int, experts: int) -> Tiling:
+def choose_tiles(assignments: int, experts: int) -> Tiles:
     """By assignments per expert, were they even (timed at 1 to 8,192 tokens: ``docs/LOG.md``)."""
     if assignments <= 12 * experts:
         return FEW
