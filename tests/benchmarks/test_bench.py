@@ -198,7 +198,7 @@ def test_decodes_that_compile_to_the_same_are_compiled_once():
     pytest.importorskip("triton")
     found = decode_launches(cuda_cases(), multiprocessors=132)
     layouts = {(case.kernel_block, case.manager_block, case.layout) for case in cuda_cases() if case.kernel_block}
-    splits = {(launch.tuning.keys, launch.splits) for launch in found}
+    splits = {(launch.tiles.keys, launch.splits) for launch in found}
     assert splits == {(64, 66), (64, 4), (64, 1), (16, 1)}
     assert len(found) == len(splits) * len(layouts)
 
