@@ -3,10 +3,9 @@
 Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tokens of one row, Q checked queries.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +18,6 @@ from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
 from hybridcache.spec.dtypes import itemsize, torch_dtype
-
-if TYPE_CHECKING:
-    from hybridcache.kernels.paged_decode.tiles import Tiles
 
 Operation = Callable[..., Any]
 """Takes a layer's cache, then the operation's arguments."""
@@ -38,9 +34,7 @@ def _token_bytes(case: Case) -> int:
     return 2 * case.dims.kv_heads * case.dims.head_dim * itemsize(case.dtype)
 
 
-def _cache(
-    case: Case, device: torch.device, generator: torch.Generator, fill: list[int], layers: int | None = None
-) -> AttentionCase:
+def _cache(case: Case, device: torch.device, generator: torch.Generator, fill: list[int]) -> AttentionCase:
     """The case's rows in a pool, of which some layers are filled with random values."""
     assert case.kernel_block
     assert case.layout
@@ -48,7 +42,7 @@ def _cache(
         generator,
         lengths=case.lengths,
         order=case.layout,
-        layers=layers or case.dims.attention_layers,
+        layers=case.dims.attention_layers,
         kernel_block_tokens=case.kernel_block,
         kernel_blocks=case.kernel_blocks,
         kv_heads=case.dims.kv_heads,
@@ -224,47 +218,3 @@ def fused_store(case: Case, setup: Setup) -> Work:
 
     work = Work(len(pool.layers), footprint, footprint + angle_TP.numel() * 8, 0)
     return work.offer(case, setup, implementation)
-
-
-# -- what is compiled beforehand -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DecodeLaunch:
-    """A paged decode as it is compiled: a case's layout and sizes, tiles and the splits."""
-
-    case: Case
-    tiles: "Tiles"
-    splits: int
-
-    @classmethod
-    def of(cls, case: Case, multiprocessors: int) -> "DecodeLaunch":
-        """What the library launches for a case of rows of one length. Cases that compile to the same give equal launches."""
-        from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tiles
-
-        dims, dtype = case.dims, getattr(torch, case.dtype)
-        assert case.manager_block
-        programs, tokens = len(case.lengths) * dims.kv_heads, -(-max(case.lengths) // case.manager_block)
-        empty = Case(**{**vars(case), "lengths": (0,)})
-        layout = _cache(empty, torch.device("cpu"), torch.Generator(), [], layers=1).layout
-        tiles = choose_tiles(layout, dims.heads, dtype, programs, multiprocessors)
-        splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tiles)
-        return cls(Case(**{**vars(case), "lengths": (300, 70)}), tiles, splits)
-
-
-def decode_launches(cases: Iterable[Case], multiprocessors: int) -> list[DecodeLaunch]:
-    """What the paged decodes among the cases compile, once each."""
-    chosen = (case for case in cases if case.operation == "paged_decode")
-    return list(dict.fromkeys(DecodeLaunch.of(case, multiprocessors) for case in chosen))
-
-
-def launch_decode(item: DecodeLaunch) -> None:
-    """Compile a paged decode by launching it on two short rows."""
-    from hybridcache.kernels.paged_decode.triton import paged_decode
-
-    dims = item.case.dims
-    at = _cache(item.case, torch.device("cuda"), torch.Generator(), [])
-    q_BHD = normal(torch.Generator(), (2, dims.heads, dims.head_dim), at.buffer.device, item.case.dtype)
-    inputs = (AttentionCache(at.buffer, at.layout, 0), q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
-    paged_decode(*inputs, num_splits=item.splits, tiles=item.tiles)
-    torch.cuda.synchronize()

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import attention
 from benchmarks.case import QWEN3_NEXT_80B, Case
-from benchmarks.measure import Bench, Row
+from benchmarks.measure import Bench, Row, compile_case
 from benchmarks.resources import Resources, measure_resources, pointer
 from benchmarks.work import Setup, Work
 from hybridcache.kernels.caches import AttentionCache
@@ -123,7 +123,7 @@ def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
 
 def launch_once(timed: Timed) -> None:
     """Compile what is timed by launching every implementation once, in a process of its own."""
-    _builder(timed)(timed.case, Setup(torch.device("cuda"), seed=0, l2_bytes=0)).launch_all()
+    compile_case(timed.case, _builder(timed))
 
 
 def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import attention, copies, experts, gated_delta_net
 from benchmarks.case import DECODE_LAYOUTS, DECODES, GDN_ROWS, GDN_SLOTS, PREFILLS, QWEN3_NEXT_80B, Case, Lengths
-from benchmarks.measure import Bench, Row, failed, isolated_ceilings
+from benchmarks.measure import Bench, Row, compile_case, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.work import Setup, Work
 from hybridcache.observe.environment import environment
@@ -223,12 +223,8 @@ def rows_of(bench: Bench, item: Item) -> Iterator[Row]:
 
 
 def compile_item(item: Item) -> None:
-    """Launch everything of a case once on its two shortest rows, so that the binaries are in Triton's cache."""
-    case = item.entry()[0]
-    lengths = tuple(min(length, 300) for length in sorted(case.lengths)[:2])
-    item.build(
-        replace(case, lengths=lengths, queries=min(case.queries, 64)), Setup(torch.device("cuda"), 0, 0)
-    ).launch_all()
+    """Everything of a case, so that the binaries are in Triton's cache."""
+    compile_case(item.entry()[0], item.build)
 
 
 def table(rows: list[Row], operation: str) -> str:
