@@ -112,7 +112,7 @@ def swap(case: Case, setup: Setup, with_kernel: bool = False) -> Work:
         def kernel_error() -> float:
             return error(*((run, back) if case.operation == "swap_out" else (out, run)))
 
-        return Implementation(run, kernel_error)
+        return Implementation(run, kernel_error, graph=False)
 
     link = "to_host" if case.operation == "swap_out" else "from_host"
     work = Work(1, count * size, count * size, 0, {"copy_engine": copy_engine}, link)
