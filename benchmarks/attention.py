@@ -3,10 +3,9 @@
 Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tokens of one row, Q checked queries.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,9 +18,6 @@ from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
 from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
 from hybridcache.spec.dtypes import itemsize, torch_dtype
-
-if TYPE_CHECKING:
-    from hybridcache.kernels.paged_decode.tiles import Tuning
 
 Operation = Callable[..., Any]
 """Takes a layer's cache, then the operation's arguments."""
@@ -38,9 +34,7 @@ def _token_bytes(case: Case) -> int:
     return 2 * case.dims.kv_heads * case.dims.head_dim * itemsize(case.dtype)
 
 
-def _cache(
-    case: Case, device: torch.device, generator: torch.Generator, fill: list[int], layers: int | None = None
-) -> AttentionCase:
+def _cache(case: Case, device: torch.device, generator: torch.Generator, fill: list[int]) -> AttentionCase:
     """The case's rows in a pool, of which some layers are filled with random values."""
     assert case.kernel_block
     assert case.layout
@@ -48,7 +42,7 @@ def _cache(
         generator,
         lengths=case.lengths,
         order=case.layout,
-        layers=layers or case.dims.attention_layers,
+        layers=case.dims.attention_layers,
         kernel_block_tokens=case.kernel_block,
         kernel_blocks=case.kernel_blocks,
         kv_heads=case.dims.kv_heads,
@@ -84,13 +78,14 @@ def decode(case: Case, setup: Setup, more: Operations = NONE) -> Work:
     footprint = sum(case.lengths) * _token_bytes(case)
     pool = _Pool(case, setup, footprint, fill=True)
     q_BHD = pool.draw(rows, dims.heads, dims.head_dim, dtype=case.dtype)
-    inputs = (q_BHD, pool.at.kv_table_BN, pool.at.context_len_B)
-    scale, checked = dims.head_dim**-0.5, slice(0, CHECKED_ROWS)
-    expected = naive_decode.paged_decode(pool.caches[0], *(x[checked] for x in inputs), scale)
+    checked, tables = slice(0, CHECKED_ROWS), (pool.at.kv_table_BN, pool.at.context_len_B)
+    inputs: list[Any] = [q_BHD, *tables, dims.head_dim**-0.5]
+    first: list[Any] = [*(x[checked] for x in inputs[:3]), inputs[3]]
+    expected = naive_decode.paged_decode(pool.caches[0], *first)
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
         def run(i: int) -> torch.Tensor:
-            return operation(pool.caches[i], *inputs, scale)
+            return operation(pool.caches[i], *inputs)
 
         return Implementation(run, lambda: worst([(run(0)[checked], expected)]), graph)
 
@@ -193,7 +188,7 @@ def fused_store(case: Case, setup: Setup) -> Work:
     pool, place = _destinations(case, setup, footprint)
     angle_TP = torch.rand(tokens, dims.head_dim // 8, generator=pool.generator).to(pool.device) * 6.3
     norms = [pool.draw(dims.head_dim, dtype="float32") * 0.1 for _ in range(2)]
-    rest = (*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place)
+    rest: list[Any] = [*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place]
     widths = [2 * dims.heads * dims.head_dim, *(count * dims.head_dim for count in heads[1:])]
 
     def projection() -> tuple[torch.Tensor, ...]:
@@ -201,9 +196,10 @@ def fused_store(case: Case, setup: Setup) -> Work:
         q = q.unflatten(1, (dims.heads, 2 * dims.head_dim))[:, :, : dims.head_dim]
         return (q, *(x.unflatten(1, (dims.kv_heads, dims.head_dim)) for x in (k, v)))
 
-    qkv = [projection() for _ in pool.layers]
+    qkv: list[Any] = [projection() for _ in pool.layers]
     buffer, before, dtype = pool.at.buffer, pool.at.buffer.clone(), torch_dtype(case.dtype)
-    expected = naive_fused.qk_norm_rope_store(pool.caches[0], *[*qkv[0], *rest])
+    first: list[Any] = [*qkv[0], *rest]
+    expected = naive_fused.qk_norm_rope_store(pool.caches[0], *first)
     stored = buffer.clone()
 
     def implementation(operation: Operation, graph: bool = True) -> Implementation:
@@ -222,47 +218,3 @@ def fused_store(case: Case, setup: Setup) -> Work:
 
     work = Work(len(pool.layers), footprint, footprint + angle_TP.numel() * 8, 0)
     return work.offer(case, setup, implementation)
-
-
-# -- what is compiled beforehand -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DecodeLaunch:
-    """A paged decode as it is compiled: a case's layout and sizes, a tuning and the splits."""
-
-    case: Case
-    tuning: "Tuning"
-    splits: int
-
-    @classmethod
-    def of(cls, case: Case, multiprocessors: int) -> "DecodeLaunch":
-        """What the library launches for a case of rows of one length. Cases that compile to the same give equal launches."""
-        from hybridcache.kernels.paged_decode.tiles import choose_splits, choose_tuning
-
-        dims, dtype = case.dims, getattr(torch, case.dtype)
-        assert case.manager_block
-        programs, tokens = len(case.lengths) * dims.kv_heads, -(-max(case.lengths) // case.manager_block)
-        empty = Case(**{**vars(case), "lengths": (0,)})
-        layout = _cache(empty, torch.device("cpu"), torch.Generator(), [], layers=1).layout
-        tuning = choose_tuning(layout, dims.heads, dtype, programs, multiprocessors)
-        splits = choose_splits(programs, tokens * case.manager_block, multiprocessors, tuning)
-        return cls(Case(**{**vars(case), "lengths": (300, 70)}), tuning, splits)
-
-
-def decode_launches(cases: Iterable[Case], multiprocessors: int) -> list[DecodeLaunch]:
-    """What the paged decodes among the cases compile, once each."""
-    chosen = (case for case in cases if case.operation == "paged_decode")
-    return list(dict.fromkeys(DecodeLaunch.of(case, multiprocessors) for case in chosen))
-
-
-def launch_decode(item: DecodeLaunch) -> None:
-    """Compile a paged decode by launching it on two short rows."""
-    from hybridcache.kernels.paged_decode.triton import paged_decode
-
-    dims = item.case.dims
-    at = _cache(item.case, torch.device("cuda"), torch.Generator(), [])
-    q_BHD = normal(torch.Generator(), (2, dims.heads, dims.head_dim), at.buffer.device, item.case.dtype)
-    inputs = (AttentionCache(at.buffer, at.layout, 0), q_BHD, at.kv_table_BN, at.context_len_B, dims.head_dim**-0.5)
-    paged_decode(*inputs, num_splits=item.splits, tuning=item.tuning)
-    torch.cuda.synchronize()

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import attention
 from benchmarks.case import QWEN3_NEXT_80B, Case
-from benchmarks.measure import Bench, Row
+from benchmarks.measure import Bench, Row, compile_case
 from benchmarks.resources import Resources, measure_resources, pointer
 from benchmarks.work import Setup, Work
 from hybridcache.kernels.caches import AttentionCache
@@ -83,13 +83,13 @@ def _compiled(kind: str, operation: str, layout: AttentionLayout) -> tuple[Any, 
         from hybridcache.kernels.paged_decode import triton as decode
         from hybridcache.kernels.paged_decode.tiles import wide
 
-        tuning = wide(layout, DIMS.heads, DTYPE)
-        constants = decode.constants(layout, DIMS.heads, DTYPE, tuning, split=True)
-        return decode.paged_decode_kernel, constants, {"num_warps": tuning.num_warps}
+        tiles = wide(layout, DIMS.heads, DTYPE)
+        constants = decode.constants(layout, DIMS.heads, DTYPE, tiles, split=True)
+        return decode.paged_decode_kernel, constants, {"num_warps": tiles.num_warps}
     from hybridcache.kernels.paged_prefill import triton as prefill
-    from hybridcache.kernels.paged_prefill.tiles import choose_tile
+    from hybridcache.kernels.paged_prefill.tiles import choose_tiles
 
-    tile = choose_tile(layout, DIMS.heads, DTYPE, 8192)
+    tile = choose_tiles(layout, DIMS.heads, DTYPE, 8192)
     constants = prefill.constants(layout, DIMS.heads, DTYPE, tile)
     return prefill.paged_prefill_kernel, constants, {"num_warps": tile.num_warps}
 
@@ -123,7 +123,7 @@ def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
 
 def launch_once(timed: Timed) -> None:
     """Compile what is timed by launching every implementation once, in a process of its own."""
-    _builder(timed)(timed.case, Setup(torch.device("cuda"), seed=0, l2_bytes=0)).launch_all()
+    compile_case(timed.case, _builder(timed))
 
 
 def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:
@@ -136,14 +136,14 @@ def _builder(timed: Timed) -> Callable[[Case, Setup], Work]:
 def _page_tiled() -> tuple[attention.Operation, attention.Operation]:
     """Page-tiled decode, whose splits give a multiprocessor four programs, and prefill."""
     from benchmarks import page_tiled
-    from hybridcache.kernels.paged_decode.tiles import Tuning, choose_splits
+    from hybridcache.kernels.paged_decode.tiles import Tiles, choose_splits
 
     def decode(cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, *rest: Any) -> torch.Tensor:
         layout, launch = cache.layout, page_tiled.DECODE
         processors = torch.cuda.get_device_properties(q_BHD.device).multi_processor_count
-        tuning = Tuning(layout.kernel_block_tokens, launch.num_warps, launch.num_stages, programs_per_sm=4)
+        tiles = Tiles(layout.kernel_block_tokens, launch.num_warps, launch.num_stages, programs_per_sm=4)
         tokens = kv_table_BN.shape[1] * layout.tokens_per_entry
-        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, tokens, processors, tuning)
+        splits = choose_splits(q_BHD.shape[0] * layout.num_kv_heads, tokens, processors, tiles)
         return page_tiled.paged_decode(cache, q_BHD, kv_table_BN, *rest, num_splits=splits)
 
     return decode, page_tiled.paged_prefill

@@ -1,7 +1,7 @@
 """Cases: which operation is measured at which shape. A case is plain data, so that it can travel to another process."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Dims:
 QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688, 512, 10, 2_048, 512)
 TINY = Dims(4, 2, 16, 3, 9, 2, 4, 16, 4_096, 8, 2, 32, 16)
 """For a CPU: every operation runs, no time means anything."""
+SHORT_TOKENS = 300
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ class Case:
         if self.kernel_block:
             parts += [f"kb={self.kernel_block}", f"Tm={self.manager_block}", str(self.layout)]
         return " ".join(parts)
+
+    def short(self) -> "Case":
+        """The same kind of call on little memory: what its kernels compile to, if not all of it. Paged decodes keep their rows,
+        by whose number tiles are chosen."""
+        rows = self.lengths if self.operation == "paged_decode" else sorted(self.lengths)[:2]
+        lengths = tuple(min(length, SHORT_TOKENS) for length in rows)
+        return replace(self, lengths=lengths, queries=min(self.queries, SHORT_TOKENS // 4))
 
 
 Lengths = tuple[int, ...]

@@ -25,7 +25,7 @@ def _pool(case: Case, setup: Setup, generator: torch.Generator) -> tuple[torch.T
 
 def copy(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
     """``block_copy``: ``triton`` is the launch alone, its moves on the device already; ``triton+plan`` the whole call.
-    ``more``: further tunings by name, for CUDA."""
+    ``more``: further tiles by name, for CUDA."""
     count, size = len(case.lengths), case.dims.block_bytes
     buffer, order = _pool(case, setup, setup.generator())
     sources, targets = order[:count], order[count : 2 * count]
@@ -43,11 +43,11 @@ def copy(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({}
 
         return Implementation(lambda _: operation(), error, graph)
 
-    def planned(*tuning: Any) -> Implementation:
+    def planned(*tiles: Any) -> Implementation:
         from hybridcache.kernels.block_copy import triton
 
         batches = triton.plan(buffer, moves)
-        return implementation(lambda: triton.run(buffer, buffer, batches, *tuning), True)
+        return implementation(lambda: triton.run(buffer, buffer, batches, *tiles), True)
 
     def called() -> Implementation:
         from hybridcache.kernels.block_copy.triton import block_copy
@@ -112,7 +112,7 @@ def swap(case: Case, setup: Setup, with_kernel: bool = False) -> Work:
         def kernel_error() -> float:
             return error(*((run, back) if case.operation == "swap_out" else (out, run)))
 
-        return Implementation(run, kernel_error)
+        return Implementation(run, kernel_error, graph=False)
 
     link = "to_host" if case.operation == "swap_out" else "from_host"
     work = Work(1, count * size, count * size, 0, {"copy_engine": copy_engine}, link)

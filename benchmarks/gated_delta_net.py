@@ -91,10 +91,10 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType(
 
         return Implementation(run, error, graph)
 
-    def cut(tuning: Any) -> Implementation:
+    def cut(tiles: Any) -> Implementation:
         from hybridcache.kernels.gdn_decode.triton import gdn_decode
 
-        return implementation(partial(gdn_decode, tuning=tuning))
+        return implementation(partial(gdn_decode, tiles=tiles))
 
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
@@ -114,7 +114,7 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType(
 
 def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
     """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings).
-    ``more``: further tilings by name, for CUDA."""
+    ``more``: further tiles by name, for CUDA."""
     rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     out_channels = v_heads * dim
@@ -162,7 +162,8 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
         """The launches of one part; those that it needs before it have run once."""
         from hybridcache.kernels.gdn_prefill.triton import Prefill
 
-        calls = [Prefill(*step(i), **checkpoints(i), tiles=tiles) for i in range(sets)]
+        options: list[dict[str, Any]] = [{**checkpoints(i), "tiles": tiles} for i in range(sets)]
+        calls = [Prefill(*step(i), **options[i]) for i in range(sets)]
 
         def prepare(i: int) -> None:
             calls[i].conv()

@@ -29,7 +29,7 @@ import torch
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
-from hybridcache.kernels.backend import Backend
+from hybridcache.kernels.backend import Backend, make_backend
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.observe.environment import environment
 from hybridcache.spec import CacheSpec
@@ -77,7 +77,7 @@ def decode_step(strategy: str, running: int, steps: int, spread: int, **options:
     spec = CacheSpec.from_config(model.config, kv_dtype="bfloat16", state_dtype="float32")
     budget = 3 * running * spec.request_bytes(STEP_PROMPT + 4 * steps)
     memory = build(strategy, spec=spec, budget_bytes=budget, physical=True, **options)
-    engine = Engine(model, memory, SchedulerConfig(max_running=running), Backend("torch"), overlap=True)  # type: ignore[arg-type]
+    engine = Engine(model, memory, SchedulerConfig(max_running=running), make_backend("torch", "cpu"), overlap=True)  # type: ignore[arg-type]
     engine.runner.graphs = engine.runner._make_graphs(NoGraph)
     for i in range(running):
         ids = [(7 * i + j) % 1000 for j in range(STEP_PROMPT + i % spread)]
@@ -179,7 +179,7 @@ def launch_step(mode: str, decoding: int, prefilling: int) -> Callable[[], torch
     buffer = torch.empty(layout.pool_bytes, dtype=torch.uint8, device=META)
     entries = -(-(PROMPT + 64) // layout.attention.tokens_per_entry)
     batch = make_batch(decoding, prefilling, len(spec.state_layers), entries)
-    caches = Backend("triton").bind(buffer, layout)
+    caches = Backend("triton").bind(buffer, layout)  # type: ignore[abstract]
 
     def step() -> torch.Tensor:
         with torch.inference_mode():
@@ -231,7 +231,7 @@ def main() -> None:
             row: dict[str, Any] = {"strategy": args.strategy, **options, "running": args.running}
         else:
             device, mode = stack.enter_context(no_device()), args.mode or "exclusive"
-            for module in ("devices", "gdn_decode.tuning"):
+            for module in ("devices", "gdn_decode.tiles"):
                 stack.enter_context(patch(f"hybridcache.kernels.{module}.capability", lambda device: (9, 0)))
             launched = launch_step(mode, args.decoding, args.prefilling)
             launched()

@@ -174,6 +174,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def compile_case(case: Case, builder: Builder | None = None) -> None:
+    """Compile what a case launches, or most of it, by launching it on little memory, in a process of its own."""
+    if case.operation != HOST_OPERATION:
+        (builder or BUILDERS[case.operation])(case.short(), Setup(torch.device("cuda"), 0, 0)).launch_all()
+
+
 def isolated_ceilings(limit_s: float) -> Ceilings:
     """The device's ceilings, measured in a process of its own, which then gives its memory back.
 

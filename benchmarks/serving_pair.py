@@ -31,7 +31,7 @@ WORKLOADS = {
 }
 """Requests, prompt tokens, output tokens."""
 TINY = {"bs1": (1, 16, 32), "chat": (16, 64, 16), "mixed": (8, 128, 8)}
-SERVING = {"strategy": "shared_pool", "strategy_options": {"mode": "carve"}}
+SERVING: dict[str, Any] = {"strategy": "shared_pool", "strategy_options": {"mode": "carve"}}
 DECODED_STEPS = 128
 
 

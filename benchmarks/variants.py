@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import attention, copies, experts, gated_delta_net
 from benchmarks.case import DECODE_LAYOUTS, DECODES, GDN_ROWS, GDN_SLOTS, PREFILLS, QWEN3_NEXT_80B, Case, Lengths
-from benchmarks.measure import Bench, Row, failed, isolated_ceilings
+from benchmarks.measure import Bench, Row, compile_case, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.work import Setup, Work
 from hybridcache.observe.environment import environment
@@ -33,14 +33,13 @@ Variants = dict[str, Any]
 
 def gdn_decode() -> Iterator[tuple[Case, Variants]]:
     """Tiles that wait in registers (widened to float32), or in shared memory as they are (``cp.async``, on Hopper)."""
-    from hybridcache.kernels.gdn_decode.staging import Staging
-    from hybridcache.kernels.gdn_decode.tuning import Tuning
+    from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles
 
     found: Variants = {}
     for block, warps in ((32, 1), (64, 2)):
         for first, evict in ((False, False), (True, False), (False, True), (True, True)):
             name = f"registers v{block} w{warps}{' first' * first}{' evict' * evict}"
-            found[name] = Tuning(block, warps, dependent_launch=True, conv_first=first, evict_first=evict)
+            found[name] = Tiles(block, warps, dependent_launch=True, conv_first=first, evict_first=evict)
     staged = (
         (128, 4, 1, False),
         (128, 4, 2, True),
@@ -51,7 +50,7 @@ def gdn_decode() -> Iterator[tuple[Case, Variants]]:
     )
     for block, warps, chunks, evict in staged:
         name = f"cp.async v{block} w{warps} c{chunks}{' evict' * evict}"
-        found[name] = Staging(block, warps, chunks, dependent_launch=True, evict_first=bool(evict))
+        found[name] = SharedTiles(block, warps, chunks, dependent_launch=True, evict_first=bool(evict))
     for dtype in ("float32", "bfloat16"):
         for rows in GDN_ROWS:
             yield Case("gdn_decode", (1,) * rows, DIMS, dtype, warm_sets=GDN_SLOTS, with_torch=False), found
@@ -83,17 +82,17 @@ def gdn_prefill() -> Iterator[tuple[Case, Variants]]:
 
 
 def paged_decode() -> Iterator[tuple[Case, Variants]]:
-    """The library's choice in every layout, other tilings in those that lie furthest apart."""
-    from hybridcache.kernels.paged_decode.tiles import Tuning
+    """The library's choice in every layout, other tiles in those that lie furthest apart."""
+    from hybridcache.kernels.paged_decode.tiles import Tiles
     from hybridcache.kernels.paged_decode.triton import paged_decode
 
-    tunings = {
-        "64 w8 s3": Tuning(64, 8, 3, 1),
-        "32 w4 s3": Tuning(32, 4, 3, 1),
-        "32 w4 s4": Tuning(32, 4, 4, 1),
-        "16 w2 s3 x4": Tuning(16, 2, 3, 4),
+    cuts = {
+        "64 w8 s3": Tiles(64, 8, 3, 1),
+        "32 w4 s3": Tiles(32, 4, 3, 1),
+        "32 w4 s4": Tiles(32, 4, 4, 1),
+        "16 w2 s3 x4": Tiles(16, 2, 3, 4),
     }
-    found = {name: partial(paged_decode, tuning=tuning) for name, tuning in tunings.items()}
+    found = {name: partial(paged_decode, tiles=cut) for name, cut in cuts.items()}
     far_apart = (DECODE_LAYOUTS[0], (8, 1, "block_major"), (1_056, 1, "layer_major"))
     for at in DECODE_LAYOUTS:
         for lengths in DECODES:
@@ -104,7 +103,7 @@ def paged_decode() -> Iterator[tuple[Case, Variants]]:
 def paged_prefill() -> Iterator[tuple[Case, Variants]]:
     """Triton's kernel and Gluon's, whole prompts and one chunk of a long one."""
     from hybridcache.kernels.paged_prefill import hopper, triton
-    from hybridcache.kernels.paged_prefill.tiles import Ring, Tile
+    from hybridcache.kernels.paged_prefill.tiles import Ring, Tiles
 
     tiles = (
         (128, 64, 8, 2),
@@ -118,7 +117,7 @@ def paged_prefill() -> Iterator[tuple[Case, Variants]]:
     rings = ((64, 2, 224, 56), (64, 2, 232, 40), (32, 4, 232, 40))
     found: Variants = {}
     for m, n, warps, stages in tiles:
-        found[f"triton {m}x{n} w{warps} s{stages}"] = partial(triton.paged_prefill, tile=Tile(m, n, warps, stages))
+        found[f"triton {m}x{n} w{warps} s{stages}"] = partial(triton.paged_prefill, tiles=Tiles(m, n, warps, stages))
     for keys, stages, products, copies_ in rings:
         ring = Ring(keys, stages, products, copies_)
         found[f"gluon {keys} s{stages} r{products}"] = partial(hopper.paged_prefill, ring=ring)
@@ -130,31 +129,31 @@ def paged_prefill() -> Iterator[tuple[Case, Variants]]:
 
 def experts_of_a_layer() -> Iterator[tuple[Case, Variants]]:
     """Rows of matrices read per token, and tiles of assignments, for the numbers of tokens that suit them."""
-    from hybridcache.kernels.moe import few_tokens, tiled, tilings
+    from hybridcache.kernels.moe import few_tokens, tiled, tiles
 
-    product, tiling = tilings.Product, tilings.Tiling
+    product, cut_of = tiles.Product, tiles.Tiles
     row_cuts = ((8, 512, 4, 8, 4), (4, 1024, 4, 4, 4), (8, 256, 2, 8, 2), (16, 256, 4, 16, 4), (16, 512, 8, 16, 8))
-    rows = {
+    rows: Variants = {
         f"row by row {gate}x{dims}w{warps} {down}w{down_warps}": partial(
-            few_tokens.mixture, tuning=few_tokens.Tuning(gate, dims, warps, down, down_warps)
+            few_tokens.mixture, tiles=few_tokens.Tiles(gate, dims, warps, down, down_warps)
         )
         for gate, dims, warps, down, down_warps in row_cuts
     }
     rows["row by row"] = few_tokens.mixture
     cuts = {
-        "few": tilings.FEW,
-        "few narrow": tiling(16, True, product(64, 128, 4, 4), product(64, 128, 4, 4)),
-        "few wide": tiling(16, True, product(128, 128, 3, 8), product(128, 128, 4, 8)),
-        "few unswapped": tiling(16, False, product(64, 128, 3, 4), product(128, 128, 3, 4)),
-        "few 32": tiling(32, True, product(64, 128, 3, 4), product(128, 128, 3, 4)),
-        "some": tilings.SOME,
-        "some swapped": tiling(64, True, product(64, 64, 4, 4), product(128, 64, 4, 4)),
-        "some wide": tiling(64, False, product(128, 64, 4, 8), product(128, 64, 4, 4)),
-        "many": tilings.MANY,
-        "many wide": tiling(128, False, product(128, 64, 4, 8), product(256, 64, 3, 8)),
-        "many deep": tiling(128, False, product(128, 64, 3, 8), product(128, 64, 4, 8)),
-        "many narrow": tiling(128, False, product(64, 64, 4, 8), product(64, 64, 4, 4)),
-        "many 256": tiling(256, False, product(64, 64, 4, 8), product(128, 64, 4, 8)),
+        "few": tiles.FEW,
+        "few narrow": cut_of(16, True, product(64, 128, 4, 4), product(64, 128, 4, 4)),
+        "few wide": cut_of(16, True, product(128, 128, 3, 8), product(128, 128, 4, 8)),
+        "few unswapped": cut_of(16, False, product(64, 128, 3, 4), product(128, 128, 3, 4)),
+        "few 32": cut_of(32, True, product(64, 128, 3, 4), product(128, 128, 3, 4)),
+        "some": tiles.SOME,
+        "some swapped": cut_of(64, True, product(64, 64, 4, 4), product(128, 64, 4, 4)),
+        "some wide": cut_of(64, False, product(128, 64, 4, 8), product(128, 64, 4, 4)),
+        "many": tiles.MANY,
+        "many wide": cut_of(128, False, product(128, 64, 4, 8), product(256, 64, 3, 8)),
+        "many deep": cut_of(128, False, product(128, 64, 3, 8), product(128, 64, 4, 8)),
+        "many narrow": cut_of(128, False, product(64, 64, 4, 8), product(64, 64, 4, 4)),
+        "many 256": cut_of(256, False, product(64, 64, 4, 8), product(128, 64, 4, 8)),
     }
     suits = {"few": (1, 1024), "some": (64, 4096), "many": (1024, 1 << 20)}
     for tokens in (1, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 8192):
@@ -162,16 +161,16 @@ def experts_of_a_layer() -> Iterator[tuple[Case, Variants]]:
         for name, cut in cuts.items():
             fewest, most = suits[name.split()[0]]
             if fewest <= tokens <= most:
-                found[f"tiles {name}"] = partial(tiled.mixture, tiling=cut)
+                found[f"tiles {name}"] = partial(tiled.mixture, tiles=cut)
         yield Case("experts", (tokens,), DIMS, "bfloat16", with_torch=False), found
 
 
 def block_copy() -> Iterator[tuple[Case, Variants]]:
     """Chunks of a program and its warps, for copies inside the pool."""
-    from hybridcache.kernels.block_copy.triton import Tuning
+    from hybridcache.kernels.block_copy.triton import Tiles
 
     cuts = ((1_024, 4), (2_048, 4), (4_096, 4), (2_048, 8), (4_096, 8), (8_192, 8))
-    found = {f"{words * 8 >> 10} KiB w{warps}": Tuning(words, warps) for words, warps in cuts}
+    found = {f"{words * 8 >> 10} KiB w{warps}": Tiles(words, warps) for words, warps in cuts}
     yield Case("block_copy", (1,) * 64, DIMS, "uint8", with_torch=False), found
 
 
@@ -224,12 +223,8 @@ def rows_of(bench: Bench, item: Item) -> Iterator[Row]:
 
 
 def compile_item(item: Item) -> None:
-    """Launch everything of a case once on its two shortest rows, so that the binaries are in Triton's cache."""
-    case = item.entry()[0]
-    lengths = tuple(min(length, 300) for length in sorted(case.lengths)[:2])
-    item.build(
-        replace(case, lengths=lengths, queries=min(case.queries, 64)), Setup(torch.device("cuda"), 0, 0)
-    ).launch_all()
+    """Everything of a case, so that the binaries are in Triton's cache."""
+    compile_case(item.entry()[0], item.build)
 
 
 def table(rows: list[Row], operation: str) -> str:

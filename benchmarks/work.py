@@ -92,11 +92,11 @@ class Work:
         if on_cuda and operation == "paged_prefill" and is_hopper(setup.device):
             modules["gluon"] = "paged_prefill.hopper"
         if case.with_torch:
-            modules["torch"] = OPERATIONS[operation].torch
+            modules["torch"] = OPERATIONS[operation].torch_module
         if on_cuda and "fa3" in OPERATIONS[operation].others and attention_backends()["fa3"] == "installed":
             modules["fa3"] = OPERATIONS[operation].others["fa3"]
         for name, module in modules.items():
-            self.build[name] = lambda name=name, module=module: implementation(load(module, operation), name != "torch")
+            self.build[name] = partial(_loaded, implementation, module, operation, name != "torch")
         return self.with_more(more, implementation)
 
     def with_more(self, more: Mapping[str, Any], implementation: Callable[[Any], Implementation]) -> "Work":
@@ -112,6 +112,10 @@ class Work:
                 build().run(0)
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
+
+
+def _loaded(make: Callable[..., Implementation], module: str, operation: str, graph: bool) -> Implementation:
+    return make(load(module, operation), graph)
 
 
 class Saved:

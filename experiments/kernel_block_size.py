@@ -286,7 +286,8 @@ def _table_section(rows: pd.DataFrame, folder: Path) -> Section:
 
 def _draw(section: Section, folder: Path, name: str, draw: Any, rows: pd.DataFrame, caption: str) -> None:
     with style.styled():
-        section.figures.append(save_picture(folder, name, *draw(rows), caption))
+        figure, data = draw(rows)
+        section.figures.append(save_picture(folder, name, figure, data, caption))
 
 
 WAYS_TEXT = (

@@ -18,10 +18,9 @@ from rich import box
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.attention import decode_launches, launch_decode
 from benchmarks.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
 from benchmarks.kernel_figures import fraction_of_ceiling, relative_errors, row_label
-from benchmarks.measure import Bench, Row, failed, isolated_ceilings
+from benchmarks.measure import Bench, Row, compile_case, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.timing import Ceilings
 from benchmarks.work import Setup
@@ -35,8 +34,8 @@ from hybridcache.observe.report.page import Picture, Section, save_picture, writ
 from hybridcache.observe.report.units import bytes_text
 
 FUNCTIONAL = "functional, not a timing claim"
-HEADINGS = ("operation", "shape", "impl", "L2", "ms", "±", "bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error")
-HEADINGS += ("clock x launches",)
+RATES = ("bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error", "clock x launches")
+HEADINGS = ("operation", "shape", "impl", "L2", "ms", "±", *RATES)
 
 
 @dataclass
@@ -69,8 +68,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     isolate = on_cuda if settings.isolate == "auto" else bool(settings.isolate)
     record = Record(run_dir, cfg, on_cuda)
     if on_cuda:
-        launches = decode_launches(cases, torch.cuda.get_device_properties(device).multi_processor_count)
-        for line in in_parallel(launch_decode, launches):
+        for line in in_parallel(compile_case, cases):
             CONSOLE.print(f"does not compile: {line}", markup=False)
         record.ceilings = isolated_ceilings(settings.limit_s)
     if not on_cuda:

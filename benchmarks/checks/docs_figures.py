@@ -156,7 +156,7 @@ def select(name: str, path: str) -> list[Any]:
             found = [each[int(chosen)] for each in found]
         else:
             for part in re.split(r",(?=\w+!?=)", chosen):
-                key, sign, value = re.fullmatch(r"(\w+)(!?=)(.*)", part).groups()
+                key, sign, value = re.split(r"(!?=)", part, maxsplit=1)
                 rows = [row for each in found for row in (each if isinstance(each, list) else [each])]
                 found = [row for row in rows if (str(row.get(key)) == value) == (sign == "=")]
     if not found:
@@ -175,7 +175,7 @@ def only(values: list[Any]) -> Any:
     return values[0]
 
 
-def spec(model: str, **options: str) -> Any:
+def spec(model: str, **options: Any) -> Any:
     """The cache spec of a shipped model, for sizes that follow from its configuration."""
     from hybridcache.spec import CacheSpec
     from models.configs import shipped_config
@@ -212,7 +212,11 @@ def evaluate(expression: str) -> list[float]:
             return f"_select({len(queries) - 1})"
 
         code = QUERY.sub(stand_in, expression.replace("$", item))
-        names = {**FUNCTIONS, "_select": lambda i, queries=queries: select(*queries[i]), "__builtins__": {}}
+        names: dict[str, Any] = {
+            **FUNCTIONS,
+            "_select": lambda i, queries=queries: select(*queries[i]),
+            "__builtins__": {},
+        }
         value = eval(code, names)  # of our own documents, as doctest evaluates them
         numbers += value if isinstance(value, (list, tuple)) else [value]
     return [chosen(numbers)] if chosen else numbers

@@ -21,12 +21,13 @@ CUDA = torch.device("cuda")
 
 
 def gdn_decode(state_dtype: str, shared_memory: bool, apart: bool, generator: torch.Generator) -> Outs:
+    from hybridcache.kernels.gdn_decode.tiles import default_tiles
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.gdn_decode.tuning import default_tuning
 
     case = state_case(generator, positions=[0, 2, -1, 77], state_dtype=state_dtype, device="cuda", apart=apart)
-    tuning = default_tuning(256 if shared_memory else 4, getattr(torch, state_dtype))
-    return [gdn_decode(*cached(case.buffer, *case.step(1)), tuning=tuning)]
+    tiles = default_tiles(256 if shared_memory else 4, getattr(torch, state_dtype))
+    step: list[Any] = [*cached(case.buffer, *case.step(1)), tiles]
+    return [gdn_decode(*step)]
 
 
 def gdn_prefill(dtype: str, apart: bool, generator: torch.Generator) -> Outs:
@@ -51,18 +52,18 @@ def paged_case(generator: torch.Generator, blocks: int = 11) -> tuple[AttentionC
     return case, AttentionCache(case.buffer, case.layout, 1)
 
 
-def decode(splits: int, tiles: str, generator: torch.Generator) -> Outs:
+def decode(splits: int, kind: str, generator: torch.Generator) -> Outs:
     """Paged decode with ``narrow`` or ``wide`` tiles, or tiles that are the ``page``."""
     from hybridcache.kernels.paged_decode.tiles import narrow, wide
     from hybridcache.kernels.paged_decode.triton import paged_decode
 
-    case, cache = paged_case(generator, blocks=1 if tiles == "page" else 11)
+    case, cache = paged_case(generator, blocks=1 if kind == "page" else 11)
     q_BHD = normal(generator, (4, HEADS, DIM), CUDA, "bfloat16")
     inputs = (cache, q_BHD, case.kv_table_BN, case.context_len_B, DIM**-0.5)
-    if tiles == "page":
+    if kind == "page":
         return [page_tiled.paged_decode(*inputs, num_splits=splits)]
-    tuning = (wide if tiles == "wide" else narrow)(case.layout, HEADS, torch.bfloat16)
-    return [paged_decode(*inputs, num_splits=splits, tuning=tuning)]
+    tiles = (wide if kind == "wide" else narrow)(case.layout, HEADS, torch.bfloat16)
+    return [paged_decode(*inputs, num_splits=splits, tiles=tiles)]
 
 
 def prefill(name: str, generator: torch.Generator) -> Outs:
@@ -99,7 +100,8 @@ def fused_store(generator: torch.Generator) -> Outs:
     draw = partial(normal, generator, device=CUDA)
     qkv = [draw((5, n, DIM), dtype="bfloat16") for n in (HEADS, KV_HEADS, KV_HEADS)]
     weights, angle_TP = [draw((DIM,), dtype="float32") for _ in range(2)], draw((5, PAIRS), dtype="float32")
-    return [qk_norm_rope_store(cache, *qkv, *weights, 1e-6, angle_TP.cos(), angle_TP.sin(), *place)]
+    rest: list[Any] = [*qkv, *weights, 1e-6, angle_TP.cos(), angle_TP.sin(), *place]
+    return [qk_norm_rope_store(cache, *rest)]
 
 
 def block_copy(generator: torch.Generator) -> Outs:
@@ -114,7 +116,7 @@ def block_copy(generator: torch.Generator) -> Outs:
 def experts(name: str, generator: torch.Generator) -> Outs:
     """Routing, then the experts of few tokens, those in tiles, or what stands between the grouped products (those are
     PyTorch's)."""
-    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tilings
+    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tiles
 
     draw = partial(normal, generator, device=CUDA, dtype="bfloat16")
     tokens, count, k, hidden, inner = 5, 19, 3, 256, 64
@@ -122,10 +124,10 @@ def experts(name: str, generator: torch.Generator) -> Outs:
     weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
     if name != "many":
         shapes = ((count, 2 * inner, hidden), (count, hidden, inner), (2 * inner, hidden), (hidden, inner))
-        inputs = (x_TD, weight_Ts, expert_Tk, *map(draw, shapes))
+        inputs: list[Any] = [x_TD, weight_Ts, expert_Tk, *map(draw, shapes)]
         if name == "few":
             return [few_tokens.mixture(*inputs)]
-        return [tiled.mixture(*inputs, tiling=cut) for cut in (tilings.FEW, tilings.SOME, tilings.MANY)]
+        return [tiled.mixture(*[*inputs, cut]) for cut in (tiles.FEW, tiles.SOME, tiles.MANY)]
     order_A = expert_Tk.flatten().sort(stable=True).indices
     x_AD, place_A = grouped.gather(x_TD, order_A, k)
     narrow = grouped.silu_mul(draw((tokens * k, 2 * inner)), weight_Ts, order_A)

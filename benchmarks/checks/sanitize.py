@@ -31,6 +31,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -267,7 +268,9 @@ def main() -> int:
     version = next((line.strip() for line in told.splitlines() if "ersion" in line), told.strip())
     wrong = [f"without a sanitizer: {line}" for line in in_parallel(launch, here())]
     compiled = time.perf_counter() - started
-    records, reports, proofs = [], {}, {}
+    records: list[dict[str, Any]] = []
+    reports: dict[str, str] = {}
+    proofs: dict[str, list[str]] = {}
     for tool in args.tools:
         found, reports[tool] = sanitize(sanitizer, tool, here(), args.limit_s)
         kernels = {kernel for at in found.values() for kernel in at.dispatched}

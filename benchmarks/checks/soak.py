@@ -152,7 +152,7 @@ def soak(requests: int, device: str, mode: str, seed: int, scale: Scale | None =
         model.config, kv_dtype=scale.dtype, state_dtype=scale.state_dtype, conv_dtype=scale.dtype
     )
     plans = make_stream(scale, requests, model.config.vocab_size, seed)
-    limits = {"max_running": scale.running, "max_tokens_per_step": scale.tokens_per_step}
+    limits: dict[str, Any] = {"max_running": scale.running, "max_tokens_per_step": scale.tokens_per_step}
 
     started = time.perf_counter()
     strategy = tight_strategy(scale, spec, mode, seed)
@@ -189,7 +189,7 @@ def soak(requests: int, device: str, mode: str, seed: int, scale: Scale | None =
     ample = scale.running * spec.request_bytes(scale.prompts[-1] + scale.max_tokens) * 5 // 4
     strategy = build("shared_pool", spec=spec, budget_bytes=ample, physical=True)
     config = SchedulerConfig(**limits)
-    options = {"overlap": False, "cuda_graphs": False, "poison": True}
+    options: dict[str, Any] = {"overlap": False, "cuda_graphs": False, "poison": True}
     off = Engine(model, strategy, config, make_backend("auto", device), seed=seed, **options)
     expected, _ = run_stream(off, plans, aborts=False)
     record |= {"off_s": time.perf_counter() - started, "off_preemptions": off.scheduler.num_preemptions}

@@ -16,7 +16,6 @@ from isolated_deeds import deeds, refuse_odd
 from limits import SUBPROCESS_S
 
 from benchmarks import measure, peers
-from benchmarks.attention import decode_launches
 from benchmarks.block_tables import WAYS, measure_table, table_width
 from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
 from benchmarks.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, fraction
@@ -195,13 +194,23 @@ def test_what_fails_to_compile_in_parallel_is_named():
     assert in_parallel(refuse_odd, []) == []
 
 
-def test_decodes_that_compile_to_the_same_are_compiled_once():
-    pytest.importorskip("triton")
-    found = decode_launches(cuda_cases(), multiprocessors=132)
-    layouts = {(case.kernel_block, case.manager_block, case.layout) for case in cuda_cases() if case.kernel_block}
-    splits = {(launch.tuning.keys, launch.splits) for launch in found}
-    assert splits == {(64, 66), (64, 4), (64, 1), (16, 1)}
-    assert len(found) == len(splits) * len(layouts)
+@pytest.mark.parametrize("case", list(fast_cuda_cases()), ids=lambda case: case.operation)
+def test_what_is_compiled_beforehand_is_small_and_of_the_same_kind(case):
+    short = case.short()
+    assert max(short.lengths) <= 300
+    assert len(short.lengths) == (len(case.lengths) if case.operation == "paged_decode" else min(2, len(case.lengths)))
+    kind = ("operation", "dtype", "kernel_block", "kernel_blocks", "layout", "checkpoint", "dims")
+    assert [getattr(short, name) for name in kind] == [getattr(case, name) for name in kind]
+
+
+def test_everything_of_a_case_is_launched_once_whatever_fails():
+    launched = []
+
+    def broken() -> Implementation:
+        raise ImportError("no such kernel")
+
+    work_of({"broken": broken, "fine": lambda: implementation(run=launched.append)}).launch_all()
+    assert launched == [0]
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

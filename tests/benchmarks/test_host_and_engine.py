@@ -1,10 +1,21 @@
-"""Scripts about the host and the engine, in short: what they time runs, and what they say of it adds up."""
+"""Scripts about the host and the engine, in short: what they time runs, and what they say adds up; what a record keeps."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
 import pytest
+import torch
 
 from benchmarks.engine import percentile, serve
 from benchmarks.host import decode_step, measure
 from hybridcache import LLM
+from hybridcache.kernels.testing import attention_case, state_case
+from hybridcache.memory.layout import Layout
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "carve"}], ids=["exclusive", "carve"])
@@ -31,3 +42,48 @@ def test_percentiles():
     assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 3.0
     assert percentile(list(range(10)), 0.9) == 9
     assert percentile([7.0], 0.9) == 7.0
+
+
+@pytest.mark.slow
+def test_launches_of_a_step_that_prefills():
+    """In a process of its own: what Triton compiles there has no device."""
+    pytest.importorskip("triton")
+    options = ["--steps", "2", "--decoding", "2", "--prefilling", "1"]
+    command = [sys.executable, "-m", "benchmarks.host", "launch", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["launches"] > 8 * 5, "every layer launches several kernels"
+    assert found["median_ms"] > 0
+
+
+def test_a_mixed_backend_has_what_is_asked_for():
+    from benchmarks.checks.precision import STATE, Mixed, variants, wide_add_norm
+
+    generator = torch.Generator().manual_seed(1)
+    attention = attention_case(generator, lengths=[9], kv_heads=1, k_dim=16, v_dim=16)
+    state = state_case(generator, positions=[3], k_heads=1, v_heads=1, key_dim=16, value_dim=16)
+    buffer = torch.cat([attention.buffer, state.buffer])
+    layout = Layout(buffer.numel(), attention.layout, state.layout)
+    plain = Mixed("torch").bind(buffer, layout)
+    mixed = Mixed("torch", STATE, add_norm=wide_add_norm)
+    found = mixed.bind(buffer, layout)
+    assert mixed.add_norm is wide_add_norm
+    mixed_counts = {name: mixed.launches[name] for name in mixed.launches}
+    found.states[0].gdn_decode(*state.step(0)[2:])
+    assert {name: mixed.launches[name] for name in mixed.launches} == mixed_counts, "another backend's operation"
+    plain.states[0].gdn_decode(*state.step(0)[2:])
+    assert plain.backend.launches["gdn_decode[torch]"] == 1
+    assert set(variants("cpu")) >= {"engine", "all of these"}
+
+
+def test_a_record_keeps_what_a_row_says(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows = [{"phase": "a", "rate": 1.5, "note": None}, {"phase": "b", "rate": None, "note": "x"}]
+    pd.DataFrame(rows).to_parquet(run_dir / "results.parquet")
+    (run_dir / "environment.json").write_text(json.dumps({"commit": "abc"}))
+    command = [sys.executable, "-m", "benchmarks.record", str(run_dir), "--name", "kept", "--to", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "kept.json").read_text())
+    assert found["environment"] == {"commit": "abc"}
+    assert found["results"] == [{"phase": "a", "rate": 1.5}, {"phase": "b", "note": "x"}]

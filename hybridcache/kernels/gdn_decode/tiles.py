@@ -1,7 +1,7 @@
 """How GDN decode is cut for a number of rows, a state dtype and a device, through registers or through shared memory.
 
-Measured at the shape of Qwen3-Next on an H100, at 1, 8, 64 and 256 rows (``variants-gdn_decode*-h100.json`` in
-``benchmarks/results/``, three rounds). Few rows do not fill the device, so small tiles make more programs of them; many rows
+Measured at the shape of Qwen3-Next on an H100, at 1, 8, 64 and 256 rows (three rounds:
+``docs/LOG.md``). Few rows do not fill the device, so small tiles make more programs of them; many rows
 want whole heads, whose bytes are contiguous, and as many of them on a multiprocessor as fit. In float32 registers hold as
 much state as shared memory; in bfloat16 half as much.
 """
