@@ -607,7 +607,5 @@ def test_values_of_a_wrong_type_are_refused(name: str, field: str, also: tuple) 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_an_unknown_option_names_the_valid_ones(name: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"^ratoi=0\.5: strategy {name} has no such option; it has "
-    ):
+    with pytest.raises(UserError, match=rf"^ratoi=0\.5: strategy {name} has no such option; it has "):
         build(name, spec=SPEC, budget_bytes=40 * UNIT, ratoi=0.5)
