@@ -4,18 +4,22 @@ A :class:`Recorder` watches one strategy on one workload, in simulation or real 
 time-weighted means; the time series keep a bounded number of slices of time, with the peaks inside each.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hybridcache.engine.sequence import Sequence
 from hybridcache.observe.pool_map import pool_map
 from hybridcache.observe.time_series import TimeSeries
 from hybridcache.strategies.base import Strategy, Usage
 from hybridcache.workloads.base import Request
+
+if TYPE_CHECKING:
+    from hybridcache.engine.sequence import Sequence
 
 MAX_SAMPLES = 400
 MAX_MAPS = 400
@@ -47,7 +51,7 @@ class _Slice(NamedTuple):
     peaks: np.ndarray
     """Most of each of :data:`PEAKS`."""
 
-    def joined(self, later: "_Slice") -> "_Slice":
+    def joined(self, later: _Slice) -> _Slice:
         duration_s, peaks = self.duration_s + later.duration_s, np.maximum(self.peaks, later.peaks)
         return _Slice(self.time_s, self.step, duration_s, self.sums + later.sums, peaks)
 
