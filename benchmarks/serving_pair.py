@@ -118,7 +118,7 @@ class Tree:
 
     def __init__(self, root: Path, tiny: bool) -> None:
         command = [sys.executable, "-P", str(Path(__file__).resolve()), "--worker", *(["--tiny"] if tiny else [])]
-        env = {**os.environ, "PYTHONPATH": str(root)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
         self.process = subprocess.Popen(
             command, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -5,9 +5,11 @@ Shapes: T tokens, B rows, N table entries, L layers, H query heads, K key (KV) h
 channels, W conv kernel width, S tokens of one request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isnan
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ def run(backend: Backend, operation: str, buffer: torch.Tensor, *call: Any, **op
     """An operation of a backend, on the layout and the layer that ``call`` begins with."""
     layout, layer, *inputs = call
     return getattr(backend.bind_layer(buffer, layout, layer), operation)(*inputs, **options)
+
+
+class Functions:
+    """A backend's :meth:`bind_layer` for implementations given by operation (each takes the layer's cache first)."""
+
+    def __init__(self, **implementations: Callable[..., Any]) -> None:
+        self.implementations = implementations
+
+    def bind_layer(self, buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int) -> Any:
+        cache = cache_of(buffer, layout, layer)
+        return SimpleNamespace(**{name: partial(function, cache) for name, function in self.implementations.items()})
 
 
 def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:

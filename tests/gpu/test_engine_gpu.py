@@ -134,7 +134,7 @@ def test_padding_around_what_prefills_changes_no_logits(model_of_chosen_experts)
             engine.add_request(prompt, SamplingParams(max_tokens=20, ignore_eos=True))
             for _ in range(2):
                 engine.step()
-                steps.append({seq_id: logits[-1][slot].float() for seq_id, slot in runner._places.items()})
+                steps.append({seq_id: logits[-1][slot].float() for seq_id, slot in runner._sampled.items()})
         if padded:
             assert len({n for n, rows in shapes if rows > n}) > 1, shapes
         found.append((steps, [seq.output_ids for seq in engine.sequences]))

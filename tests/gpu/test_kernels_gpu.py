@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -23,6 +24,7 @@ if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.triton import paged_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
     from hybridcache.kernels.testing import (
+        Functions,
         attention_case,
         cached,
         normal,
@@ -197,12 +199,8 @@ def test_paged_decode_tiles(generator, tiles, splits):
     lengths = [1, 0, 63, 64, 65, 16 * splits, 64 * splits, 64 * splits + 1, 5000]
     case = paged_case(generator, lengths, "block_major", 8, 11)
 
-    class Tuned:
-        @staticmethod
-        def paged_decode(*inputs):
-            return paged_decode(*inputs, num_splits=splits, tiles=Tiles(*tiles))
-
-    check_paged_decode(Tuned, generator, case)
+    tuned = Functions(paged_decode=partial(paged_decode, num_splits=splits, tiles=Tiles(*tiles)))
+    check_paged_decode(tuned, generator, case)
 
 
 def test_a_reduction_waits_for_every_split(generator):
@@ -327,11 +325,9 @@ def test_decode_operations_replay_in_a_cuda_graph(backend, generator):
         )
         return out, attended
 
-    class Reference:
-        gdn_decode = staticmethod(naive_gdn.gdn_decode)
-        kv_store = staticmethod(naive_store.kv_store)
-        paged_decode = staticmethod(naive_decode.paged_decode)
-
+    reference = Functions(
+        gdn_decode=naive_gdn.gdn_decode, kv_store=naive_store.kv_store, paged_decode=naive_decode.paged_decode
+    )
     scratch = state.buffer.clone(), kv.buffer.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -346,11 +342,11 @@ def test_decode_operations_replay_in_a_cuda_graph(backend, generator):
         for tensor in (state.x_BC, state.a_BV, state.b_BV, q_BHD, k_BKD, v_BKD):
             tensor.copy_(torch.randn_like(tensor))
         expected_buffers = state.buffer.clone(), kv.buffer.clone()
-        expected = step(Reference, *expected_buffers)
+        expected = step(reference, *expected_buffers)
         graph.replay()
         torch.cuda.synchronize()
-        for out, reference in zip(captured, expected):
-            assert rel_error(out, reference) <= 1e-2
+        for out, wanted in zip(captured, expected):
+            assert rel_error(out, wanted) <= 1e-2
         assert torch.equal(kv.buffer, expected_buffers[1])
         # The next step, one token more: no request crosses into a block that its table lacks.
         state.position_B += 1
