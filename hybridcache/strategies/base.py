@@ -135,7 +135,7 @@ class Strategy(Accounts):
     def reserve_checkpoint(self, seq_id: int, key: int, position: int) -> bool:
         """Let ``key`` own states of its own, which a prefill step is going to write at ``position`` through
         :meth:`checkpoint_table`, and jointly the KV of the first ``position`` tokens. Nobody may restore from it before that
-        step. False, and no change, where memory is short."""
+        step; where the step is never launched, the caller drops it. False, and no change, where memory is short."""
         tokens = self.num_tokens(seq_id)
         self._check_new_key(key)
         if not 1 <= position <= tokens:
@@ -183,15 +183,14 @@ class Strategy(Accounts):
     def fork(self, seq_id: int, child: int, num_tokens: int) -> bool:
         """As :meth:`restore`, from a resident as the last launched step left it."""
         key = min(self._checkpoints, default=0) - 1
-        room = self.room.get(seq_id)
+        room = self.room.get(seq_id, 0)
         self.checkpoint(seq_id, key)
         try:
-            found = self.restore(child, key, num_tokens)
+            return self.restore(child, key, num_tokens)
         finally:
             self.drop(key)
-        if not found and self._residents[seq_id].states.owners == 1 and room is not None:
-            self.room[seq_id] = room
-        return found
+            if self._residents[seq_id].states.owners == 1:
+                self.room[seq_id] = room
 
     def settle_states(self, seq_ids: Iterable[int] | None = None) -> None:
         """A launched step has read what it was to read, for these residents (None: for all): read tables become the write

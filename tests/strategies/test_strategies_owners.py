@@ -284,7 +284,7 @@ class Driver:
 
 def small_pool(rng: Random, name: str, options: dict, physical: bool) -> Strategy:
     spec = small_spec(rng)
-    while name == "padded_page" and len(spec.attention_layers) > len(spec.state_layers):
+    while name == "padded_page" and physical and len(spec.attention_layers) > len(spec.state_layers):
         spec = small_spec(rng)  # several attention groups have no physical form
     budget = int(spec.request_bytes(120) * rng.uniform(2.0, 8.0)) + rng.randrange(300)
     if name not in ("byte_exact", "two_ended"):

@@ -444,6 +444,9 @@ def test_fork_is_refused_without_a_trace() -> None:
     assert not pool.fork(0, 1, 40), "2 blocks of states and 2 of KV, where 3 are free"
     assert pool.usage() == before
     assert pool.room[0] == 32
+    with pytest.raises(UserError, match="num_tokens=17"):
+        pool.fork(0, 1, 17)
+    assert (pool.room[0], pool.cached) == (32, ())
     assert pool.fork(0, 1, 32)
     assert pool.usage().free == 0
     assert pool.cached == ()
