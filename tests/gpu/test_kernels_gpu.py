@@ -2,7 +2,9 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,9 +330,14 @@ def test_decode_operations_replay_in_a_cuda_graph(backend, generator):
         return out, attended
 
     class Reference:
-        gdn_decode = staticmethod(naive_gdn.gdn_decode)
-        kv_store = staticmethod(naive_store.kv_store)
-        paged_decode = staticmethod(naive_decode.paged_decode)
+        @staticmethod
+        def bind_layer(*layer):
+            ways = {
+                "gdn_decode": naive_gdn.gdn_decode,
+                "kv_store": naive_store.kv_store,
+                "paged_decode": naive_decode.paged_decode,
+            }
+            return SimpleNamespace(**{name: partial(way, *cached(*layer)) for name, way in ways.items()})
 
     scratch = state.buffer.clone(), kv.buffer.clone()
     stream = torch.cuda.Stream()
