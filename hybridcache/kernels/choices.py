@@ -27,8 +27,7 @@ def paged_prefill(cache: AttentionCache, q_THD: torch.Tensor, *rest: Any) -> Ran
 
 def gdn_decode(cache: StateCache, x_BC: torch.Tensor, *rest: Any) -> Ran:
     kind = (x_BC.shape[0], x_BC.dtype)
-    tiles = cache.memo.get(kind)
-    if tiles is None:
+    if (tiles := cache.memo.get(kind)) is None:
         tiles = cache.memo[kind] = choose(cache.layout, x_BC)
     language = "gluon" if isinstance(tiles, SharedTiles) else "triton"
     return language, decode.gdn_decode(cache, x_BC, *rest, tiles=tiles)  # type: ignore[misc]

@@ -218,26 +218,16 @@ class Operation:
     """Dtypes of the first argument that Triton takes; any where empty."""
 
 
+FA3 = {"fa3": "flash_attention_3"}
 ATTENTION = {
     "kv_store": Operation("torch_ops.attention", "kv_store.triton"),
     "qk_norm_rope_store": Operation("torch_ops.attention", "qk_norm_rope_store.triton"),
-    "paged_decode": Operation(
-        "torch_ops.attention",
-        "paged_decode.triton",
-        {"fa3": "flash_attention_3"},
-        triton_dtypes=FLOAT32_OR_LESS,
-    ),
-    "paged_prefill": Operation(
-        "torch_ops.attention",
-        "choices",
-        {"fa3": "flash_attention_3"},
-        two_kernels=True,
-        triton_dtypes=FLOAT32_OR_LESS,
-    ),
+    "paged_decode": Operation("torch_ops.attention", "paged_decode.triton", FA3, False, FLOAT32_OR_LESS),
+    "paged_prefill": Operation("torch_ops.attention", "choices", FA3, True, FLOAT32_OR_LESS),
 }
 STATE = {
     "gdn_decode": Operation("torch_ops.gated_delta_net", "choices", two_kernels=True),
-    "gdn_prefill": Operation("torch_ops.gated_delta_net", "choices", two_kernels=True, triton_dtypes=FLOAT32_OR_LESS),
+    "gdn_prefill": Operation("torch_ops.gated_delta_net", "choices", {}, True, FLOAT32_OR_LESS),
 }
 LAYER = {
     "add_norm": Operation("torch_ops.layers", "norms.triton"),

@@ -66,10 +66,6 @@ class AttentionCase:
     context_len_B: torch.Tensor
     lengths: tuple[int, ...]
 
-    @property
-    def layers(self) -> int:
-        return len(self.layout.base)
-
 
 def attention_case(
     generator: torch.Generator,

@@ -4,9 +4,8 @@ A module may keep weights in another order or fused into fewer tensors than a ch
 every checkpoint name under its prefix, a :class:`Slot`: the shape to expect and how to write it.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,19 +24,6 @@ class Slot:
     def of(cls, destination: torch.Tensor) -> "Slot":
         """A slot that is a whole tensor, or a view of a part of one."""
         return cls(tuple(destination.shape), destination.copy_)
-
-
-class Module(Protocol):
-    """What every module of the model offers besides ``forward``."""
-
-    def slots(self, prefix: str, names: Container[str]) -> Slots:
-        """Slots of the module's checkpoint tensors, by full name. ``names`` are those of the checkpoint, for modules that
-        checkpoints store in more than one way."""
-        ...
-
-    def init_weights(self, std: float, generator: torch.Generator) -> None:
-        """Fill the module's own parameters as Transformers would for a new model."""
-        ...
 
 
 def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

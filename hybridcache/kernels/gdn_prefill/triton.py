@@ -89,8 +89,8 @@ class Prefill:
     def __post_init__(self) -> None:
         if self.checkpoint_table_BNL is not None and self.checkpoint_table_BNL.shape[1] == 0:
             self.checkpoint_table_BNL = None
-        self.layout, self.layer, x_TC = self.cache.layout, self.cache.layer, self.x_TC
-        layout = self.layout
+        layout, x_TC = self.cache.layout, self.x_TC
+        self.layout, self.layer = layout, self.cache.layer
         _check(layout, x_TC, self.a_TV, self.b_TV, self.checkpoint_table_BNL, self.checkpoint_interval)
         self.tokens, self.rows, device = x_TC.shape[0], self.start_B.shape[0], x_TC.device
         self.cut = self.tiles or choose(layout, x_TC, self.rows)

@@ -184,17 +184,8 @@ def conv_head(
 
 @triton.jit(
     do_not_specialize=["layer", "rows", "tokens"],
-    do_not_specialize_on_alignment=[
-        "index_ptr",
-        "first_ptr",
-        "cu_ptr",
-        "start_ptr",
-        "read_ptr",
-        "write_ptr",
-        "a_ptr",
-        "b_ptr",
-    ],
-)
+    do_not_specialize_on_alignment=["index_ptr", "first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "a_ptr", "b_ptr"],
+)  # fmt: skip
 def conv_kernel(
     y_ptr,
     gates_ptr,
