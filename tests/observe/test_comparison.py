@@ -81,6 +81,15 @@ def test_less_is_better_where_it_is():
     assert words(values(a=[3.0], b=[9.0], c=[9.0]), better=-1) == "3 under a, 9 under b and c"
 
 
+def test_counts_of_the_capacity_phase_are_exact():
+    columns = {"phase": "capacity", "workload": "length=12", "repetition": 0}
+    rows = [{**columns, "strategy": name, "residents_peak": count} for name, count in (("a", 1000), ("b", 995))]
+    run = Run(pd.DataFrame(rows), {}, {}, {}, Path("run"))
+    (found,) = contests(run)
+    assert found[0] == "capacity: most residents of 12 tokens"
+    assert (found[1].best, found[1].alike, found[1].decided) == (["a"], [], True)
+
+
 # -- equal work --------------------------------------------------------------------------------------------------------
 
 

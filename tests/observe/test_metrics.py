@@ -74,8 +74,8 @@ def recorded(steps, strategy=None, sink=None, **options):
 
 
 def test_means_count_every_step_with_its_duration():
-    one = usage(useful=100, padding=10, reserved=50, cached=20, residents=3)
-    two = usage(useful=200, padding=30, reserved=90, cached=60, residents=7)
+    one = usage(useful=100, padding=10, reserved=50, cached=20, residents=7)
+    two = usage(useful=200, padding=30, reserved=90, cached=60, residents=3)
     recorder, strategy = recorded([(0.0, 1.0, one, 3, 9), (1.0, 3.0, two, 7, 1)])
     row = recorder.finish([], strategy)
     assert row["useful_bytes_mean"] == pytest.approx(0.25 * 100 + 0.75 * 200)
@@ -154,6 +154,12 @@ def test_a_request_of_one_token_has_no_time_per_token():
     row = Recorder({}).finish([sequence(output=1)], Scripted())
     assert row["ttft_p50_s"] == 1.0
     assert math.isnan(row["tpot_p50_s"])
+
+
+def test_preemptions_and_their_recomputed_tokens_are_summed():
+    done = [sequence(0, num_preemptions=2, recomputed_tokens=30), sequence(1, num_preemptions=1, recomputed_tokens=4)]
+    row = Recorder({}).finish(done, Scripted())
+    assert (row["preemptions"], row["recomputed_tokens_preemption"], row["recomputed_tokens_failure"]) == (3, 34, 0)
 
 
 def test_recomputation_by_preemption_and_by_failure_stand_apart():

@@ -185,7 +185,8 @@ def test_results_table_shades_the_best_competitors(run):
     assert shaded(changed) == {"shared_pool", "padded_page"}, "202 and 201.75 differ less than their repetitions"
     row = next(row for row in serving_table(changed, "inference", "chat").rows if row[0] == "shared_pool")
     assert row[1] == "202 ± 2.83", "mean and standard deviation"
-    assert shaded(run) == set(), "wall-clock times of a CPU are not ranked"
+    changed = dataclasses.replace(run, results=results.assign(device="cpu"))
+    assert shaded(changed) == set(), "wall-clock times of a CPU are not ranked"
 
 
 def test_answers_agree_with_the_results(run):
@@ -402,10 +403,20 @@ def test_mixed_slices_are_drawn_as_mixtures(run):
     figure, _ = pool_over_time(dataclasses.replace(run, events={**run.events, "pool_map": maps}), "simulation", "chat")
     mixture = 0.4 * style.rgb(style.KIND_COLORS["state"]) + 0.6 * style.rgb(style.KIND_COLORS["kv"])
     assert np.allclose(figure.axes[0].collections[0].get_array(), mixture)
-    assert "0% (" in figure.get_suptitle(), "40 % and 60 % need not be the same addresses"
+    assert "in turn: 0% (" in figure.get_suptitle(), "40 % and 60 % need not be the same addresses"
     maps["kv"] = "z" * 160
     figure, _ = pool_over_time(dataclasses.replace(run, events={**run.events, "pool_map": maps}), "simulation", "chat")
-    assert "40% (" in figure.get_suptitle()
+    assert "in turn: 40% (" in figure.get_suptitle()
+
+
+def test_queues_show_their_peaks(run):
+    samples = run.events["sample"].copy()
+    samples["running_max"], samples["waiting_max"] = 777.0, 888.0
+    figure, _ = queue_over_time(
+        dataclasses.replace(run, events={**run.events, "sample": samples}), "simulation", "chat"
+    )
+    for axes, peak in zip(figure.axes, (777, 888)):
+        assert all((line.get_ydata() == peak).all() for line in axes.get_lines())
 
 
 def test_events_of_an_older_version_are_left_out_by_name(run):
