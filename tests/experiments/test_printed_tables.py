@@ -107,6 +107,8 @@ def test_differences_are_paired_and_have_intervals() -> None:
     assert found["padded_page"] == f"{mean:+.1f} ± {4.30 * deviation / math.sqrt(3):.1f} %"
     text = " ".join(plain(printed(print_runs, rows, "simulation")).split())
     assert "means of 3 repetitions, each with a stream of its own" in text
+    again = " ".join(plain(printed(print_runs, rows.assign(seed=0), "simulation")).split())
+    assert "means of 3 repetitions; differences" in again, "one stream, measured again"
 
 
 @pytest.mark.parametrize(
