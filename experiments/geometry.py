@@ -212,7 +212,14 @@ def _series(axes: Axes, kb: int, tokens: pd.Series, values: pd.Series) -> None:
     axes.plot(tokens[order], values[order], "-", color=COLORS[kb], lw=0.9, alpha=0.35, zorder=2)
     size = 8.0 - 1.2 * KERNEL_BLOCK_TOKENS.index(kb)
     name = f"kernel block {kb}"
-    look = {"ms": size, "color": COLORS[kb], "mec": "white", "mew": 0.4, "label": name, "clip_on": False}
+    look: dict[str, Any] = {
+        "ms": size,
+        "color": COLORS[kb],
+        "mec": "white",
+        "mew": 0.4,
+        "label": name,
+        "clip_on": False,
+    }
     axes.plot(tokens[order], values[order], MARKERS[kb], **look)
 
 
