@@ -136,8 +136,8 @@ def _config_folders(arguments: list[str]) -> list[Path]:
 def _check_choices(arguments: list[str]) -> None:
     """Name the choices where an experiment is missing or a config group's file is misspelt (Hydra's own messages span many
     lines)."""
-    if any(argument.startswith(("--config-path", "-cp")) for argument in arguments):
-        return  # a configuration of the user's own from the root on
+    if any(argument.lstrip("+").startswith(("--config-path", "-cp", "hydra.searchpath")) for argument in arguments):
+        return  # names may stand elsewhere; Hydra says what it does not find
     keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "" in keys:
         raise UserError(f"{arguments[keys.index('')]!r}: there is no key before the value; give KEY=VALUE")

@@ -99,11 +99,7 @@ def _lengths(cfg: DictConfig) -> list[int]:
 
 
 def _row(cfg: DictConfig, spec: CacheSpec, found: Geometry, rank: int, lengths: list[int]) -> dict[str, Any]:
-    kb, m, n = (
-        found.kernel_block_tokens,
-        found.kernel_blocks_per_manager_block,
-        found.states_per_manager_block,
-    )
+    kb, m, n = found.kernel_block_tokens, found.kernel_blocks_per_manager_block, found.states_per_manager_block
     row = {
         "experiment": "geometry",
         "phase": "geometry",
@@ -216,17 +212,15 @@ def _series(axes: Axes, kb: int, tokens: pd.Series, values: pd.Series) -> None:
     axes.plot(tokens[order], values[order], "-", color=COLORS[kb], lw=0.9, alpha=0.35, zorder=2)
     size = 8.0 - 1.2 * KERNEL_BLOCK_TOKENS.index(kb)
     name = f"kernel block {kb}"
-    axes.plot(
-        tokens[order],
-        values[order],
-        MARKERS[kb],
-        ms=size,
-        color=COLORS[kb],
-        mec="white",
-        mew=0.4,
-        label=name,
-        clip_on=False,
-    )
+    look: dict[str, Any] = {
+        "ms": size,
+        "color": COLORS[kb],
+        "mec": "white",
+        "mew": 0.4,
+        "label": name,
+        "clip_on": False,
+    }
+    axes.plot(tokens[order], values[order], MARKERS[kb], **look)
 
 
 def _ring(axes: Axes, chosen: pd.Series, y: float) -> None:

@@ -180,7 +180,8 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     """
     choices = choose_strategies(cfg)
     producers = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}
-    prepared = [(phase, *producers[phase](cfg, choices)) for phase in cfg.phases]
+    tuned = _tuned(cfg, choices)
+    prepared = [(phase, *producers[phase](cfg, choices if phase == "inference" else tuned)) for phase in cfg.phases]
     name = cfg.model.name if "model" in cfg else None
     rows: list[dict[str, Any]] = []
     with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(12) as progress:
@@ -199,11 +200,24 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     return results
 
 
+def _tuned(cfg: DictConfig, choices: list[StrategyChoice]) -> list[StrategyChoice]:
+    """The strategies of capacity and simulation where they have one budget: a searched ratio is searched once."""
+    budgets = {cfg[phase].budget_gib for phase in ("capacity", "simulation") if phase in cfg.phases}
+    return _with_ratios(cfg, choices, _memory(cfg, budgets.pop())) if len(budgets) == 1 else choices
+
+
+def _with_ratios(cfg: DictConfig, choices: list[StrategyChoice], memory: CacheMemory) -> list[StrategyChoice]:
+    if not wants_ratio(choices):
+        return choices
+    count = cfg.simulation.num_requests if "simulation" in cfg else None
+    streams = [stream.first(count) for _, stream in _streams(cfg, 1)]
+    scheduler = SchedulerConfig(**container(cfg.engine))
+    return with_best_ratio(choices, memory, streams, scheduler, _cost_model(cfg, memory))
+
+
 def _capacity(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
     memory, lengths, seed = _memory(cfg, cfg.capacity.budget_gib), list(cfg.capacity.lengths), cfg.get("seed", 0)
-    if wants_ratio(choices):
-        scheduler, streams = SchedulerConfig(**container(cfg.engine)), [stream for _, stream in _streams(cfg, 1)]
-        choices = with_best_ratio(choices, memory, streams, scheduler, _cost_model(cfg, memory))
+    choices = _with_ratios(cfg, choices, memory)
     for choice in choices:
         choice.build(memory)
     return len(choices) * len(lengths), lambda events: capacity_rows(choices, memory, lengths, seed, events)

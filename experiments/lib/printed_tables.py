@@ -107,9 +107,8 @@ def _print_run(console: Console, rows: pd.DataFrame, title: str, source: str) ->
             f"requests" + (f"; not {less}: on requests that all hold, see the next table" if less else "")
         )
     if repetitions > 1:
-        console.print(
-            f"means of {repetitions} repetitions, each with a stream of its own; differences with 95 % intervals"
-        )
+        streams = ", each with a stream of its own" if rows["seed"].nunique() > 1 else ""
+        console.print(f"means of {repetitions} repetitions{streams}; differences with 95 % intervals")
     _note_ratios(console, rows)
 
 

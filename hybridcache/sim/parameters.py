@@ -4,7 +4,10 @@ The counts are taken from the model that Transformers would build, on torch's me
 second, and right for every architecture that it knows.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from hybridcache.errors import bad
@@ -47,6 +50,8 @@ class ModelParameters:
         Raises:
             UserError: an unsupported or incomplete config, or one that Transformers cannot build a model from.
         """
+        if isinstance(hf_config, Mapping):
+            return _of_fields(json.dumps(dict(hf_config), sort_keys=True))
         # torch and transformers are needed here alone; accounting and simulation by hand-given counts go without.
         import torch
         from transformers import AutoModelForCausalLM
@@ -85,3 +90,11 @@ class ModelParameters:
             hidden_size=config.hidden_size,
             num_query_heads=config.num_attention_heads,
         )
+
+
+@lru_cache(maxsize=8)
+def _of_fields(fields: str) -> ModelParameters:
+    """Of a mapping as JSON: a run asks several times for one model, and building it takes a second."""
+    from hybridcache.spec.architectures import text_config
+
+    return ModelParameters.from_config(text_config(json.loads(fields)))

@@ -19,6 +19,7 @@ def frame(refused: dict[str, int] | None = None, repetitions: int = 1) -> pd.Dat
         "phase": "simulation", "workload": "chat", "model": "qwen3_next_80b_a3b", "device": "cost model: 4 x H100",
         "backend": None, "budget_bytes": 5 << 30, "tp_size": 4, "requests_offered": 900, "residents_peak": 142,
         "utilization_mean": 0.807, "held_bytes_mean": 0.821 * (5 << 30), "preemptions": 14, "recomputed_tokens": 1_234_567,
+        "recomputed_tokens_preemption": 1_234_567, "recomputed_tokens_failure": 0,
         "ttft_p50_s": 2.27, "ttft_p99_s": 653.0, "tpot_p50_s": 0.0256, "workload_source": "chat seed=0", "tokens_sha256": None,
         "searched_options": "", "dtype": "bfloat16", "state_dtype": "float32", "prompt_tokens": 900, "output_tokens": 900,
     }  # fmt: skip
@@ -106,6 +107,8 @@ def test_differences_are_paired_and_have_intervals() -> None:
     assert found["padded_page"] == f"{mean:+.1f} ± {4.30 * deviation / math.sqrt(3):.1f} %"
     text = " ".join(plain(printed(print_runs, rows, "simulation")).split())
     assert "means of 3 repetitions, each with a stream of its own" in text
+    again = " ".join(plain(printed(print_runs, rows.assign(seed=0), "simulation")).split())
+    assert "means of 3 repetitions; differences" in again, "one stream, measured again"
 
 
 @pytest.mark.parametrize(
