@@ -203,7 +203,10 @@ def test_a_tokenizer_that_cannot_be_read_is_told(checkpoint, tmp_path):
         ({"state_dtype": "int4"}, "state_dtype='int4': choose one of"),
         ({"strategy": "magic"}, "strategy='magic': choose one of"),
         ({"strategy": "byte_exact"}, "strategy='byte_exact': is accounting only"),
-        ({"strategy_options": {"mood": 1}}, "mood=1: strategy shared_pool has no such option; it has mode, "),
+        (
+            {"strategy_options": {"mood": 1}},
+            "mood=1: strategy shared_pool has no such option; it has mode, kernel_block_tokens",
+        ),
         ({"backend": "magic"}, "backend='magic': choose auto, torch or triton"),
         ({"backend": "triton"}, "backend='triton': needs a CUDA device"),
         ({"cuda_graphs": True}, "cuda_graphs=True: needs a CUDA device, not cpu, or cuda_graphs=false"),
