@@ -110,10 +110,11 @@ class Backend(LayerOperations):
                 names = ", ".join(map(dtype_name, dtypes))
                 fix = f"{operation} of backend=triton takes {names}; choose backend=torch"
                 raise bad("dtype", dtype_name(x.dtype), fix)
-            if index is not None and index != torch.cuda.current_device():
+            if index is None or index == torch.cuda.current_device():
+                out = run(cache, *args, **options)
+            else:
                 with torch.cuda.device(index):
-                    return launch(*args, **options)
-            out = run(cache, *args, **options)
+                    out = run(cache, *args, **options)
             if two_kernels:
                 language, out = out
                 launches[f"{operation}[{language}]"] += 1

@@ -1,5 +1,6 @@
-"""What kernels ask of a device."""
+"""What kernels ask of a device, and what they say of one."""
 
+import logging
 from functools import lru_cache
 
 import torch
@@ -14,3 +15,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 def is_hopper(device: torch.device) -> bool:
     """Whether the device's compute capability is 9.x."""
     return capability(device)[0] == 9
+
+
+@lru_cache
+def warn_once(logger: str, message: str) -> None:
+    """Log a warning, the first time it is given."""
+    logging.getLogger(logger).warning(message)

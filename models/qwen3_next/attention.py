@@ -7,6 +7,7 @@ from collections.abc import Container
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from transformers import Qwen3NextConfig
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         """Normalises and rotates q and k, stores the step's K and V, then attends: decode rows first, prefilling rows behind
         them."""
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
-        q_THE, gate_THE = qg.unflatten(1, (-1, 2 * self.head_dim)).chunk(2, dim=2)
+        q_THE, gate_THE = rearrange(qg, "t (h qg e) -> qg t h e", qg=2, e=self.head_dim)
         k_TKE, v_TKE = (x.unflatten(1, (self.kv_heads, self.head_dim)) for x in (k, v))
         cache, batch, n = step.caches.attention[self.ordinal], step.batch, step.batch.num_decode
         norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, step.cos_TP, step.sin_TP)

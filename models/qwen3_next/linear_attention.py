@@ -8,6 +8,7 @@ from collections.abc import Container
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from transformers import Qwen3NextConfig
 
@@ -91,9 +92,10 @@ class LinearAttention(nn.Module):
 
     def _write_by_key_head(self, source: torch.Tensor, rows: torch.Tensor, sizes: list[int]) -> None:
         """Rows grouped by key head, sections of every group in order, to whole sections with key heads in order."""
-        groups = source.unflatten(0, (self.key_heads, -1)).split([size // self.key_heads for size in sizes], dim=1)
+        by_head = rearrange(source, "(k n) d -> k n d", k=self.key_heads)
+        groups = by_head.split([size // self.key_heads for size in sizes], dim=1)
         for section, group in zip(rows.split(sizes), groups):
-            section.copy_(group.flatten(0, 1))
+            section.copy_(rearrange(group, "k n d -> (k n) d"))
 
     def init_weights(self, std: float, generator: torch.Generator) -> None:
         for weight in (self.in_proj, self.conv_WC, self.out):

@@ -12,6 +12,7 @@ import triton
 from packaging.version import Version
 
 from hybridcache.errors import UserError
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.block_copy import naive as naive_copy
 from hybridcache.kernels.block_copy import triton as triton_copy
 from hybridcache.kernels.gdn_decode import naive as naive_gdn
@@ -22,7 +23,7 @@ from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
 from hybridcache.kernels.paged_decode.tiles import Tiles
 from hybridcache.kernels.pool_rows import interpreting
-from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, state_case, state_error
+from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, run, state_case, state_error
 
 device_loop_bounds = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
@@ -238,7 +239,7 @@ def test_paged_decode_refuses_what_it_cannot_do(generator):
     case = attention_case(generator, lengths=[4], k_dim=16, v_dim=16, dtype="float32")
     inputs = (case.kv_table_BN, case.context_len_B, 0.25)
     with pytest.raises(UserError, match="float64"):
-        triton_decode.paged_decode(*cached(case.buffer, case.layout, 0, torch.randn(1, 2, 16).double(), *inputs))
+        run(Backend("triton"), "paged_decode", case.buffer, case.layout, 0, torch.randn(1, 2, 16).double(), *inputs)
     latent = attention_case(generator, lengths=[4], kv_heads=1, k_dim=16, v_dim=0, dtype="float32")
     with pytest.raises(UserError, match="v_dim=0"):
         triton_decode.paged_decode(*cached(latent.buffer, latent.layout, 0, torch.randn(1, 2, 16), *inputs))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hybridcache.errors import UserError
+from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.paged_prefill import naive, triton
 from hybridcache.kernels.paged_prefill.tiles import Tiles, max_tiles
-from hybridcache.kernels.testing import attention_case, cached, rel_error
+from hybridcache.kernels.testing import attention_case, cached, rel_error, run
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 TILE = Tiles(queries=64, keys=32, num_warps=4, num_stages=2)
@@ -116,10 +117,9 @@ def test_the_output_sees_its_keys_and_values(generator):
 def test_refusals(generator):
     case = attention_case(generator, lengths=[4], kv_heads=1, k_dim=16, v_dim=16, dtype="float32")
     layout, layer, q_THD, table, offsets, context, scale, *lengths = chunks(generator, case, [4], 2)
+    inputs = (layout, layer, q_THD.double(), table, offsets, context, scale, *lengths)
     with pytest.raises(UserError, match="float64"):
-        triton.paged_prefill(
-            *cached(case.buffer, layout, layer, q_THD.double(), table, offsets, context, scale, *lengths)
-        )
+        run(Backend("triton"), "paged_prefill", case.buffer, *inputs)
     with pytest.raises(UserError, match="scale"):
         triton.paged_prefill(*cached(case.buffer, layout, layer, q_THD, table, offsets, context, -scale, *lengths))
     latent = attention_case(generator, lengths=[4], kv_heads=1, k_dim=16, v_dim=0, dtype="float32")

@@ -4,9 +4,11 @@ A stand-in for ``flash_attn_interface`` computes attention from exactly the argu
 that the translation is checked by its result.
 """
 
+import gc
 import itertools
 import random
 import sys
+import weakref
 from collections import Counter
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -226,3 +228,20 @@ def test_every_layer_of_a_pool_is_bound(generator):
         expected = naive_decode.paged_decode(*cached(case.buffer, case.layout, layer, *inputs))
         assert rel_error(cache.paged_decode(*inputs), expected) < 1e-5
     assert backend.launches == {"paged_decode[torch]": 3}
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_a_pool_goes_with_its_caches(generator, name):
+    """Nothing that is bound refers to itself: memory comes back without the garbage collector, which the engine holds off."""
+    case = attention_case(generator, lengths=[5], kv_heads=1, k_dim=16, v_dim=16, dtype="float32")
+    state = state_case(generator, positions=[3], layers=2, k_heads=1, v_heads=1, key_dim=8, value_dim=8)
+    backend, buffer = Backend(name), torch.zeros(case.buffer.numel(), dtype=torch.uint8)
+    gone, caches = weakref.ref(buffer), backend.bind(buffer, Layout(buffer.numel(), case.layout, state.layout))
+    gc.disable()
+    try:
+        del buffer
+        assert gone() is not None
+        del caches
+        assert gone() is None
+    finally:
+        gc.enable()

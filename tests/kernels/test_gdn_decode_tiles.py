@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from hybridcache.kernels.devices import warn_once
 from hybridcache.kernels.gdn_decode import tiles
 from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles, choose, default_tiles
 from hybridcache.kernels.testing import state_case
@@ -21,7 +22,7 @@ def on_hopper(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    tiles._say_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(

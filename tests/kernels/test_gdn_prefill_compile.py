@@ -17,12 +17,14 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from benchmarks.checks.dispatch import unordered  # noqa: E402
+from hybridcache.kernels.devices import warn_once  # noqa: E402
 from hybridcache.kernels.gdn_prefill import hopper_state  # noqa: E402
 from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles  # noqa: E402
 from hybridcache.kernels.gdn_prefill.tiles import PROCESSORS, Tiles, constants, default_tiles, why_not_hopper  # noqa: E402
 from hybridcache.kernels.gdn_prefill.triton import RING_TILE  # noqa: E402
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel  # noqa: E402
-from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel  # noqa: E402
+from hybridcache.kernels.gdn_prefill.triton_ring import ring_kernel  # noqa: E402
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel  # noqa: E402
 from hybridcache.kernels.testing import state_case  # noqa: E402
 
@@ -220,7 +222,7 @@ def test_which_tiles_are_chosen(monkeypatch, caplog):
     assert chosen(1, "float32") == "triton 16"
 
     monkeypatch.setattr(prefill_tiles, "is_hopper", lambda device: True)
-    prefill_tiles._say_once.cache_clear()
+    warn_once.cache_clear()
     for dtype, says in ((torch.bfloat16, 0), (torch.float32, 1), (torch.float32, 0)):
         caplog.clear()
         tiles = prefill_tiles.choose(layout, torch.empty(3, 8, dtype=dtype), 1)

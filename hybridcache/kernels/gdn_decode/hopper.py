@@ -14,17 +14,13 @@ The rows of a tile are key dims. The channels of q, k and the tile's v pass thro
 
 from typing import Any
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridcache.kernels.caches import StateCache
-from hybridcache.kernels.gdn_decode import L2NORM_EPS
-from hybridcache.kernels.gdn_decode.tiles import SharedTiles, rows_at_once, why_not
-from hybridcache.kernels.launch import launcher
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, rows_at_once, shape_constants
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
 
@@ -230,83 +226,9 @@ def constants(
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`shared_decode_kernel` for a layout and the conv weight's strides (contiguous where
     None)."""
-    v_heads, key_dim, value_dim = layout.recurrent_shape
-    k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
-    stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
     return {
-        "WEIGHT_STRIDE_C": stride_c,
-        "WEIGHT_STRIDE_W": stride_w,
-        "V_HEADS": v_heads,
-        "GROUP": v_heads // k_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "CHANNELS": layout.conv_channels,
-        "WIDTH": layout.conv_kernel,
+        **shape_constants(layout, tiles, weight_stride_CW),
         "BLOCK_V": tiles.block_v,
         "CHUNKS": tiles.chunks,
         "ROWS": rows_at_once(tiles, torch_dtype(layout.recurrent_dtype).itemsize),
-        "EVICTION": "evict_first" if tiles.evict_first else "",
-        "DEPENDENT_LAUNCH": tiles.dependent_launch,
-        "SCALE": key_dim**-0.5,
-        "EPS": L2NORM_EPS,
     }
-
-
-def gdn_decode(
-    cache: StateCache,
-    x_BC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_BV: torch.Tensor,
-    b_BV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    position_B: torch.Tensor,
-    tiles: SharedTiles,
-) -> torch.Tensor:
-    """See :func:`hybridcache.kernels.gdn_decode.triton.gdn_decode`, whose results and errors these are.
-
-    Raises:
-        ValueError: :func:`why_not` has a reason.
-    """
-    layout = cache.layout
-    reason = why_not(layout, x_BC.dtype, tiles)
-    if reason is not None:
-        raise ValueError(f"GDN decode through shared memory cannot do {reason}")
-    if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
-        raise ValueError(
-            f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
-        )
-    rows, (v_heads, _, value_dim) = x_BC.shape[0], layout.recurrent_shape
-    out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
-    if rows == 0:
-        return out_BVJ
-    constant = constants(layout, tiles, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
-    grid = (value_dim // tiles.block_v, v_heads, rows)
-    launcher(shared_decode_kernel)[grid](
-        cache.state,
-        cache.ring,
-        x_BC,
-        conv_weight_CW,
-        a_BV,
-        b_BV,
-        a_log_V,
-        dt_bias_V,
-        state_read_BL,
-        state_write_BL,
-        position_B,
-        out_BVJ,
-        cache.layer,
-        x_BC.stride(0),
-        a_BV.stride(0),
-        b_BV.stride(0),
-        state_read_BL.stride(0),
-        state_write_BL.stride(0),
-        *cache.state_place,
-        *cache.ring_place,
-        **constant,
-        num_warps=tiles.num_warps,
-        **({"launch_pdl": True} if tiles.dependent_launch else {}),
-    )
-    return out_BVJ

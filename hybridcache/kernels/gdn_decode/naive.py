@@ -6,6 +6,7 @@ I key dim, J value dim.
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
@@ -53,18 +54,17 @@ def step(
     ring_WC[position % width] = x_C.to(ring_WC.dtype)
 
     q_C, k_C, v_C = F.silu(conv_C).split([k_heads * key_dim, k_heads * key_dim, v_heads * value_dim])
-    group = v_heads // k_heads
-    q_VI = _l2norm(q_C.view(k_heads, key_dim)).repeat_interleave(group, 0) * key_dim**-0.5
-    k_VI = _l2norm(k_C.view(k_heads, key_dim)).repeat_interleave(group, 0)
-    v_VJ = v_C.view(v_heads, value_dim)
+    q_KI, k_KI = (_l2norm(rearrange(x_C, "(k i) -> k i", i=key_dim)) for x_C in (q_C, k_C))
+    q_VI, k_VI = (repeat(x_KI, "k i -> (k group) i", group=v_heads // k_heads) for x_KI in (q_KI * key_dim**-0.5, k_KI))
+    v_VJ = rearrange(v_C, "(v j) -> v j", j=value_dim)
 
     decay_V = torch.exp(-torch.exp(a_log_V.double()) * F.softplus(a_V.double() + dt_bias_V.double()))
     beta_V = torch.sigmoid(b_V.double())
     decayed_VIJ = state_VIJ * decay_V[:, None, None]
-    predicted_VJ = torch.einsum("vi,vij->vj", k_VI, decayed_VIJ)
+    predicted_VJ = einsum(k_VI, decayed_VIJ, "v i, v i j -> v j")
     delta_VJ = (v_VJ - predicted_VJ) * beta_V[:, None]
     new_VIJ = decayed_VIJ + k_VI[:, :, None] * delta_VJ[:, None, :]
-    return torch.einsum("vi,vij->vj", q_VI, new_VIJ), new_VIJ
+    return einsum(q_VI, new_VIJ, "v i, v i j -> v j"), new_VIJ
 
 
 def gdn_decode(

@@ -6,18 +6,17 @@ want whole heads, whose bytes are contiguous, and as many of them on a multiproc
 much state as shared memory; in bfloat16 half as much.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from hybridcache.errors import bad
-from hybridcache.kernels.devices import capability
+from hybridcache.kernels.devices import capability, warn_once
+from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,29 @@ def rows_at_once(tiles: SharedTiles, itemsize: int) -> int:
     return 32 // lanes * tiles.num_warps
 
 
+def shape_constants(
+    layout: StateLayout, tiles: Tiles | SharedTiles, weight_stride_CW: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Compile-time parameters that both kernels have."""
+    v_heads, key_dim, value_dim = layout.recurrent_shape
+    k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
+    stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
+    return {
+        "WEIGHT_STRIDE_C": stride_c,
+        "WEIGHT_STRIDE_W": stride_w,
+        "V_HEADS": v_heads,
+        "GROUP": v_heads // k_heads,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "CHANNELS": layout.conv_channels,
+        "WIDTH": layout.conv_kernel,
+        "EVICTION": "evict_first" if tiles.evict_first else "",
+        "DEPENDENT_LAUNCH": tiles.dependent_launch,
+        "SCALE": key_dim**-0.5,
+        "EPS": L2NORM_EPS,
+    }
+
+
 VERY_FEW_ROWS, FEW_ROWS = 2, 16
 """Up to the first many rows states stay in the L2 cache from step to step; up to the second many they don't, but do not fill
 the device either."""
@@ -139,11 +161,6 @@ def choose(layout: StateLayout, x_BC: torch.Tensor) -> Tiles | SharedTiles:
             why_not(layout, x_BC.dtype, tiles) if capable else f"{x_BC.device}: no compute capability of 9.0 or later"
         )
         if reason is not None:
-            _say_once(reason)
+            warn_once(__name__, f"GDN decode keeps states in registers, not in shared memory: {reason}")
             tiles = in_registers(rows, state_dtype)
     return tiles if capable else replace(tiles, dependent_launch=False)
-
-
-@lru_cache
-def _say_once(reason: str) -> None:
-    _LOG.warning("GDN decode keeps states in registers, not in shared memory: %s", reason)

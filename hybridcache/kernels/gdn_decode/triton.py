@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 
 from hybridcache.kernels.caches import StateCache
-from hybridcache.kernels.gdn_decode import L2NORM_EPS, hopper
-from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles, choose
+from hybridcache.kernels.gdn_decode import hopper
+from hybridcache.kernels.gdn_decode.tiles import SharedTiles, Tiles, choose, shape_constants, why_not
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import StateLayout
@@ -217,33 +217,20 @@ def constants(
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
     (contiguous where None)."""
-    v_heads, key_dim, value_dim = layout.recurrent_shape
-    k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
-    stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
+    _, key_dim, value_dim = layout.recurrent_shape
     return {
-        "WEIGHT_STRIDE_C": stride_c,
-        "WEIGHT_STRIDE_W": stride_w,
-        "V_HEADS": v_heads,
-        "GROUP": v_heads // k_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "CHANNELS": layout.conv_channels,
-        "WIDTH": layout.conv_kernel,
+        **shape_constants(layout, tiles, weight_stride_CW),
         "BLOCK_K": power_of_2(key_dim),
         "BLOCK_V": min(power_of_2(value_dim), tiles.block_v),
-        "EVICTION": "evict_first" if tiles.evict_first else "",
-        "DEPENDENT_LAUNCH": tiles.dependent_launch,
         "CONV_FIRST": tiles.conv_first,
-        "SCALE": key_dim**-0.5,
-        "EPS": L2NORM_EPS,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
 
 
-def options(tiles: Tiles) -> dict[str, Any]:
+def options(tiles: Tiles | SharedTiles) -> dict[str, Any]:
     """Launch options."""
     chosen: dict[str, Any] = {"num_warps": tiles.num_warps}
-    if tiles.max_registers:
+    if isinstance(tiles, Tiles) and tiles.max_registers:
         chosen["maxnreg"] = tiles.max_registers
     if tiles.dependent_launch:
         chosen["launch_pdl"] = True
@@ -263,27 +250,34 @@ def gdn_decode(
     position_B: torch.Tensor,
     tiles: Tiles | SharedTiles | None = None,
 ) -> torch.Tensor:
-    """See :meth:`.StateOperations.gdn_decode`. Padding rows of the output are 0. Inputs may be slices
-    whose last dimension has stride 1. The conv weight may have any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors,
-    so it is the faster one, and neither order is copied. A :class:`SharedTiles` takes the kernel of ``hopper.py``; None chooses
-    (:func:`~hybridcache.kernels.gdn_decode.tiles.choose`)."""
-    layout = cache.layout
-    if tiles is None:
-        tiles = choose(layout, x_BC)
-    if isinstance(tiles, SharedTiles):
-        inputs = (x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_read_BL, state_write_BL, position_B)
-        return hopper.gdn_decode(cache, *inputs, tiles=tiles)
+    """See :meth:`.StateOperations.gdn_decode`. Inputs may be slices whose last dimension has stride 1. The conv weight may have
+    any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors, so it is the faster one, and neither order is copied.
+
+    Args:
+        tiles: a :class:`SharedTiles` takes the kernel of ``hopper.py``;
+            :func:`~hybridcache.kernels.gdn_decode.tiles.choose` decides where None.
+
+    Raises:
+        ValueError: a last dimension is not contiguous, or the kernel of ``hopper.py`` cannot do the shape.
+    """
+    layout, strides = cache.layout, (conv_weight_CW.stride(0), conv_weight_CW.stride(1))
+    tiles = tiles or choose(layout, x_BC)
     if x_BC.stride(-1) != 1 or a_BV.stride(-1) != 1 or b_BV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_BC.stride()}, {a_BV.stride()}, {b_BV.stride()}: the last dimension must be contiguous"
         )
+    if isinstance(tiles, SharedTiles):
+        reason = why_not(layout, x_BC.dtype, tiles)
+        if reason is not None:
+            raise ValueError(f"GDN decode through shared memory cannot do {reason}")
+        kernel, constant = hopper.shared_decode_kernel, hopper.constants(layout, tiles, strides)
+    else:
+        kernel, constant = gdn_decode_kernel, constants(layout, x_BC.dtype, tiles, strides)
     rows, (v_heads, _, value_dim) = x_BC.shape[0], layout.recurrent_shape
     out_BVJ = torch.empty((rows, v_heads, value_dim), dtype=x_BC.dtype, device=x_BC.device)
     if rows == 0:
         return out_BVJ
-    constant = constants(layout, x_BC.dtype, tiles, (conv_weight_CW.stride(0), conv_weight_CW.stride(1)))
-    grid = (ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)
-    launcher(gdn_decode_kernel)[grid](
+    launcher(kernel)[(ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)](
         cache.state,
         cache.ring,
         x_BC,

@@ -3,7 +3,6 @@
 Measured at the shape of Qwen3-Next on an H100 (``docs/LOG.md``).
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,14 +12,12 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from hybridcache.kernels.devices import is_hopper
+from hybridcache.kernels.devices import is_hopper, warn_once
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import power_of_2
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import dtype_name
-
-_LOG = logging.getLogger(__name__)
 
 ROW_TILE = 32
 """Rows that a program of the conv kernel looks at at once in search of its own: a warp's threads, so that each warp finds it
@@ -116,13 +113,8 @@ def _choose(layout: StateLayout, dtype: torch.dtype, rows: int, device: torch.de
     tiles = default_tiles(layout, dtype, rows, processors, hopper=hopper)
     reason = why_not_hopper(layout, dtype, tiles) if hopper else None
     if reason is not None:
-        _say_once(reason)
+        warn_once(__name__, f"GDN prefill carries states in Triton, not in the Gluon kernel for Hopper: {reason}")
     return tiles
-
-
-@lru_cache
-def _say_once(reason: str) -> None:
-    _LOG.warning("GDN prefill carries states in Triton, not in the Gluon kernel for Hopper: %s", reason)
 
 
 @lru_cache

@@ -25,6 +25,7 @@ Shapes: T tokens, B rows, L state layers, C conv channels (``q | k | v``), W con
 checkpoints of a row.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,54 +35,24 @@ from hybridcache.errors import bad
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_prefill.tiles import Tiles, choose, constants, why_not_hopper
 from hybridcache.kernels.gdn_prefill.triton_chunk import chunk_kernel
-from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel, ring_kernel
+from hybridcache.kernels.gdn_prefill.triton_conv import conv_kernel
 from hybridcache.kernels.gdn_prefill.triton_gates import ROWS_OF_GATES
+from hybridcache.kernels.gdn_prefill.triton_ring import ring_kernel
 from hybridcache.kernels.gdn_prefill.triton_state import state_kernel
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.operations import CHECKPOINT_MULTIPLE
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div
 from hybridcache.memory.layout import StateLayout
-from hybridcache.spec.dtypes import dtype_name
 
 MAX_KEY_DIM = 256
 RING_TILE = 512
 """Channels of one program of the ring kernel."""
 
 
-def gdn_prefill(
-    cache: StateCache,
-    x_TC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_TV: torch.Tensor,
-    b_TV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    start_B: torch.Tensor,
-    checkpoint_table_BNL: torch.Tensor | None = None,
-    checkpoint_interval: int = 0,
-    *,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
-    """See :meth:`.StateOperations.gdn_prefill`. Output of tokens that no row with a state owns is 0.
-    ``x``, ``a`` and ``b`` may be slices whose last dimension has stride 1.
-
-    Args:
-        checkpoint_table_BNL: int32, the entry of the block that keeps the state at the ``n``-th multiple of
-            ``checkpoint_interval`` behind ``start`` (at ``(start // interval + 1 + n) * interval``), or -1 for none.
-            Positions beyond the row's last token are ignored. The entries must be blocks that no row of this call owns.
-        checkpoint_interval: tokens, a multiple of 64.
-
-    Raises:
-        UserError: a dtype, width or interval that this kernel cannot do.
-    """
-    call = Prefill(
-        cache, x_TC, conv_weight_CW, a_TV, b_TV, a_log_V, dt_bias_V, state_read_BL, state_write_BL, cu_seqlens,
-        start_B, checkpoint_table_BNL, checkpoint_interval, tiles,
-    )  # fmt: skip
+def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+    """See :meth:`.StateOperations.gdn_prefill`; arguments and errors are those of :class:`Prefill`."""
+    call = Prefill(cache, x_TC, *inputs, **options)
     if call.tokens and call.rows:
         call.conv()
         call.rings()
@@ -90,43 +61,42 @@ def gdn_prefill(
     return call.out_TVJ
 
 
+@dataclass
 class Prefill:
-    """One call: its scratch memory and its launches. ``rings``, ``chunks`` and ``states`` need ``conv`` before them,
-    ``states`` needs ``chunks``."""
+    """One call: its inputs, its scratch memory and its launches. ``rings``, ``chunks`` and ``states`` need ``conv`` before
+    them, ``states`` needs ``chunks``. ``x``, ``a`` and ``b`` may be slices whose last dimension has stride 1.
 
-    def __init__(
-        self,
-        cache: StateCache,
-        x_TC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        a_TV: torch.Tensor,
-        b_TV: torch.Tensor,
-        a_log_V: torch.Tensor,
-        dt_bias_V: torch.Tensor,
-        state_read_BL: torch.Tensor,
-        state_write_BL: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        start_B: torch.Tensor,
-        checkpoint_table_BNL: torch.Tensor | None = None,
-        checkpoint_interval: int = 0,
-        tiles: Tiles | None = None,
-    ) -> None:
-        if checkpoint_table_BNL is not None and checkpoint_table_BNL.shape[1] == 0:
-            checkpoint_table_BNL = None
-        layout = cache.layout
-        _check(layout, x_TC, a_TV, b_TV, checkpoint_table_BNL, checkpoint_interval)
-        self.cache, self.layout, self.layer = cache, layout, cache.layer
-        self.x_TC, self.conv_weight_CW, self.a_TV, self.b_TV = x_TC, conv_weight_CW, a_TV, b_TV
-        self.a_log_V, self.dt_bias_V = a_log_V, dt_bias_V
-        self.state_read_BL, self.state_write_BL = state_read_BL, state_write_BL
-        self.cu_seqlens, self.start_B = cu_seqlens, start_B
-        self.checkpoint_table_BNL, self.checkpoint_interval = checkpoint_table_BNL, checkpoint_interval
-        self.tokens, self.rows = x_TC.shape[0], start_B.shape[0]
-        device = x_TC.device
-        self.tiles = tiles = tiles or choose(layout, x_TC, self.rows)
-        self.constant = constants(layout, x_TC.dtype, tiles, checkpoint_table_BNL is not None)
+    Raises:
+        UserError: a width or interval that this kernel cannot do.
+    """
+
+    cache: StateCache
+    x_TC: torch.Tensor
+    conv_weight_CW: torch.Tensor
+    a_TV: torch.Tensor
+    b_TV: torch.Tensor
+    a_log_V: torch.Tensor
+    dt_bias_V: torch.Tensor
+    state_read_BL: torch.Tensor
+    state_write_BL: torch.Tensor
+    cu_seqlens: torch.Tensor
+    start_B: torch.Tensor
+    checkpoint_table_BNL: torch.Tensor | None = None
+    checkpoint_interval: int = 0
+    tiles: Tiles | None = None
+    """:func:`~hybridcache.kernels.gdn_prefill.tiles.choose` decides where None."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_table_BNL is not None and self.checkpoint_table_BNL.shape[1] == 0:
+            self.checkpoint_table_BNL = None
+        self.layout, self.layer, x_TC = self.cache.layout, self.cache.layer, self.x_TC
+        layout = self.layout
+        _check(layout, x_TC, self.a_TV, self.b_TV, self.checkpoint_table_BNL, self.checkpoint_interval)
+        self.tokens, self.rows, device = x_TC.shape[0], self.start_B.shape[0], x_TC.device
+        self.cut = self.tiles or choose(layout, x_TC, self.rows)
+        self.constant = constants(layout, x_TC.dtype, self.cut, self.checkpoint_table_BNL is not None)
         v_heads, _, value_dim = layout.recurrent_shape
-        self.v_heads, self.k_heads, chunk = v_heads, self.constant["K_HEADS"], tiles.chunk
+        self.v_heads, self.k_heads, chunk = v_heads, self.constant["K_HEADS"], self.cut.chunk
         # A row of n tokens has at most (n + 2 * chunk - 2) // chunk chunks.
         self.max_chunks = ceil_div(self.tokens + (2 * chunk - 2) * self.rows, chunk)
 
@@ -191,7 +161,7 @@ class Prefill:
             WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0),
             WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
             **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"),
-            num_warps=self.tiles.conv_warps,
+            num_warps=self.cut.conv_warps,
         )
 
     def rings(self) -> None:
@@ -228,61 +198,20 @@ class Prefill:
             self.gates,
             self.index,
             **self._constants(*names),
-            num_warps=self.tiles.chunk_warps,
-            maxnreg=self.tiles.chunk_registers,
+            num_warps=self.cut.chunk_warps,
+            maxnreg=self.cut.chunk_registers,
         )
 
     def states(self) -> None:
         """Outputs, and the states of rows and of their checkpoints."""
-        if self.tiles.hopper:
-            return self._hopper_states()
-        names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "CHUNK", "BLOCK_K", "HEAD_V", "BLOCK_V", "CHECKPOINTS")
-        chunk = self.tiles.chunk
         table, stride_b, stride_n = self._checkpoints()
-        grid = (self.constant["HEAD_V"] // self.constant["BLOCK_V"], self.v_heads, self.rows)
-        # Whole tiles of the output are copied by descriptor, unless they would reach into the next head.
-        whole = self.constant["VALUE_DIM"] == self.constant["HEAD_V"]
-        launcher(state_kernel)[grid](
-            self.out_TVJ,
-            self.cache.state,
-            TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_K"]]),
-            TensorDescriptor.from_tensor(self.y, [chunk, self.constant["BLOCK_V"]]),
-            TensorDescriptor.from_tensor(self.solve, [chunk, chunk]),
-            TensorDescriptor.from_tensor(self.score, [chunk, chunk]),
-            TensorDescriptor.from_tensor(self.gates, [chunk]),
-            TensorDescriptor.from_tensor(
-                self.out_TVJ.flatten(1) if whole else self.y, [chunk, self.constant["BLOCK_V"]]
-            ),
-            self.gates,
-            self.first,
-            *self._tables(),
-            table,
-            *self._rows(),
-            self.layer,
-            self.checkpoint_interval,
-            table.shape[1],
-            *self._table_strides(),
-            stride_b,
-            stride_n,
-            *self.cache.state_place,
-            **self._constants(*names, "DOT", "PRECISION", "STAGES"),
-            num_warps=self.tiles.state_warps,
-        )
-
-    def _hopper_states(self) -> None:
-        from hybridcache.kernels.gdn_prefill import hopper_state
-
-        reason = why_not_hopper(self.layout, self.x_TC.dtype, self.tiles)
-        if reason is not None:
-            raise bad("tiles", self.tiles, f"the Gluon kernel cannot ({reason}); choose hopper=False")
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "BLOCK_K", "HEAD_V", "CHECKPOINTS", "STAGES")
-        table, stride_b, stride_n = self._checkpoints()
-        block_k = self.constant["BLOCK_K"]
-        described = hopper_state.descriptors(self.y, self.solve, self.score, self.gates, self.out_TVJ, block_k)
-        launcher(hopper_state.hopper_state_kernel)[(self.constant["HEAD_V"] // 64, self.v_heads, self.rows)](
+        form = self._hopper_states() if self.cut.hopper else self._triton_states()
+        kernel, descriptors, value_tile, options = form
+        launcher(kernel)[(self.constant["HEAD_V"] // value_tile, self.v_heads, self.rows)](
             self.out_TVJ,
             self.cache.state,
-            *described.values(),
+            *descriptors,
             self.gates,
             self.first,
             *self._tables(),
@@ -296,9 +225,33 @@ class Prefill:
             stride_n,
             *self.cache.state_place,
             **self._constants(*names),
-            num_warps=4,
-            maxnreg=hopper_state.REGISTERS,
+            **options,
         )
+
+    def _triton_states(self) -> tuple[Any, list[TensorDescriptor], int, dict[str, Any]]:
+        """Kernel, tensor descriptors, value dims of a program, options."""
+        chunk, block_k, block_v = (self.constant[name] for name in ("CHUNK", "BLOCK_K", "BLOCK_V"))
+        # Whole tiles of the output are copied by descriptor, unless they would reach into the next head.
+        whole = self.constant["VALUE_DIM"] == self.constant["HEAD_V"]
+        out = self.out_TVJ.flatten(1) if whole else self.y
+        tiles = ((self.y, block_k), (self.y, block_v), (self.solve, chunk), (self.score, chunk))
+        descriptors = [TensorDescriptor.from_tensor(tensor, [chunk, columns]) for tensor, columns in tiles]
+        descriptors.append(TensorDescriptor.from_tensor(self.gates, [chunk]))
+        descriptors.append(TensorDescriptor.from_tensor(out, [chunk, block_v]))
+        options = self._constants("CHUNK", "BLOCK_V", "DOT", "PRECISION") | {"num_warps": self.cut.state_warps}
+        return state_kernel, descriptors, block_v, options
+
+    def _hopper_states(self) -> tuple[Any, list[Any], int, dict[str, Any]]:
+        """As :meth:`_triton_states`, in Gluon."""
+        from hybridcache.kernels.gdn_prefill import hopper_state as hopper
+
+        reason = why_not_hopper(self.layout, self.x_TC.dtype, self.cut)
+        if reason is not None:
+            raise bad("tiles", self.cut, f"the Gluon kernel cannot ({reason}); choose hopper=False")
+        scratch = (self.y, self.solve, self.score, self.gates, self.out_TVJ)
+        descriptors = hopper.descriptors(*scratch, self.constant["BLOCK_K"])
+        options = {"num_warps": 4, "maxnreg": hopper.REGISTERS}
+        return hopper.hopper_state_kernel, [*descriptors.values()], hopper.TILE.value, options
 
 
 def _check(
@@ -312,10 +265,6 @@ def _check(
     if x_TC.stride(-1) != 1 or a_TV.stride(-1) != 1 or b_TV.stride(-1) != 1:
         raise ValueError(
             f"x, a, b strides {x_TC.stride()}, {a_TV.stride()}, {b_TV.stride()}: the last dimension must be contiguous"
-        )
-    if x_TC.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise bad(
-            "dtype", dtype_name(x_TC.dtype), "GDN prefill in Triton takes float32, float16 or bfloat16; use torch"
         )
     if layout.recurrent_shape[1] > MAX_KEY_DIM:
         raise bad("key_dim", layout.recurrent_shape[1], f"GDN prefill in Triton takes at most {MAX_KEY_DIM}; use torch")

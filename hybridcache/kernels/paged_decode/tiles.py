@@ -10,8 +10,10 @@ from functools import lru_cache
 
 import torch
 
+from hybridcache.errors import bad
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
+from hybridcache.spec.dtypes import itemsize
 
 MIN_SPLIT_TOKENS = 256
 """Tokens below which a split is not worth its reduction."""
@@ -114,3 +116,20 @@ def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tiles: T
     """
     wanted = tiles.programs_per_sm * multiprocessors // programs
     return max(1, min(wanted, ceil_div(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
+
+
+def check_queries(layout: AttentionLayout, q: torch.Tensor, scale: float) -> None:
+    """What every paged attention in Triton needs.
+
+    Raises:
+        UserError: a latent KV (``v_dim=0``), a manager block of 2^31 elements or more, or a scale that is not positive.
+        ValueError: queries that are not contiguous along their last dimension.
+    """
+    if layout.v_dim == 0:
+        raise bad("v_dim", 0, "latent KV (MLA) has no Triton kernel; choose the torch backend")
+    if layout.manager_stride // itemsize(layout.dtype) >= 1 << 31:
+        raise bad("manager_stride", layout.manager_stride, "Triton reads blocks of fewer than 2^31 elements")
+    if not scale > 0:
+        raise bad("scale", scale, "the maximum of unscaled scores must be that of scaled ones; choose a scale above 0")
+    if q.stride(-1) != 1:
+        raise ValueError(f"q strides {q.stride()}: the last dimension must be contiguous")

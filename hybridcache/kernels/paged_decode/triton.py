@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.paged_decode.tiles import (
     Tiles,
+    check_queries,
     choose_splits,
     choose_tiles,
     head_programs,
@@ -31,7 +31,6 @@ from hybridcache.kernels.paged_prefill.triton import attend, table_entries
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
-from hybridcache.spec.dtypes import itemsize
 
 LOG2_E = 1.4426950408889634
 COMBINE_DIMS = 64
@@ -225,12 +224,10 @@ def paged_decode(
         tiles: :func:`choose_tiles` decides where None.
 
     Raises:
-        UserError: float64 queries, a latent KV (``v_dim=0``), a manager block of 2^31 elements or more, or a scale that is
-            not positive.
-        ValueError: queries that are not contiguous along their last dimension.
+        UserError, ValueError: see :func:`~hybridcache.kernels.paged_decode.tiles.check_queries`.
     """
     layout = cache.layout
-    _check(layout, q_BHD, scale)
+    check_queries(layout, q_BHD, scale)
     rows, num_heads, _ = q_BHD.shape
     out_BHD = torch.empty((rows, num_heads, layout.v_dim), dtype=q_BHD.dtype, device=q_BHD.device)
     if rows == 0 or kv_table_BN.shape[1] == 0:
@@ -274,16 +271,3 @@ def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tenso
     constant = combine_constants(v_dim, splits, dependent)
     grid = (rows * num_heads, ceil_div(v_dim, constant["BLOCK_V"]))
     launcher(combine_kernel)[grid](part_BHSD, lse_BHS, out_BHD, splits, **constant, **combine_options(dependent))
-
-
-def _check(layout: AttentionLayout, q_BHD: torch.Tensor, scale: float) -> None:
-    if q_BHD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise bad("dtype", str(q_BHD.dtype), "Triton decodes in bfloat16, float16 or float32; choose the torch backend")
-    if layout.v_dim == 0:
-        raise bad("v_dim", 0, "latent KV (MLA) has no Triton decode kernel; choose the torch backend")
-    if layout.manager_stride // itemsize(layout.dtype) >= 1 << 31:
-        raise bad("manager_stride", layout.manager_stride, "Triton decodes blocks of fewer than 2^31 elements")
-    if not scale > 0:
-        raise bad("scale", scale, "the maximum of unscaled scores must be that of scaled ones; choose a scale above 0")
-    if q_BHD.stride(-1) != 1:
-        raise ValueError(f"q strides {q_BHD.stride()}: the last dimension must be contiguous")

@@ -6,6 +6,7 @@ import torch
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
+from hybridcache.kernels.paged_decode.tiles import check_queries
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import dtype_name, itemsize
 
@@ -84,22 +85,10 @@ def check_inputs(layout: AttentionLayout, q_THD: torch.Tensor, scale: float) -> 
     """What every Triton prefill needs.
 
     Raises:
-        UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
-            more, or a scale that is not positive.
-        ValueError: queries that are not contiguous along their last dimension.
+        UserError, ValueError: heads wider than 256, and what :func:`~hybridcache.kernels.paged_decode.tiles.check_queries`
+            refuses.
     """
-    if q_THD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise bad(
-            "dtype", str(q_THD.dtype), "Triton prefills in bfloat16, float16 or float32; choose the torch backend"
-        )
-    if layout.v_dim == 0:
-        raise bad("v_dim", 0, "latent KV (MLA) has no Triton prefill kernel; choose the torch backend")
-    if max(layout.k_dim, layout.v_dim) > MAX_HEAD_DIM:
-        width = max(layout.k_dim, layout.v_dim)
+    check_queries(layout, q_THD, scale)
+    width = max(layout.k_dim, layout.v_dim)
+    if width > MAX_HEAD_DIM:
         raise bad("head_dim", width, f"Triton prefills heads of up to {MAX_HEAD_DIM}; choose the torch backend")
-    if layout.manager_stride // itemsize(layout.dtype) >= 1 << 31:
-        raise bad("manager_stride", layout.manager_stride, "Triton prefills blocks of fewer than 2^31 elements")
-    if not scale > 0:
-        raise bad("scale", scale, "the maximum of unscaled scores must be that of scaled ones; choose a scale above 0")
-    if q_THD.stride(-1) != 1:
-        raise ValueError(f"q strides {q_THD.stride()}: the last dimension must be contiguous")

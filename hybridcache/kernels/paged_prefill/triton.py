@@ -275,8 +275,7 @@ def paged_prefill(
         tiles: :func:`choose_tiles` decides where None.
 
     Raises:
-        UserError: float64 queries, a latent KV (``v_dim=0``), heads wider than 256, a manager block of 2^31 elements or
-            more, or a scale that is not positive.
+        UserError, ValueError: see :func:`~hybridcache.kernels.paged_prefill.tiles.check_inputs`.
     """
     layout = cache.layout
     check_inputs(layout, q_THD, scale)

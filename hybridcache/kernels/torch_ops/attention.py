@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch.nn.attention.bias import causal_lower_right
 
 from hybridcache.kernels.caches import AttentionCache
@@ -119,9 +120,9 @@ def paged_prefill(
             length, queries, at, row = group[0]
             tables = kv_table_BN[row : row + 1]
             k_RKLD, v_RKLD = _gather(cache, tables, [length], q_THD)
-            q_RHQD = q_THD[at : at + queries].transpose(0, 1).unsqueeze(0).to(k_RKLD.dtype)
+            q_RHQD = rearrange(q_THD[at : at + queries], "q h d -> 1 h q d").to(k_RKLD.dtype)
             out_RHQD = _attend_row(q_RHQD, k_RKLD, v_RKLD, scale)
-            out_THD[at : at + queries] = out_RHQD[0].transpose(0, 1).to(out_THD.dtype)
+            out_THD[at : at + queries] = rearrange(out_RHQD, "1 h q d -> q h d").to(out_THD.dtype)
         else:
             _attend_group(out_THD, q_THD, cache, kv_table_BN, group, scale)
     return out_THD[:-1]
@@ -168,7 +169,7 @@ def _gather(
         x_RLKD = x_RLKD.to(torch.promote_types(dtype, torch.float32) if like.device.type == "cpu" else dtype)
         if beyond_RL is not None:
             x_RLKD = x_RLKD.masked_fill_(beyond_RL[..., None, None], 0)
-        found.append(x_RLKD.transpose(1, 2))
+        found.append(rearrange(x_RLKD, "r l k d -> r k l d"))
     return found[0], found[1]
 
 
@@ -210,10 +211,10 @@ def _attend_group(
     position_RQ = (length_R - count_R).unsqueeze(1) + query_Q
     position_RQ = torch.minimum(position_RQ, length_R.unsqueeze(1) - 1)
     mask_RQL = torch.arange(max(lengths), device=q_THD.device) <= position_RQ.unsqueeze(2)
-    q_RHQD = q_THD[token_RQ].transpose(1, 2).to(k_RKLD.dtype)
+    q_RHQD = rearrange(q_THD[token_RQ], "r q h d -> r h q d").to(k_RKLD.dtype)
     gqa = q_RHQD.shape[1] != k_RKLD.shape[1]
     out_RHQD = F.scaled_dot_product_attention(
         q_RHQD, k_RKLD, v_RKLD, attn_mask=mask_RQL.unsqueeze(1), scale=scale, enable_gqa=gqa
     )
     target_RQ = token_RQ.masked_fill(query_Q >= count_R.unsqueeze(1), out_THD.shape[0] - 1)
-    out_THD[target_RQ] = out_RHQD.transpose(1, 2).to(out_THD.dtype)
+    out_THD[target_RQ] = rearrange(out_RHQD, "r h q d -> r q h d").to(out_THD.dtype)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import StateCache
@@ -272,7 +273,8 @@ def _delta_rule(
 
     def scaled(x_MK: torch.Tensor, factor_MV: torch.Tensor) -> torch.Tensor:
         """Something per key head times something per value head of its group, per value head."""
-        return (x_MK.unsqueeze(2) * factor_MV.unflatten(1, (key_heads, -1))).flatten(1, 2)
+        factor_MK = rearrange(factor_MV, "m (k group) ... -> m k group ...", k=key_heads)
+        return (x_MK.unsqueeze(2) * factor_MK).flatten(1, 2)
 
     # Inside chunks, all at once: [M, heads, S, ...].
     q, k, v, beta = (chunks.gather(x) for x in (q_TKD, k_TKD, v_TVD, beta_TV.unsqueeze(-1)))
@@ -335,10 +337,10 @@ class _Chunks:
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, heads, ...]`` to ``[M, heads, S, ...]``; empty slots hold zeros, which change neither state nor output."""
         empty = self.empty_MS.reshape(*self.empty_MS.shape, *(1,) * (x.dim() - 1))
-        return x[self.token_MS].masked_fill_(empty, 0).transpose(1, 2)
+        return rearrange(x[self.token_MS].masked_fill_(empty, 0), "m s h ... -> m h s ...")
 
     def scatter(self, x: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """``[M, heads, S, D]`` to ``[tokens, heads, D]``; a spare row takes the empty slots."""
         out = torch.zeros(tokens + 1, x.shape[1], x.shape[3], dtype=dtype, device=x.device)
-        out[self.token_MS.masked_fill(self.empty_MS, tokens)] = x.transpose(1, 2).to(dtype)
+        out[self.token_MS.masked_fill(self.empty_MS, tokens)] = rearrange(x, "m h s d -> m s h d").to(dtype)
         return out[:tokens]
