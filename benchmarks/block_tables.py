@@ -79,8 +79,8 @@ ENTRY_BYTES = 4
 
 
 def expansions(case: Case, seed: int) -> Iterator[dict[str, Any]]:
-    """By implementation: ``bytes`` per step, ``seconds`` on the host (None where nothing runs) and ``rel_error``, 0 where the
-    entries name the right memory and infinite where they do not."""
+    """One row per implementation: ``bytes`` per step, ``seconds`` on the host (None where nothing runs) and
+    ``rel_error``, 0 where the entries name the right memory and infinite where they do not."""
     for mode in ("exclusive", "carve"):
         yield {"impl": mode, **_counted(case, mode)}
     blocks = _strategy(case, "exclusive").geometry
@@ -93,7 +93,7 @@ def expansions(case: Case, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _strategy(case: Case, mode: str) -> SharedPool:
-    """With room for the case's requests and one manager block more for each."""
+    """A pool with room for the case's requests and one manager block more for each."""
     dims = case.dims
     kv = AttentionKV(dims.kv_heads, dims.head_dim, dims.head_dim, case.dtype)
     shape = (dims.v_heads, dims.state_dim, dims.state_dim)

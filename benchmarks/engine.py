@@ -113,7 +113,7 @@ def profiled(llm: LLM, steps: int, top: int) -> dict[str, Any]:
 
 
 def profiles(llm: LLM, rows: list[int], top: int) -> dict[str, dict[str, Any]]:
-    """Of decode steps with so many rows, and of two steps that prefill."""
+    """Profiles of decode steps with so many rows, and of two steps that prefill."""
     found = {}
     for count in rows:
         sequences = submit(llm, count, CONTEXT, STEPS + 16, seed=count)

@@ -50,7 +50,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 
 def _delta_flops(case: Case, tokens: int) -> int:
-    """Of the recurrence: decay, prediction, outer product and output, ``7 I J`` per token and value head. A chunked
+    """Operations of the recurrence: decay, prediction, outer product and output, ``7 I J`` per token and value head. A chunked
     form does more, so its rate counts useful operations only."""
     return tokens * case.dims.v_heads * 7 * case.dims.state_dim**2
 
@@ -238,7 +238,7 @@ class _Part:
         self.saved.restore()
 
     def error(self, run: Callable[[], torch.Tensor]) -> float:
-        """Of the outputs, and of the states of rows that were compared whole."""
+        """Relative error of the outputs, and of the states of rows that were compared whole."""
         self.saved.restore()
         pairs = [(run()[self.tokens], self.out)]
         for entry, expected, whole in zip(self.entries, self.states, self.whole):

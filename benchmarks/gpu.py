@@ -50,7 +50,7 @@ STAGES: dict[str, Stage] = {
             "serve_throughput",
             "serve_throughput-bf16",
             "strategies=[shared_pool_carve]",
-            "serving.state_dtype=bfloat16",
+            "state_dtype=bfloat16",
         ),
         300,
     ),

@@ -40,8 +40,8 @@ COLUMNS = (
     "op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout", "l2", "median_ms", "spread", "launches",
     "clock", "bytes", "flops", "gbps", "tflops", "fraction", "bound", "rel_error", "error",
 )  # fmt: skip
-"""Of every row; None where a column has no meaning. ``fraction``: the least time that the binding ceiling (``bound``) allows,
-over the median."""
+"""Columns of every row; None where a column has no meaning. ``fraction``: the least time that the binding ceiling
+(``bound``) allows, over the median."""
 
 
 class DeviceLost(RuntimeError):

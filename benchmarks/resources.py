@@ -27,7 +27,7 @@ TRITON_TYPE = {
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program. ``registers`` and spills are per thread; None where no assembler says so."""
+    """What one program needs. ``registers`` and spills are per thread; None where no assembler says so."""
 
     shared_bytes: int
     registers: int | None

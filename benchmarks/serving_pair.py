@@ -103,6 +103,7 @@ def work(tiny: bool) -> None:
         if command == "load":
             llm = None
             llm = load(tiny, args[0], rows)
+            answer = sys.modules["hybridcache"].__file__
         elif command == "host":
             answer = host_step_ms(llm, rows, 16 if tiny else 128)
         elif command == "serve":
@@ -174,7 +175,9 @@ def run_pair(roots: dict[str, Path], rounds: int, tiny: bool, fresh: bool, repor
         def start(name: str) -> Tree:
             trees[name] = tree = Tree(roots[name], tiny)
             stack.callback(tree.close)
-            tree.ask("load", large)
+            source = Path(tree.ask("load", large))
+            if not source.is_relative_to(roots[name]):
+                raise RuntimeError(f"tree {name}: hybridcache is that of {source}, not of {roots[name]}")
             samples["host_ms"][name].append(median(tree.ask("host")))
             tree.ask("load", cache)
             for shape in workloads.values():

@@ -21,7 +21,7 @@ MIN_REPEATS, MAX_REPEATS, TARGET_MS = 5, 30, 200.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one launch."""
+    """The time of one launch."""
 
     median_ms: float
     spread: float
@@ -40,7 +40,7 @@ def summary(samples_ms: Sequence[float], launches: int, clock: str) -> Timing:
 
 
 def time_host(launches: Sequence[Run]) -> Timing:
-    """By the host's clock, after a warm-up."""
+    """Times launches by the host's clock, after a warm-up."""
     for run in launches:
         run()
     samples: list[float] = []
@@ -53,7 +53,8 @@ def time_host(launches: Sequence[Run]) -> Timing:
 
 
 def time_events(launches: Sequence[Run], clock: str = "events", count: int | None = None) -> Timing:
-    """By CUDA events around all launches, on the current stream, after a warm-up. ``count``: launches that they stand for."""
+    """Times launches by CUDA events around all launches, on the current stream, after a warm-up. ``count``: launches
+    that they stand for."""
 
     def once() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -71,7 +72,7 @@ def time_events(launches: Sequence[Run], clock: str = "events", count: int | Non
 
 
 def time_graph(launches: Sequence[Run]) -> Timing:
-    """By events around replays of one CUDA graph of all launches."""
+    """Times launches by events around replays of one CUDA graph of all launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -114,7 +115,7 @@ class Ceilings:
 
 
 def measure_ceilings() -> Ceilings:
-    """On the current CUDA device."""
+    """Measures all ceilings of the current CUDA device."""
     return Ceilings(
         copy_bytes=measure_copy(),
         matmul_flops=_matmul(),

@@ -28,7 +28,7 @@ from hybridcache.observe.environment import environment
 
 DIMS = QWEN3_NEXT_80B
 Variants = dict[str, Any]
-"""By name: what the operation's builder takes as ``more``."""
+"""Variants by name: what the operation's builder takes as ``more``."""
 
 
 def gdn_decode() -> Iterator[tuple[Case, Variants]]:

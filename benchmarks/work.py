@@ -29,7 +29,7 @@ class Setup:
 
     @classmethod
     def on(cls, device: torch.device, seed: int = 0) -> "Setup":
-        """With the device's own size of the L2 cache, 0 on a CPU."""
+        """A setup with the device's own size of the L2 cache, 0 on a CPU."""
         on_cuda = device.type == "cuda"
         return cls(device, seed, torch.cuda.get_device_properties(device).L2_cache_size if on_cuda else 0)
 

@@ -57,7 +57,7 @@ class Block:
 
 @dataclass
 class Outcome:
-    """Of one document or of all."""
+    """What a check of one document, or of all, finds."""
 
     checked: int = 0
     excused: int = 0
@@ -200,7 +200,7 @@ FUNCTIONS = {
 
 
 def evaluate(expression: str) -> list[float]:
-    """What an expression gives."""
+    """The numbers that an expression gives."""
     chosen = {"max: ": max, "min: ": min}.get(expression[:5])
     expression, _, items = (expression[5:] if chosen else expression).partition(" for $ in ")
     numbers: list[float] = []

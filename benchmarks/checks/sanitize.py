@@ -81,12 +81,12 @@ def launch_all(names: list[str]) -> None:
 
 @dataclass
 class Found:
-    """Of one kernel under one tool."""
+    """What one tool finds of one kernel."""
 
     errors: int = 0
     warnings: int = 0
     dispatch: int = 0
-    """Of ``errors``, those with no location outside Triton's dispatch of warps."""
+    """Those of ``errors`` with no location outside Triton's dispatch of warps."""
     dispatched: list[str] = field(default_factory=list)
     """Kernels that those name."""
     seconds: float | None = None

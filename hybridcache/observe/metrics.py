@@ -149,7 +149,7 @@ class Recorder:
             "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes,
             "preemptions": sum(seq.num_preemptions for seq in done),
             "recomputed_tokens_preemption": sum(seq.recomputed_tokens for seq in done),
-            "recomputed_tokens_failure": sum(_after_failure(seq) for seq in done),
+            "recomputed_tokens_failure": sum(seq.recomputed_after_failure for seq in done),
             "prompt_tokens": sum(seq.prompt_len for seq in done),
             "output_tokens": output_tokens,
             "output_tokens_per_s": output_tokens / duration_s if duration_s > 0 else math.nan,
@@ -211,14 +211,9 @@ def _percentiles(name: str, values: Iterable[float | None]) -> dict[str, float]:
     return {f"{name}_p{q}_s": float(np.percentile(present, q)) if present else math.nan for q in (50, 90, 99)}
 
 
-def _after_failure(seq: Sequence) -> int:
-    return getattr(seq, "recomputed_after_failure", 0)
-
-
 def _values(usage: Usage, running: int, waiting: int) -> np.ndarray:
     """Values of :data:`SAMPLED`."""
-    cached = getattr(usage, "cached", 0)
-    parts = (usage.useful, usage.padding, usage.reserved, cached, usage.free, usage.state_bytes, usage.kv_bytes)
+    parts = (usage.useful, usage.padding, usage.reserved, usage.cached, usage.free, usage.state_bytes, usage.kv_bytes)
     return np.array([*parts, running, waiting], dtype=np.float64)
 
 
@@ -234,6 +229,6 @@ def _request_fields(seq: Sequence, first_id: int, origin_s: float) -> dict[str, 
         "latency_s": latency,
         "preemptions": seq.num_preemptions,
         "recomputed_tokens_preemption": seq.recomputed_tokens,
-        "recomputed_tokens_failure": _after_failure(seq),
+        "recomputed_tokens_failure": seq.recomputed_after_failure,
         "finish_reason": seq.finish_reason,
     }

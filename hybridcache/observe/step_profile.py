@@ -119,7 +119,7 @@ def profile_steps(
 
 
 def summarize(spans: Iterable[tuple[float, float, str]], steps: int) -> StepProfile:
-    """Of kernels ``(start, end, name)`` in seconds: exclusive time by class, and the gaps between them.
+    """Profile from kernels ``(start, end, name)`` in seconds: exclusive time by class, and the gaps between them.
 
     The whole runs from the first kernel's start to the last one's end.
     """
