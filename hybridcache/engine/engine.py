@@ -141,6 +141,7 @@ class Engine:
         params = params or SamplingParams()
         prompt = checked_prompt(prompt_ids, self._vocabulary)
         check_positions(params.checkpoint_at, len(prompt))
+        self.checkpoints.asked |= bool(params.checkpoint_at)
         request = Request.of(
             self._next_id,
             prompt,

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from hybridcache.errors import bad
+from hybridcache.engine.sequence import Sequence
+from hybridcache.errors import UserError, bad
+from hybridcache.strategies.base import Strategy
 
 ADMISSIONS = ("whole_prompt", "chunk")
 VICTIMS = ("last", "least_computed")
@@ -46,3 +48,28 @@ class SchedulerConfig:
             raise bad("victim", self.victim, f"choose one of {', '.join(VICTIMS)}")
         if not 0.0 <= self.watermark < 1.0:
             raise bad("watermark", self.watermark, "give a fraction of the budget, from 0 to below 1")
+
+    def choose_victim(self, running: list[Sequence]) -> Sequence:
+        """Which of the running requests makes room for another of them, or for itself."""
+        if self.victim == "least_computed":
+            return min(reversed(running), key=lambda seq: seq.num_computed)
+        return running[-1]
+
+
+def check_length(seq: Sequence, strategy: Strategy) -> None:
+    """Refuse a request that could never end.
+
+    Raises:
+        UserError: no token, or more than the strategy's budget can ever hold; the message names the limit.
+    """
+    if seq.prompt_len < 1:
+        raise bad("prompt_len", seq.prompt_len, "a prompt has at least one token")
+    if seq.max_tokens < 1:
+        raise bad("max_tokens", seq.max_tokens, "ask for at least one output token")
+    limit = strategy.request_limit()
+    if seq.max_stored_tokens > limit:
+        raise UserError(
+            f"request {seq.seq_id} needs {seq.max_stored_tokens} tokens of cache (prompt {seq.prompt_len} + output "
+            f"{seq.max_tokens} - 1) but {strategy.name} holds at most {limit} for one request in "
+            f"budget_bytes={strategy.budget_bytes}: shorten it or raise the budget"
+        )

@@ -119,7 +119,7 @@ class RowTable:
                 if row is not None:
                     self._write(row, seq_id)
             return changed
-        changed, altered = [], set(altered)
+        changed, anew = [], set(altered)
         for row, (now, then) in enumerate(zip(owner, before)):
             if now == NOBODY:
                 if then != NOBODY:
@@ -129,7 +129,7 @@ class RowTable:
                 self._clear(row)
                 self._write(row, now)
                 changed.append(row)
-            elif now in altered:
+            elif now in anew:
                 self._write(row, now)
                 changed.append(row)
         if not same:

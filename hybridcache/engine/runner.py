@@ -245,7 +245,8 @@ class ModelRunner:
         places, changed = self.rows.arrange(ids[: exact.decode], ids[exact.decode :], shape.decode)
         fields = self.inputs.begin(shape)
         pack(fields, items, places, shape, self._sampled, self.max_rows)
-        sampling = [item.seq.sampling() if item.end == item.seq.num_known else None for item in items]
+        requests: list[Any] = [item.seq if item.end == item.seq.num_known else None for item in items]
+        sampling = [None if request is None else request.sampling() for request in requests]
         slots, count = places, shape.rows if shape.prefill else len(items)
         if graph is None:
             count, slots = keep_sampling(fields, [row is not None for row in sampling], places)

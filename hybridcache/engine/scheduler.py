@@ -14,10 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from hybridcache.engine.policies import SchedulerConfig
+from hybridcache.engine.policies import SchedulerConfig, check_length
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.engine.step import Cohort, ScheduledTokens, Step
-from hybridcache.errors import UserError, bad
 from hybridcache.prefix.checkpoints import Checkpoint, Checkpoints
 from hybridcache.strategies.base import Strategy
 
@@ -33,7 +32,7 @@ class Scheduler:
         strategy: the memory.
         config: the policies.
         before_release: called with a request's id before its memory is returned (tests poison it there).
-        checkpoints: what prompts may resume from; None for none. Sequences are then requests of the engine.
+        checkpoints: what prompts may resume from; None for none yet.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class Scheduler:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.strategy = strategy
-        self.checkpoints = checkpoints
+        self.checkpoints = Checkpoints(strategy) if checkpoints is None else checkpoints
         self.config = config or SchedulerConfig()
         self.before_release = before_release
         self.waiting: deque[Sequence] = deque()
@@ -65,22 +64,8 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def submit(self, seq: Sequence) -> None:
-        """Queue a request.
-
-        Raises:
-            UserError: it is longer than the strategy's budget can ever hold; the message names the limit.
-        """
-        if seq.prompt_len < 1:
-            raise bad("prompt_len", seq.prompt_len, "a prompt has at least one token")
-        if seq.max_tokens < 1:
-            raise bad("max_tokens", seq.max_tokens, "ask for at least one output token")
-        limit = self.strategy.request_limit()
-        if seq.max_stored_tokens > limit:
-            raise UserError(
-                f"request {seq.seq_id} needs {seq.max_stored_tokens} tokens of cache (prompt {seq.prompt_len} + output "
-                f"{seq.max_tokens} - 1) but {self.strategy.name} holds at most {limit} for one request in "
-                f"budget_bytes={self.strategy.budget_bytes}: shorten it or raise the budget"
-            )
+        """Queue a request. Raises UserError where it is longer than the strategy's budget can ever hold."""
+        check_length(seq, self.strategy)
         seq.status = Status.WAITING
         self.waiting.append(seq)
 
@@ -91,11 +76,9 @@ class Scheduler:
             # The one that tokens were set aside for lost its memory: the others go on.
             step = self._schedule_anew(step.preempted)
         if not step and self.has_work:
-            raise RuntimeError(
-                f"{self.strategy.name}: no request can advance ({len(self.running)} running, {len(self.waiting)} waiting, "
-                f"{self.strategy.usage()})"
-            )
-        if self.checkpoints is not None and step.cohort is None:
+            counts = f"{len(self.running)} running, {len(self.waiting)} waiting"
+            raise RuntimeError(f"{self.strategy.name}: no request can advance ({counts}, {self.strategy.usage()})")
+        if self.checkpoints.asked and step.cohort is None:
             step.checkpoints = self.checkpoints.plan(step.items)
         return step
 
@@ -191,9 +174,9 @@ class Scheduler:
                     continue
             # More is held already where a step was scheduled and not run.
             while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
-                if self.checkpoints is not None and self.checkpoints.drop_oldest():
+                if self.checkpoints.drop_oldest():
                     continue
-                victim = self._victim(seq)
+                victim = self.config.choose_victim(self.running)  # possibly seq itself
                 lost = chosen.pop(victim.seq_id, None)
                 within.pop(victim.seq_id, None)
                 budget += lost.num_tokens if lost else 0
@@ -219,7 +202,7 @@ class Scheduler:
         """Admit waiting requests, ``most`` of them at most. Returns what is left of the token budget."""
         while self.waiting and len(self.running) < self.config.max_running and most != 0:
             seq = self.waiting[0]
-            found = None if self.checkpoints is None else self.checkpoints.find(cast(Any, seq))
+            found = self.checkpoints.find(cast(Any, seq))
             start = 0 if found is None else found.position
             tokens = seq.num_known - start
             if tokens > budget:
@@ -228,9 +211,12 @@ class Scheduler:
                     self._left_behind(seq)
                     break
             if not self._admit(seq, start + tokens, found):
-                if self.checkpoints is not None and self.checkpoints.drop_oldest():
+                if self.checkpoints.drop_oldest():
                     continue
                 break
+            if found is not None:
+                self.checkpoints.used(found)
+            seq.hit_tokens += start
             seq.num_computed = start
             self.waiting.popleft()
             seq.status = Status.RUNNING
@@ -247,27 +233,16 @@ class Scheduler:
             admitted = self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
         else:
             admitted = self.strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole)
-        if not admitted:
-            return False
-        if self.config.watermark and self.running:
+        if admitted and self.config.watermark and self.running:
             free = self.strategy.usage().free
             if free < self.config.watermark * self.strategy.budget_bytes:
                 self._release(seq)
                 return False
-        if found is not None and self.checkpoints is not None:
-            self.checkpoints.used(found)
-            seq.hit_tokens += found.position
-        return True
-
-    def _victim(self, seq: Sequence) -> Sequence:
-        """Who makes room for ``seq``: possibly ``seq`` itself."""
-        if self.config.victim == "least_computed":
-            return min(reversed(self.running), key=lambda other: other.num_computed)
-        return self.running[-1]
+        return admitted
 
     def _preempt(self, seq: Sequence) -> None:
         seq.recomputed_tokens += seq.num_computed
-        self._drop(seq)
+        self._wait_again(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
 
@@ -278,22 +253,17 @@ class Scheduler:
         for seq in seqs:
             if seq.status is Status.WAITING:
                 seq.num_output = seq.num_settled
-        for seq in reversed([seq for seq in self.running if seq in seqs]):
-            seq.recomputed_after_failure += seq.num_computed
-            self._drop(seq)
-            seq.num_output = seq.num_settled
-        for seq in reversed([seq for seq in self.ending if seq in seqs]):
-            seq.recomputed_after_failure += seq.num_computed
-            self.ending.remove(seq)
-            self._wait_again(seq)
-            seq.num_output = seq.num_settled
+        for group in (self.running, self.ending):
+            for seq in reversed([seq for seq in group if seq in seqs]):
+                seq.recomputed_after_failure += seq.num_computed
+                self._wait_again(seq)
+                seq.num_output = seq.num_settled
 
     def restart(self, seqs: Iterable[Sequence]) -> None:
         """After an interrupt at whatever line: nothing that was known of queue, running set and memory counts. The strategy is
         emptied, and the requests that have not finished wait, in the order given."""
         self.strategy.reset()
-        if self.checkpoints is not None:
-            self.checkpoints.clear()
+        self.checkpoints.clear()
         self._cohort, self._behind, self._decoding = None, None, []
         self.running.clear()
         self.ending.clear()
@@ -306,12 +276,17 @@ class Scheduler:
             seq.num_output = seq.num_settled
             self.waiting.append(seq)
 
-    def _drop(self, seq: Sequence) -> None:
-        self._release(seq)
-        self.running.remove(seq)
-        self._wait_again(seq)
+    def _leave(self, seq: Sequence) -> None:
+        """Take a request from where it stands; one that runs returns its memory."""
+        if seq.status is Status.RUNNING:
+            self._release(seq)
+        at: dict[Status, list[Sequence] | deque[Sequence]] = {
+            Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.ENDING: self.ending,
+        }  # fmt: skip
+        at[seq.status].remove(seq)
 
     def _wait_again(self, seq: Sequence) -> None:
+        self._leave(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
         self.waiting.appendleft(seq)
@@ -351,14 +326,13 @@ class Scheduler:
     def _keep(self, step: Step) -> None:
         """Make the checkpoints of a step that was launched. Whose states are shared by one writes its next ones elsewhere, so
         the next step is not the same again."""
-        if self.checkpoints is not None and step.checkpoints:
+        if step.checkpoints:
             self.checkpoints.keep(step.checkpoints)
             self._cohort = None
 
     def void(self, step: Step) -> None:
         """A step failed: nobody may resume from the checkpoints that it made."""
-        if self.checkpoints is not None and step.checkpoints:
-            self.checkpoints.discard(step.checkpoints)
+        self.checkpoints.discard(step.checkpoints)
 
     def _advance_all(self, cohort: Cohort) -> list[Sequence]:
         self.strategy.settle_states()
@@ -375,8 +349,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         """Its last token is on its way."""
-        self._release(seq)
-        self.running.remove(seq)
+        self._leave(seq)
         seq.status = Status.ENDING
         self.ending.append(seq)
 
@@ -421,13 +394,7 @@ class Scheduler:
         finished one stays as it is."""
         if seq.status is Status.FINISHED:
             return
-        if seq.status is Status.WAITING:
-            self.waiting.remove(seq)
-        elif seq.status is Status.ENDING:
-            self.ending.remove(seq)
-        else:
-            self._release(seq)
-            self.running.remove(seq)
+        self._leave(seq)
         seq.num_output = seq.num_settled
         seq.num_computed = min(seq.num_computed, seq.num_known)
         seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason

@@ -95,6 +95,8 @@ class Checkpoints:
         self.strategy = strategy
         self.hit_tokens = 0
         """Tokens that requests did not have to compute."""
+        self.asked = False
+        """Whether any request has asked for a checkpoint."""
         self._known: OrderedDict[tuple[int, bytes], Checkpoint] = OrderedDict()
         """By position and hash of the tokens; the one used longest ago first."""
         self._lengths: dict[int, int] = {}
