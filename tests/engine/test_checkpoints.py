@@ -12,7 +12,7 @@ from hybridcache.engine.sampling import SamplingParams
 from hybridcache.errors import UserError
 
 
-def share_states(engine, seed: int) -> None:
+def share_states(engine) -> None:
     """From now on a cached owner shares every resident's states after every step, so that the next one writes elsewhere."""
     keys: dict[int, int] = {}
     engine.moved_states = 0
@@ -48,7 +48,7 @@ def test_tokens_are_the_same_when_every_step_writes_states_elsewhere(label, over
     seed = random.randrange(2**32)
     requests = stream(seed, 6)
     engine = make_engine(label, 3 * tight(label, requests), CHUNKED, overlap=overlap, poison=True)
-    share_states(engine, seed)
+    share_states(engine)
     seqs = [engine.add_request(prompt, params) for prompt, params in requests]
     steps = 0
     while engine.has_work:

@@ -1,10 +1,12 @@
 """Engine and Qwen3-Next in float64: the same tokens under every physical strategy, whatever the batches were."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from pool_model import smallest_budget
+from test_checkpoints import share_states
 from test_graphs import Recorded
 
 from hybridcache.engine.engine import Engine
@@ -84,6 +86,41 @@ def test_tokens_equal_those_of_requests_run_alone(label, mode, case):
     assert engine.backend.launches["gdn_decode[torch]"] > 0
     engine.strategy.check_integrity()
     assert not engine.strategy.residents
+
+
+@pytest.mark.parametrize("label", STRATEGIES)
+def test_tokens_are_the_same_when_every_step_writes_states_elsewhere(label, case):
+    """A cached owner shares every resident's states after every step, so that no step updates a state in place."""
+    longest = max(len(prompt) + params.max_tokens for prompt, params in case.requests)
+    budget = 4 * smallest_budget(lambda budget: case.strategy(label, budget), longest)
+    engine = case.engine(label, budget, SchedulerConfig(max_tokens_per_step=96))
+    share_states(engine)
+    sequences = [engine.add_request(prompt, params) for prompt, params in case.requests]
+    engine.run()
+    assert [sequence.output_ids for sequence in sequences] == case.expected, f"seed {case.seed}"
+    assert engine.moved_states > 50
+    engine.strategy.check_integrity()
+
+
+@pytest.mark.parametrize("label", STRATEGIES)
+def test_prompts_that_resume_from_checkpoints_give_the_same_tokens(label, case):
+    """Every prompt once with checkpoints (inside its chunks and at its end), then everything again, from the checkpoints."""
+    longest = max(len(prompt) + params.max_tokens for prompt, params in case.requests)
+    budget = 8 * smallest_budget(lambda budget: case.strategy(label, budget), longest)
+    engine = case.engine(label, budget, SchedulerConfig(max_tokens_per_step=96))
+    asking = [
+        (prompt[:-1], replace(params, max_tokens=1, checkpoint_at=tuple({64, len(prompt) - 1} & {*range(len(prompt))})))
+        for prompt, params in case.requests
+        if len(prompt) > 1
+    ]
+    for prompt, params in asking:
+        engine.add_request(prompt, params)
+    engine.run()
+    sequences = [engine.add_request(prompt, params) for prompt, params in case.requests]
+    engine.run()
+    assert [sequence.output_ids for sequence in sequences] == case.expected, f"seed {case.seed}"
+    assert engine.checkpoints.hit_tokens >= sum(len(prompt) - 1 for prompt, _ in case.requests if len(prompt) > 1) / 2
+    engine.strategy.check_integrity()
 
 
 def test_the_tokens_tell_contexts_apart(case):
