@@ -327,7 +327,8 @@ def paged_decode(
         num_warps=DECODE.num_warps,
     )
     if num_splits > 1:
-        combine(part, lse, out_BHD)
+        page = layout.kernel_block_tokens
+        combine(part, lse, out_BHD, kv_table_BN, context_len_B, page, page)
     return out_BHD
 
 
