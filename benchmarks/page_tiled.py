@@ -327,8 +327,7 @@ def paged_decode(
         num_warps=DECODE.num_warps,
     )
     if num_splits > 1:
-        page = layout.kernel_block_tokens
-        combine(part, lse, out_BHD, kv_table_BN, context_len_B, page, page)
+        combine(part, lse, out_BHD)
     return out_BHD
 
 

@@ -4,7 +4,6 @@ Pools are poisoned and tables shuffled; a failure names its seed in the test's i
 """
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,14 +23,12 @@ from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
 from hybridcache.kernels.paged_decode.tiles import Tiles
 from hybridcache.kernels.pool_rows import interpreting
-from hybridcache.kernels.sizes import ceil_div
 from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, run, state_case, state_error
 
 device_loop_bounds = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),
     reason="Triton 3.6's interpreter takes no tensor as a loop bound under NumPy >= 2.4",
 )
-SHORT_SPLITS = Tiles(16, 4, 1, 1, min_split_tokens=0)
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-2}
 
 
@@ -172,8 +169,7 @@ def test_kv_store_of_a_latent_without_values(generator):
 @device_loop_bounds
 @pytest.mark.parametrize(("dtype", "group", "splits"), [("float32", 4, 3), ("bfloat16", 1, 1), ("bfloat16", 20, 2)])
 def test_paged_decode(generator, order, kb, blocks, kv_heads, k_dim, v_dim, dtype, group, splits):
-    """No tile divides these blocks and lengths; row 1 is padding, and row 0 leaves all splits but one empty. Splits may be
-    as short as a tile."""
+    """No tile divides these blocks and lengths; row 1 is padding, and row 0 leaves all splits but one empty."""
     case = attention_case(
         generator,
         lengths=[1, 0, 131, 63],
@@ -188,7 +184,7 @@ def test_paged_decode(generator, order, kb, blocks, kv_heads, k_dim, v_dim, dtyp
     q_BHD = torch.randn(4, kv_heads * group, k_dim, generator=generator).to(getattr(torch, dtype))
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, k_dim**-0.5)
     expected, before = naive_decode.paged_decode(*cached(case.buffer, *inputs)), case.buffer.clone()
-    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tiles=SHORT_SPLITS)
+    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits)
     assert out.dtype == q_BHD.dtype
     assert (out[1] == 0).all()
     assert torch.equal(case.buffer, before)
@@ -203,7 +199,7 @@ def test_paged_decode_with_more_heads_than_a_tile(generator):
     inputs = (case.layout, 0, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
     expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
     for splits in (1, 2):
-        out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tiles=SHORT_SPLITS)
+        out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits)
         assert (out[1] == 0).all()
         for row in (0, 2):
             assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} in {splits} splits"
@@ -219,46 +215,9 @@ def test_paged_decode_around_a_tile_and_a_split(generator, keys, splits):
     q_BHD = torch.randn(len(lengths), 6, 16, generator=generator)
     inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
     expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
-    out = triton_decode.paged_decode(
-        *cached(case.buffer, *inputs), num_splits=splits, tiles=replace(SHORT_SPLITS, keys=keys)
-    )
+    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tiles=Tiles(keys, 4, 1, 1))
     for row, length in enumerate(lengths):
         assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
-
-
-@device_loop_bounds
-@pytest.mark.parametrize("splits", [2, 5, 128])
-def test_paged_decode_of_short_contexts_in_a_wide_table(generator, splits, monkeypatch):
-    """However many splits the grid has, a row fills as many as 48 tokens each make; the parts of the others stay poison
-    that no output shows, and the result is that of a table as narrow as the row."""
-    lengths = [1, 47, 48, 49, 0, 145, 300]
-    case = attention_case(
-        generator, lengths=lengths, kv_heads=2, k_dim=16, v_dim=16, dtype="float32", extra_entries=200
-    )
-    q_BHD = torch.randn(len(lengths), 6, 16, generator=generator)
-    inputs = (case.layout, 1, q_BHD, case.kv_table_BN, case.context_len_B, 0.25)
-    expected = naive_decode.paged_decode(*cached(case.buffer, *inputs))
-    filled = {}
-
-    def combine(part, lse, *rest, **options):
-        filled["rows"] = (~lse.isnan()).sum(2)
-        assert torch.equal(lse.isnan(), part.isnan().all(3)), "a part without its weight"
-        assert torch.equal(lse.isnan(), part.isnan().any(3))
-        whole(part, lse, *rest, **options)
-
-    whole, empty = triton_decode.combine, torch.empty
-    monkeypatch.setattr(triton_decode, "combine", combine)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(float("nan")))
-    tiles = replace(SHORT_SPLITS, min_split_tokens=40)  # 48 in whole tiles
-    out = triton_decode.paged_decode(*cached(case.buffer, *inputs), num_splits=splits, tiles=tiles)
-    for row, length in enumerate(lengths):
-        split = max(ceil_div(length, 16 * splits) * 16, 48)
-        assert filled["rows"][row].tolist() == [ceil_div(length, split)] * 6, f"row {row} of {length} tokens"
-        assert rel_error(out[row], expected[row]) <= 1e-5, f"row {row} of {length} tokens"
-    assert (out[4] == 0).all()
-    narrow = (*inputs[:3], case.kv_table_BN[:, :4], *inputs[4:])
-    alone = triton_decode.paged_decode(*cached(case.buffer, *narrow), num_splits=splits, tiles=tiles)
-    assert torch.equal(alone, out)
 
 
 @device_loop_bounds

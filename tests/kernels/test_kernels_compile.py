@@ -168,8 +168,8 @@ def test_paged_decode_without_splits(dim, choose, tmp_path):
 
 @pytest.mark.parametrize("splits", [2, 66, 128])
 def test_combine(splits, tmp_path):
-    pointers = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "table_ptr": "*i32", "length_ptr": "*i32"}
-    constants = paged_decode.combine_constants(16, 256, splits, 64, 256, dependent=True)
+    pointers = {"part_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16"}
+    constants = paged_decode.combine_constants(256, splits, dependent=True)
     options = paged_decode.combine_options(dependent=True)
     compiled = compile_for_hopper(paged_decode.combine_kernel, pointers, {"splits": "i32"}, constants, options)
     assert_fits(compiled, tmp_path)

@@ -16,7 +16,7 @@ from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import itemsize
 
 MIN_SPLIT_TOKENS = 256
-"""Tokens below which a split is not worth its reduction; a multiple of every tile."""
+"""Tokens below which a split is not worth its reduction."""
 MAX_SPLITS = 128
 MIN_FILL = 0.85
 """Share of the multiprocessors that one program each must keep busy; with less, four programs each share the work more
@@ -38,13 +38,6 @@ class Tiles:
     """Programs that a multiprocessor runs at once; splits fill no more."""
     dependent_launch: bool = True
     """Whether the reduction is launched so, where the device can (compute capability 9.0)."""
-    min_split_tokens: int = MIN_SPLIT_TOKENS
-    """Tokens of a split at least, whatever the grid is."""
-
-    @property
-    def min_split(self) -> int:
-        """The same in whole tiles, at least one."""
-        return max(ceil_div(self.min_split_tokens, self.keys), 1) * self.keys
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ A program takes one row, the query heads of one KV head (up to 64 of them, padde
 wants) and one split of the row's tokens. It masks nothing but the split's last tile. With several splits a second launch
 combines them by their log-sum-exp, always in one order; on Hopper it is set up while the first still runs (programmatic
 dependent launch). The number of splits comes from shapes and the device alone; lengths stay on the device, so both launches
-can be captured in a CUDA graph. How many of those splits a row fills follows from its length, in both kernels: a short row
-in a wide table fills few, and the parts of the others are neither written nor read. Programs of one row's KV heads are
-neighbours in launch order: heads that lie side by side in the pool are read at about the same time.
+can be captured in a CUDA graph. Programs of one row's KV heads are neighbours in launch order: heads that lie side by side
+in the pool are read at about the same time.
 
 Shapes: B rows, H query heads, D value dim, S splits.
 """
@@ -36,19 +35,6 @@ from hybridcache.memory.layout import AttentionLayout
 LOG2_E = 1.4426950408889634
 COMBINE_DIMS = 64
 """Value dims of one program of the reduction."""
-
-
-@triton.jit
-def row_length(table_ptr, length_ptr, row, table_stride):
-    """Tokens of a row; 0 of a padding row."""
-    length = tl.load(length_ptr + row)
-    return tl.where(tl.load(table_ptr + row * table_stride) < 0, 0, length).to(tl.int32)
-
-
-@triton.jit
-def split_length(length, splits, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr):
-    """Tokens of each of a row's splits but the last that has any: whole tiles, at least ``MIN_SPLIT`` (whole tiles too)."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
 
 
 @triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "length_ptr"])
@@ -84,7 +70,6 @@ def paged_decode_kernel(
     BLOCK_V: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
@@ -92,7 +77,7 @@ def paged_decode_kernel(
     """Grid: (rows x KV heads x tiles of a group's heads, splits).
 
     ``out_ptr`` is the output ``[B, H, V_DIM]``, or with ``SPLIT`` the splits' own results ``[B, H, splits, V_DIM]``
-    (float32) beside their log2-sum-exp2 ``lse_ptr`` ``[B, H, splits]``; a split without tokens writes neither."""
+    (float32) beside their log2-sum-exp2 ``lse_ptr`` ``[B, H, splits]``, which is -inf for a split without tokens."""
     if SPLIT and DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_launch_dependents()
     HEAD_TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
@@ -105,8 +90,9 @@ def paged_decode_kernel(
     split = tl.program_id(1)
 
     table_row = table_ptr + row * table_stride
-    length = row_length(table_ptr, length_ptr, row, table_stride)
-    split_tokens = split_length(length, splits, BLOCK_N, MIN_SPLIT)
+    length = tl.load(length_ptr + row)
+    length = tl.where(tl.load(table_row) < 0, 0, length).to(tl.int32)
+    split_tokens = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     start = tl.minimum(split * split_tokens, length)
     end = tl.minimum(start + split_tokens, length)
     unmasked = start + (end - start) // BLOCK_N * BLOCK_N
@@ -143,41 +129,35 @@ def paged_decode_kernel(
     out_mask = head_inside[:, None] & (v_dim < V_DIM)[None, :]
     if SPLIT:
         out_row = out_row * splits + split
-        tl.store(lse_ptr + out_row, highest * scale_log2 + tl.log2(total), mask=head_inside & (start < end))
+        tl.store(lse_ptr + out_row, highest * scale_log2 + tl.log2(total), mask=head_inside)
         out_mask = out_mask & (start < end)
     tl.store(out_ptr + out_row[:, None] * V_DIM + v_dim[None, :], out, mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "length_ptr"])
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     part_ptr,
     lse_ptr,
     out_ptr,
-    table_ptr,
-    length_ptr,
     splits,
-    table_stride: tl.int64,
-    HEADS: tl.constexpr,
     V_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
 ):
-    """Sum of the results of one head's splits that have tokens, weighted by their shares of the softmax; 0 where none has."""
+    """Sum of the splits' results of one head, weighted by their shares of the softmax; 0 where no split has tokens."""
+    if DEPENDENT_LAUNCH:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     v_dim = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     v_inside = v_dim < V_DIM
-    # Lengths are older than the splits' kernel, which reads them itself: they need not be waited for.
-    length = row_length(table_ptr, length_ptr, row // HEADS, table_stride)
     split = tl.arange(0, BLOCK_S)
-    filled = split < tl.cdiv(length, split_length(length, splits, BLOCK_N, MIN_SPLIT))
-    if DEPENDENT_LAUNCH:
-        tl.extra.cuda.gdc_wait()
-    lse = tl.load(lse_ptr + row * splits + split, mask=filled, other=float("-inf"))
+    inside = split < splits
+    lse = tl.load(lse_ptr + row * splits + split, mask=inside, other=float("-inf"))
     part = part_ptr + (row * splits + split)[:, None] * V_DIM + v_dim[None, :]
-    part = tl.load(part, mask=filled[:, None] & v_inside[None, :], other=0.0)
+    part = tl.load(part, mask=inside[:, None] & v_inside[None, :], other=0.0)
+    # What an empty split's part holds was never written. It is loaded all the same: so no load waits for another.
+    part = tl.where((lse > float("-inf"))[:, None], part, 0.0)
     highest = tl.max(lse, 0)
     share = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(share, 0)
@@ -205,7 +185,6 @@ def constants(
         # Two sets of addresses for float32, whose products then keep within the registers.
         "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
         "SPLIT": split,
-        "MIN_SPLIT": tiles.min_split,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
         "DOT": tl.float32 if interpreting() else dot,
         "STAGES": tiles.num_stages,
@@ -213,15 +192,10 @@ def constants(
     }
 
 
-def combine_constants(
-    num_heads: int, v_dim: int, splits: int, keys: int, min_split: int, dependent: bool
-) -> dict[str, Any]:
+def combine_constants(v_dim: int, splits: int, dependent: bool) -> dict[str, Any]:
     """Compile-time parameters of :func:`combine_kernel`."""
     return {
-        "HEADS": num_heads,
         "V_DIM": v_dim,
-        "BLOCK_N": keys,
-        "MIN_SPLIT": min_split,
         "BLOCK_S": power_of_2(splits),
         "BLOCK_V": min(power_of_2(v_dim), COMBINE_DIMS),
         "DEPENDENT_LAUNCH": dependent,
@@ -286,34 +260,14 @@ def paged_decode(
         num_warps=tiles.num_warps,
     )
     if splits > 1:
-        cut = tiles.keys, tiles.min_split
-        combine(part, lse, out_BHD, kv_table_BN, context_len_B, *cut, dependent=constant["DEPENDENT_LAUNCH"])
+        combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"])
     return out_BHD
 
 
-def combine(
-    part_BHSD: torch.Tensor,
-    lse_BHS: torch.Tensor,
-    out_BHD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    context_len_B: torch.Tensor,
-    keys: int,
-    min_split: int,
-    *,
-    dependent: bool = False,
-) -> None:
-    """One launch of :func:`combine_kernel` on the results of S splits, cut by :func:`split_length` into tiles of ``keys``
-    tokens. ``dependent``: as a dependent launch, behind a kernel that allows it."""
+def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor, *, dependent: bool = False) -> None:
+    """One launch of :func:`combine_kernel` on the results of S splits. ``dependent``: as a dependent launch, behind a kernel
+    that allows it."""
     rows, num_heads, splits, v_dim = part_BHSD.shape
-    constant = combine_constants(num_heads, v_dim, splits, keys, min_split, dependent)
-    launcher(combine_kernel)[(rows * num_heads, ceil_div(v_dim, constant["BLOCK_V"]))](
-        part_BHSD,
-        lse_BHS,
-        out_BHD,
-        kv_table_BN,
-        context_len_B,
-        splits,
-        kv_table_BN.stride(0),
-        **constant,
-        **combine_options(dependent),
-    )
+    constant = combine_constants(v_dim, splits, dependent)
+    grid = (rows * num_heads, ceil_div(v_dim, constant["BLOCK_V"]))
+    launcher(combine_kernel)[grid](part_BHSD, lse_BHS, out_BHD, splits, **constant, **combine_options(dependent))
