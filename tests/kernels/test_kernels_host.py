@@ -14,7 +14,6 @@ from hybridcache.kernels.gdn_prefill.testing import prefill_case
 from hybridcache.kernels.paged_decode.tiles import (
     MAX_SPLITS,
     MIN_FILL,
-    MIN_SPLIT_TOKENS,
     Tiles,
     choose_splits,
     choose_tiles,
@@ -29,7 +28,7 @@ def test_splits_stay_within_their_bounds_and_one_wave(programs, max_tokens, mult
     tiles = Tiles(16, 4, 3, programs_per_sm)
     splits = choose_splits(programs, max_tokens, multiprocessors, tiles)
     assert 1 <= splits <= MAX_SPLITS
-    assert (splits - 1) * MIN_SPLIT_TOKENS < max_tokens
+    assert (splits - 1) * tiles.keys < max_tokens
     assert splits == 1 or programs * splits <= programs_per_sm * multiprocessors
 
 
@@ -44,7 +43,7 @@ def qwen3_next_layout():
         (16, 4_096, 64, 4),
         (64, 8_192, 64, 1),
         (256, 2_048, 16, 1),
-        (1, 88, 64, 1),
+        (1, 88, 64, 2),
         (35, 4_096, 16, 7),
     ],
 )

@@ -15,8 +15,6 @@ from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import itemsize
 
-MIN_SPLIT_TOKENS = 256
-"""Tokens below which a split is not worth its reduction."""
 MAX_SPLITS = 128
 MIN_FILL = 0.85
 """Share of the multiprocessors that one program each must keep busy; with less, four programs each share the work more
@@ -111,11 +109,13 @@ def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tiles: T
 
     Args:
         programs: see :func:`choose_tiles`.
-        max_tokens: tokens that a row's table can hold.
+        max_tokens: tokens that a row's table can hold. Under a CUDA graph that is far more than the row's context, and
+            costs nothing: a split without tokens ends at once, and one tile of keys a split is fastest even for short
+            contexts (``benchmarks/results/paged_decode-splits-h100.json``).
         multiprocessors: of the device.
     """
     wanted = tiles.programs_per_sm * multiprocessors // programs
-    return max(1, min(wanted, ceil_div(max_tokens, MIN_SPLIT_TOKENS), MAX_SPLITS))
+    return max(1, min(wanted, ceil_div(max_tokens, tiles.keys), MAX_SPLITS))
 
 
 def check_queries(layout: AttentionLayout, q: torch.Tensor, scale: float) -> None:
