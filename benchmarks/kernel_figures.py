@@ -1,43 +1,36 @@
 """Figures of the kernels' measurements: how close each is to the device's ceiling and how exact it is; and what the size of a
-kernel block costs."""
+kernel block costs; and the tables and the page that show them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MultipleLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.measure import TOLERANCE
 from benchmarks.resources import SHARED_MEMORY_LIMIT
 from hybridcache.observe.report import style
+from hybridcache.observe.report.page import Section, write_page
+from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import bytes_text, seconds_text
 
-STYLES = {
-    "triton": ("#0072B2", "o", "triton"),
-    "gluon": ("#009E73", "s", "gluon"),
-    "torch": ("#8A8A8A", "D", "torch"),
-    "triton+plan": ("#56B4E9", "v", "triton+plan"),
-    "copy_engine": ("#661100", "P", "copy_engine"),
-    "fla": ("#D55E00", "^", "fla"),
-    "fa3": ("#E69F00", "X", "FlashAttention-3"),
-    "page_tiled": ("#D55E00", "s", "tile = page"),
-    "independent": ("#0072B2", "o", "tile independent of the page"),
+NAMES = {
+    "page_tiled": "tile = page",
+    "independent": "tile independent of the page",
+    "loop": "expanded request by request",
+    "broadcast": "expanded by broadcast",
+    "none": "not expanded",
 }
-"""Colour, marker and name of an implementation."""
-WAYS = {
-    "loop": ("#D55E00", "s", "-", "expanded request by request"),
-    "broadcast": ("#E69F00", "D", "--", "expanded by broadcast"),
-    "none": ("#0072B2", "o", "-", "not expanded"),
-}
-SPARE = ("#4B0055", "h", "other")
+"""What a legend says of an implementation."""
 LIMIT_COLOR = "#C00000"
-PERCENT = FuncFormatter(lambda value, _: f"{value:.0%}")
 COUNT = FuncFormatter(lambda value, _: f"{value:,g}")
-KIB = 1024
 FLOOR = 1e-9
 """A relative error below it, 0 included, is drawn here."""
 ROW = ["op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout", "l2"]
@@ -47,131 +40,111 @@ ROW = ["op", "impl", "shape", "dtype", "kernel_block", "manager_block", "layout"
 def row_label(row: pd.Series) -> str:
     """Shape, type and layout of a row, as its axis says it."""
     parts = [str(row["shape"])]
-    if str(row["op"]) == "gdn_decode":
-        parts = [f"B={row['shape']}", {"float32": "fp32", "bfloat16": "bf16"}.get(row["dtype"], row["dtype"])]
+    if row["op"] == "gdn_decode":
+        parts = [f"B={row['shape']}", str(row["dtype"])]
     if pd.notna(row["kernel_block"]):
-        order = "layer" if row["layout"] == "layer_major" else "block"
-        parts.append(f"{order} {int(row['kernel_block'])}/{int(row['manager_block'])}")
+        parts.append(f"{row['layout'].split('_')[0]} {row['kernel_block']:.0f}/{row['manager_block']:.0f}")
     return " ".join(parts)
 
 
-def fraction_of_ceiling(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+def cell(value: Any, form: str = "") -> str:
+    """A table's cell: the value in that format, a dash where there is none."""
+    return "-" if value is None or pd.isna(value) else format(value, form)
+
+
+def show(console: Console, run_dir: Path, title: str, about: Sequence[str], sections: Sequence[Section]) -> None:
+    """Print the sections' tables and write the page that holds them."""
+    for section in sections:
+        if section.rows:
+            console.print(f"\n[bold]{section.title}[/]")
+            table = Table(*section.headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            for column, cells in zip(table.columns, zip(*section.rows)):
+                if all(each[:1].isdigit() or each in ("-", "failed") for each in cells):
+                    # A figure is never cut short, whatever becomes of the names.
+                    column.justify, column.min_width = "right", max(map(len, cells))
+                else:
+                    column.min_width = 4
+                column.overflow = "fold"
+            for row in section.rows:
+                table.add_row(*row)
+            console.print(table)
+    write_page(run_dir, title, about, sections)
+
+
+@style.styled()
+def fraction_of_ceiling(rows: pd.DataFrame) -> Drawn:
     """One panel per operation, a line per shape, a mark per implementation; hollow marks had their data in the L2 cache."""
-    data = _labelled(rows.dropna(subset="fraction"))
-    figure = _panels(data, "fraction")
+    data = rows.dropna(subset="fraction")
+    figure = _dots(data, "fraction", 1.0)
     for axes in figure.axes:
         axes.set_xlim(0, max(1.0, 1.03 * float(data["fraction"].max())))
-        axes.xaxis.set_major_locator(MultipleLocator(0.2))
-        axes.xaxis.set_major_formatter(PERCENT)
-        axes.axvline(1.0, color=LIMIT_COLOR, lw=1.0, zorder=1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     ours = data[data["impl"].isin(["triton", "gluon"])]
-    best = ours.groupby(["op", "label"])["fraction"].max()
-    text = "Fraction of the ceiling"
-    if len(best):
-        reached = f"{(best >= 0.8).sum()} of {len(best)} shapes"
-        text = f"Our kernels reach 80 % of the ceiling at {reached}; the median is {best.median():.0%}"
-    style.set_title(figure, text)
+    best = ours.groupby(["op", *ROW[2:7]], dropna=False)["fraction"].max()
+    reached = f"{(best >= 0.8).sum()} of {len(best)} shapes; the median is {best.median():.0%}"
+    style.set_title(figure, f"Our kernels reach 80 % of the ceiling at {reached}" if len(best) else "No kernel of ours")
     return figure, data[[*ROW, "fraction", "bound", "median_ms"]]
 
 
-def relative_errors(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+@style.styled()
+def relative_errors(rows: pd.DataFrame) -> Drawn:
     """Relative error of every implementation against its float64 reference."""
-    data = _labelled(rows.dropna(subset="rel_error"))
-    data = data.assign(drawn=data["rel_error"].clip(lower=FLOOR))
-    figure = _panels(data, "drawn")
+    data = rows.dropna(subset="rel_error")
+    figure = _dots(data.assign(drawn=data["rel_error"].clip(lower=FLOOR)), "drawn", TOLERANCE)
     for axes in figure.axes:
         axes.set_xscale("log")
         axes.set_xlim(FLOOR / 2, 3 * TOLERANCE)
         axes.set_xticks([FLOOR, 1e-7, 1e-5, 1e-3], ["0", "1e-7", "1e-5", "1e-3"])
         axes.minorticks_off()
-        axes.axvline(TOLERANCE, color=LIMIT_COLOR, lw=1.0, zorder=1)
     largest = data.loc[data["rel_error"].idxmax()]
-    style.set_title(
-        figure,
-        f"Largest relative error {largest['rel_error']:.1e} ({largest['op']}, {largest['impl']}); allowed are {TOLERANCE:g}",
-    )
+    where = f"{largest['rel_error']:.1e} ({largest['op']}, {largest['impl']})"
+    style.set_title(figure, f"Largest relative error {where}; allowed are {TOLERANCE:g}")
     return figure, data[[*ROW, "rel_error"]]
 
 
-def _labelled(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(label=[row_label(row) for _, row in rows.iterrows()])
-
-
-def _panels(data: pd.DataFrame, column: str) -> Figure:
-    """Operations in two columns of about equal height."""
-    labels = {op: list(dict.fromkeys(group["label"])) for op, group in data.groupby("op", sort=False)}
-    sides = _split({op: len(found) + 1.6 for op, found in labels.items()})
-    height = max(sum(len(labels[op]) + 1.6 for op in side) for side in sides)
-    figure = style.new_figure(1.1 + 0.24 * max(height, 5))
-    parts = figure.subfigures(1, len(sides), squeeze=False)[0]
-    for part, side in zip(parts, sides):
-        ratios = [len(labels[op]) + 0.4 for op in side]
-        grid = part.subplots(len(side), 1, squeeze=False, height_ratios=ratios, sharex=True)[:, 0]
-        for axes, op in zip(grid, side):
-            _panel(axes, data[data["op"] == op], labels[op], column)
-            axes.set_title(op, loc="left", fontweight="bold")
-    names = [name for name in STYLES if name in set(data["impl"])] + sorted(set(data["impl"]) - set(STYLES))
-    handles = [_handle(marker=marker, color=color, label=name) for name in names for color, marker, _ in [_look(name)]]
-    if set(data["l2"].dropna()) == {"warm", "cold"}:
-        handles.append(_handle(marker="o", mfc="white", mec="#444444", label="hollow: data in the L2 cache"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+def _dots(data: pd.DataFrame, column: str, limit: float) -> Figure:
+    """A panel per operation and a line per shape, with the limit as a line across all of them."""
+    data = data.assign(label=[row_label(row) for _, row in data.iterrows()])
+    looks = style.strategy_styles(list(dict.fromkeys(data["impl"])))
+    panels = list(data.groupby("op", sort=False))
+    lines = [rows["label"].nunique() + 0.6 for _, rows in panels]
+    figure = style.new_figure(1.5 + 0.22 * sum(lines) + 0.25 * len(lines))
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=lines, sharex=True)[:, 0]
+    for axes, (operation, rows) in zip(grid, panels):
+        place, labels = pd.factorize(rows["label"])
+        for (name, warm), marks in rows.assign(place=place).groupby(["impl", rows["l2"] == "warm"], sort=False):
+            color, marker = looks[name]
+            text, face = (f"{name}, data in the L2 cache", "white") if warm else (name, color)
+            (drawn,) = axes.plot(
+                marks[column], marks["place"], marker, color=color, mfc=face, mew=1.4, ms=7, label=text
+            )
+            drawn.set(clip_on=False, zorder=3, alpha=0.9)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_title(operation, loc="left", fontweight="bold")
+        axes.axvline(limit, color=LIMIT_COLOR, lw=1.0, zorder=1)
+    _legend(figure, columns=6)
     return figure
-
-
-def _split(heights: dict[str, float]) -> list[list[str]]:
-    """Operations in order, cut where the halves differ least; one column where there is one operation."""
-    names = list(heights)
-    if len(names) < 2:
-        return [names]
-    total = sum(heights.values())
-    cut = min(range(1, len(names)), key=lambda i: abs(total - 2 * sum(heights[name] for name in names[:i])))
-    return [names[:cut], names[cut:]]
-
-
-def _panel(axes: Axes, rows: pd.DataFrame, labels: Sequence[str], column: str) -> None:
-    for _, row in rows.iterrows():
-        color, marker, _ = _look(row["impl"])
-        face = "white" if row["l2"] == "warm" else color
-        y = labels.index(row["label"])
-        axes.plot(row[column], y, marker, ms=7, color=color, mfc=face, mew=1.4, clip_on=False, zorder=3, alpha=0.9)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-
-
-def _look(name: object) -> tuple[str, str, str]:
-    return STYLES.get(str(name), SPARE)
-
-
-def _handle(**options: object) -> Line2D:
-    return Line2D([], [], linestyle="", markersize=7, **options)  # type: ignore[arg-type]
 
 
 # -- block size ------------------------------------------------------------------------------------------------------------
 
 
-def shared_memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+@style.styled()
+def shared_memory(rows: pd.DataFrame) -> Drawn:
     """Shared memory over the kernel block, one panel per operation, with the limit."""
-    figure = style.new_figure(4.4)
-    operations = list(dict.fromkeys(rows["operation"]))
-    grid = figure.subplots(1, len(operations), sharey=True, squeeze=False)[0]
-    for axes, operation in zip(grid, operations):
-        for kind, group in rows[rows["operation"] == operation].groupby("strategy", sort=False):
-            color, marker, name = _look(kind)
-            group = group.sort_values("kernel_block")
-            axes.plot(group["kernel_block"], group["shared_bytes"] / KIB, "-", color=color, lw=1.4, alpha=0.6)
-            for compiled, part in sorted(group.groupby("compiled"), key=lambda pair: not pair[0]):
-                face = color if compiled else "white"
-                label = name if compiled else f"{name}: at least"
-                x, y = part["kernel_block"], part["shared_bytes"] / KIB
-                axes.plot(x, y, marker, ms=7, color=color, mfc=face, mew=1.4, label=label, clip_on=False, zorder=3)
-        axes.axhline(SHARED_MEMORY_LIMIT / KIB, color=LIMIT_COLOR, lw=1.3, label="limit of a Hopper GPU")
-        axes.set_title(operation, loc="left", fontweight="bold")
+    figure, panels = _operations(rows)
+    for axes, here in panels:
+        _lines(axes, here.assign(kib=here["shared_bytes"] / 1024), "kernel_block", "kib", "tokens of a kernel block")
+        bounded = here[~here["compiled"].astype(bool)]
+        axes.plot(
+            bounded["kernel_block"], bounded["shared_bytes"] / 1024, "wo", mec="#444444", zorder=4, label="at least"
+        )
+        axes.axhline(SHARED_MEMORY_LIMIT / 1024, color=LIMIT_COLOR, lw=1.3, label="limit of a Hopper GPU")
         axes.set_yscale("log", base=2)
+        axes.set_ylabel("shared memory of a program (KiB)")
         axes.yaxis.set_major_formatter(COUNT)
         axes.yaxis.set_minor_locator(NullLocator())
-        _block_axis(axes, rows)
-    grid[0].set_ylabel("shared memory of a program (KiB)")
     _legend(figure)
     over = rows[(rows["strategy"] == "page_tiled") & (rows["shared_bytes"] > SHARED_MEMORY_LIMIT)]
     first = over.groupby("operation", sort=False)["kernel_block"].min()
@@ -181,118 +154,91 @@ def shared_memory(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     if len(ours):
         text += f"; an independent one needs {bytes_text(ours.max())} at most"
     style.set_title(figure, text)
-    columns = [
-        "operation",
-        "strategy",
-        "kernel_block",
-        "compiled",
-        "shared_bytes",
-        "registers",
-        "spill_bytes",
-        "overflow",
-    ]
-    return figure, rows[[name for name in columns if name in rows]]
+    more = ["compiled", "shared_bytes", "registers", "spill_bytes", "overflow"]
+    return figure, rows.filter(["operation", "strategy", "kernel_block", *more])
 
 
-def table_cost(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+@style.styled()
+def time(rows: pd.DataFrame) -> Drawn:
+    """Median time over the kernel block, one panel per operation; crosses where a kernel does not fit the device."""
+    figure, panels = _operations(rows)
+    for axes, here in panels:
+        cold = here[here["l2"] != "warm"] if (here["l2"] == "cold").any() else here
+        _lines(axes, cold.dropna(subset="median_ms"), "kernel_block", "median_ms", "tokens of a kernel block")
+        too_large = cold[cold["overflow"].astype(bool)]["kernel_block"]
+        (crosses,) = axes.plot(
+            too_large, [0.96] * len(too_large), "x", ms=9, mew=2, color=LIMIT_COLOR, label="does not fit"
+        )
+        crosses.set_transform(axes.get_xaxis_transform())
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("ms")
+    _legend(figure)
+    ours = rows[rows["strategy"] == "independent"].dropna(subset="median_ms").groupby(["operation", "l2"])["median_ms"]
+    ratio = (ours.max() / ours.min()).max()
+    text = f"The block size changes the time of the independent kernels by a factor of {ratio:.2f} at most"
+    style.set_title(figure, text)
+    more = ["l2", "median_ms", "spread", "overflow"]
+    return figure, rows.filter(["operation", "shape", "strategy", "kernel_block", *more])
+
+
+@style.styled()
+def table_cost(rows: pd.DataFrame) -> Drawn:
     """Host time and bytes of a step's table against length, for the largest batch; a column per geometry."""
     data = rows[rows["batch"] == rows["batch"].max()]
-    geometries = list(dict.fromkeys(zip(data["manager_block"], data["kernel_block"])))
+    data = data.assign(host_us=data["host_s"] * 1e6, table_kib=data["table_bytes"] / 1024)
+    geometries = list(data.groupby(["manager_block", "kernel_block"], sort=False))
     figure = style.new_figure(6.2)
     grid = figure.subplots(2, len(geometries), sharex=True, sharey="row", squeeze=False)
-    for column, (manager, kernel) in enumerate(geometries):
-        part = data[(data["manager_block"] == manager) & (data["kernel_block"] == kernel)]
-        for line, (name, scale, label) in enumerate(
-            [("host_s", 1e-6, "host time of a step (µs)"), ("table_bytes", KIB, "table of a step (KiB)")]
-        ):
-            axes = grid[line, column]
-            for way, (color, marker, dash, text) in WAYS.items():
-                group = part[part["strategy"] == way].sort_values("length")
-                look = {"marker": marker, "color": color, "mec": "white", "mew": 0.5, "lw": 1.5, "clip_on": False}
-                size = 6 if way == "broadcast" else 8
-                axes.plot(group["length"], group[name] / scale, dash, **look, ms=size, label=text)
+    texts = {"host_us": "host time of a step (µs)", "table_kib": "table of a step (KiB)"}
+    for line, (column, text) in zip(grid, texts.items()):
+        for axes, ((manager, kernel), part) in zip(line, geometries):
+            _lines(axes, part, "length", column, "tokens of a request")
+            axes.set_title(f"manager {manager:,.0f} / kernel {kernel:,.0f} tokens", loc="left", fontweight="bold")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(COUNT)
-            axes.yaxis.set_minor_locator(NullLocator())
-            _log2_axis(axes, sorted(set(data["length"])), _tokens)
-            if column == 0:
-                axes.set_ylabel(label)
-        title = f"manager {manager:,.0f} / kernel {kernel:,.0f} tokens"
-        grid[0, column].set_title(title, loc="left", fontweight="bold")
-        grid[1, column].set_xlabel("tokens of a request")
+        line[0].set_ylabel(text)
     _legend(figure)
-    style.set_title(figure, _table_title(data, geometries[0]))
-    columns = ["manager_block", "kernel_block", "batch", "length", "strategy", "host_s", "table_bytes"]
-    return figure, rows[columns]
+    (manager, _), first = geometries[0]
+    longest = first[first["length"] == first["length"].max()].set_index("strategy")
+
+    def cost(way: object) -> str:
+        at = longest.loc[way]
+        return f"{seconds_text(at['host_s'])} and {bytes_text(at['table_bytes'])} a step"
+
+    cheapest = longest.drop("none")["host_s"].idxmin()
+    requests = f"{data['batch'].iloc[0]:,.0f} requests of {longest['length'].iloc[0]:,.0f} tokens"
+    title = f"{requests}, manager blocks of {manager:,.0f}"
+    style.set_title(figure, f"{title}: an expanded table costs {cost(cheapest)}, one that is not {cost('none')}")
+    return figure, rows[["manager_block", "kernel_block", "batch", "length", "strategy", "host_s", "table_bytes"]]
 
 
-def _table_title(data: pd.DataFrame, geometry: tuple[float, float]) -> str:
-    longest = data[data["length"] == data["length"].max()]
-    here = longest[(longest["manager_block"] == geometry[0]) & (longest["kernel_block"] == geometry[1])]
-    by_way = here.set_index("strategy")
-    expanded = min(("loop", "broadcast"), key=lambda way: by_way.loc[way, "host_s"])
-
-    def cost(way: str) -> str:
-        return f"{seconds_text(by_way.loc[way, 'host_s'])} and {bytes_text(by_way.loc[way, 'table_bytes'])} a step"
-
-    return (
-        f"{here['batch'].iloc[0]:,.0f} requests of {here['length'].iloc[0]:,.0f} tokens, manager blocks of "
-        f"{geometry[0]:,.0f}: an expanded table costs "
-        f"{cost(expanded)}, one that is not {cost('none')}"
-    )
+def _operations(rows: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A panel per operation, with the operation's rows."""
+    figure, groups = style.new_figure(4.4), list(rows.groupby("operation", sort=False))
+    grid = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (operation, here) in zip(grid, groups):
+        shapes = here["shape"].dropna() if "shape" in here else []
+        axes.set_title(" ".join([str(operation), *shapes[:1]]), loc="left", fontweight="bold")
+    return figure, [(axes, here) for axes, (_, here) in zip(grid, groups)]
 
 
-def time(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Median time over the kernel block, one panel per operation; crosses where a kernel does not fit the device."""
-    figure = style.new_figure(4.4)
-    operations = list(dict.fromkeys(rows["operation"]))
-    grid = figure.subplots(1, len(operations), squeeze=False)[0]
-    for axes, operation in zip(grid, operations):
-        here = rows[rows["operation"] == operation]
-        cold = here[here["l2"] != "warm"] if (here["l2"] == "cold").any() else here
-        for kind, group in cold.groupby("strategy", sort=False):
-            color, marker, name = _look(kind)
-            group = group.sort_values("kernel_block")
-            done = group.dropna(subset="median_ms")
-            axes.plot(done["kernel_block"], done["median_ms"], "-", marker=marker, ms=7, color=color, label=name)
-            too_large = group[group["overflow"].astype(bool)]["kernel_block"]
-            place = axes.get_xaxis_transform()
-            axes.plot(too_large, np.full(len(too_large), 0.96), "x", ms=9, mew=2, color=color, transform=place)
-        axes.set_ylim(bottom=0)
-        shape = here["shape"].dropna()
-        axes.set_title(f"{operation} {shape.iloc[0] if len(shape) else ''}", loc="left", fontweight="bold")
-        axes.set_ylabel("ms")
-        _block_axis(axes, rows)
-    _legend(figure)
-    done = rows.dropna(subset="median_ms")
-    ours = done[done["strategy"] == "independent"].groupby(["operation", "l2"])["median_ms"]
-    ratios = ours.agg(lambda x: x.max() / x.min())
-    text = "Time over the kernel block"
-    if len(ratios):
-        text = f"The block size changes the time of the independent kernels by a factor of {ratios.max():.2f} at most"
-    style.set_title(figure, text)
-    columns = ["operation", "shape", "strategy", "kernel_block", "l2", "median_ms", "spread", "overflow"]
-    return figure, rows[[name for name in columns if name in rows]]
-
-
-def _block_axis(axes: Axes, rows: pd.DataFrame) -> None:
-    _log2_axis(axes, sorted(set(rows["kernel_block"])), lambda size: f"{size:,.0f}")
-    axes.set_xlabel("tokens of a kernel block")
-
-
-def _log2_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+def _lines(axes: Axes, rows: pd.DataFrame, x: str, y: str, x_label: str) -> None:
+    """A line per implementation over powers of two."""
+    looks = style.strategy_styles([*NAMES, *sorted(set(rows["strategy"]) - set(NAMES))])  # the same in every panel
+    for i, (name, group) in enumerate(rows.sort_values(x).groupby("strategy", sort=False)):
+        color, marker = looks[name]
+        line = style.line_style(i, str(name))
+        axes.plot(group[x], group[y], marker=marker, color=color, ms=7, label=NAMES.get(str(name), str(name)), **line)
+    ticks = sorted(set(rows[x]))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(values, [text(value) for value in values])
+    axes.set_xticks(ticks, [f"{size / 1024:,.0f}k" if size % 1024 == 0 else f"{size:,.0f}" for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(x_label)
 
 
-def _legend(figure: Figure) -> None:
+def _legend(figure: Figure, columns: int = 4) -> None:
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found = dict(zip(labels, handles)) | found
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=len(found))
-
-
-def _tokens(value: float) -> str:
-    return f"{value / 1024:,.0f}k" if value >= 1024 and value % 1024 == 0 else f"{value:,.0f}"
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(len(found), columns))

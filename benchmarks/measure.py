@@ -8,7 +8,7 @@ import torch
 from benchmarks import attention, copies, gated_delta_net
 from benchmarks.block_tables import expansions
 from benchmarks.case import Case
-from benchmarks.processes import Row, isolated
+from benchmarks.processes import Row, describe, isolated
 from benchmarks.timing import Ceilings, Timing, measure_ceilings, time_launches
 from benchmarks.work import Implementation, Setup, Work
 
@@ -167,11 +167,6 @@ def blank(case: Case, name: str) -> Row:
 def failed(case: Case, text: str, name: str = "all") -> Row:
     """The row of an implementation (or of all of a case) that gave no time."""
     return {**blank(case, name), "error": text[:ERROR_CHARS]}
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def compile_case(case: Case, builder: Builder | None = None) -> None:

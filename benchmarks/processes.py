@@ -14,12 +14,17 @@ Found = TypeVar("Found")
 Row = dict[str, Any]
 Work = Callable[[Any], Iterator[Row]]
 
+START_S = 120.0
+"""Seconds that a process may take to start."""
 JOIN_S = 10.0
 
 
-def isolated(
-    work: Work, items: Sequence[Any], failed: Callable[[Any, str], Row], *, limit_s: float, start_s: float = 120.0
-) -> Iterator[Row]:
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def isolated(work: Work, items: Sequence[Any], failed: Callable[[Any, str], Row], *, limit_s: float) -> Iterator[Row]:
     """Rows of ``work(item)`` for every item, as they come. The items share one process until one ends it; then the others
     get a new one.
 
@@ -27,42 +32,37 @@ def isolated(
         work: can be pickled (a module's function, a method of a plain object); gives rows that can be.
         failed: the row of an item that raised, crashed its process or was stopped, given why.
         limit_s: seconds that may pass between two rows of an item before its process is stopped.
-        start_s: seconds that a process may take to start.
     """
-    context = multiprocessing.get_context("spawn")
-    left = list(items)
+    context, left = multiprocessing.get_context("spawn"), list(items)
     while left:
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_serve, args=(work, left, theirs), daemon=True)
         process.start()
         theirs.close()
-        done, limit = 0, start_s
+        limit, reason = START_S, ""
         try:
-            while True:
+            while left and not reason:
                 if not ours.poll(limit):
-                    yield failed(left[done], f"stopped: no answer within {limit:.0f} s")
-                    break
+                    reason = f"stopped: no answer within {limit:.0f} s"
+                    continue
                 kind, value = ours.recv()
                 limit = limit_s
                 if kind == "row":
                     yield value
                 elif kind == "done":
-                    done += 1
-                    if done == len(left):
-                        return
+                    left.pop(0)
                 elif kind == "failed":
-                    yield failed(left[done], value)
-                    break
+                    reason = value
         except EOFError:
             process.join(JOIN_S)
-            yield failed(left[done], f"its process ended with status {process.exitcode}")
+            reason = f"its process ended with status {process.exitcode}"
         finally:
             ours.close()
-            if process.is_alive():
-                process.join(JOIN_S if done == len(left) else 0)
-                process.kill()
-                process.join(JOIN_S)
-        left = left[done + 1 :]
+            process.join(0 if left else JOIN_S)
+            process.kill()
+            process.join(JOIN_S)
+        if reason:
+            yield failed(left.pop(0), reason)
 
 
 def _serve(work: Work, items: Sequence[Any], connection: Connection) -> None:
@@ -73,7 +73,7 @@ def _serve(work: Work, items: Sequence[Any], connection: Connection) -> None:
             for row in work(item):
                 connection.send(("row", row))
         except Exception as error:
-            connection.send(("failed", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+            connection.send(("failed", describe(error)))
             return
         connection.send(("done", None))
 
@@ -87,9 +87,7 @@ def each_in_parallel(
         function: a module's function, or a ``partial`` of one.
         workers: processes; most of the machine's cores where None.
     """
-    workers = min(workers or max((os.cpu_count() or 1) - 2, 1), len(items))
-    if not items:
-        return
+    workers = workers or max((os.cpu_count() or 1) - 2, 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in [pool.submit(function, item) for item in items]:
             try:
@@ -99,15 +97,7 @@ def each_in_parallel(
 
 
 def in_parallel(launch: Callable[[Item], None], items: Sequence[Item], workers: int | None = None) -> list[str]:
-    """``launch(item)`` for every item, in new processes. Returns what failed, one line each: a kernel that does not build
-    fails again where it is measured, and is reported there.
-
-    Args:
-        launch: compiles, best by launching on small inputs.
-        workers: as of :func:`each_in_parallel`.
-    """
-    return [
-        f"{item}: {type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        for item, error in zip(items, each_in_parallel(launch, items, workers))
-        if isinstance(error, Exception)
-    ]
+    """``launch(item)``, which compiles, for every item in new processes. Returns what failed, one line each: a kernel that
+    does not build fails again where it is measured, and is reported there."""
+    found = zip(items, each_in_parallel(launch, items, workers))
+    return [f"{item}: {describe(error)}"[:400] for item, error in found if isinstance(error, Exception)]

@@ -10,15 +10,30 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from hybridcache.observe.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of a script's arguments whose help is the script's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def keep(path: Path | None, **found: Any) -> None:
+    """Write a record: this process's environment, then what was found. No path, no record."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"environment": environment(), **found}, indent=1, default=str) + "\n")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--name", required=True, help="of the record, e.g. shared_pool-h100")
     parser.add_argument("--to", type=Path, default=RESULTS, help="folder of the record")
@@ -27,24 +42,13 @@ def main() -> None:
     for file in ("results.parquet", "environment.json"):
         if not (args.run_dir / file).exists():
             sys.exit(f"error: run_dir={str(args.run_dir)!r}: has no {file}; give a finished run's directory")
-    rows = pd.read_parquet(args.run_dir / "results.parquet")
-    record = {
-        "environment": json.loads((args.run_dir / "environment.json").read_text()),
-        "results": [
-            {name: value for name, value in row.items() if value is not None}
-            for row in json.loads(rows.to_json(orient="records"))
-        ],
-    }
-    args.to.mkdir(parents=True, exist_ok=True)
-    target = args.to / f"{args.name}.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(target)
-    for name in args.figures:
-        for suffix in (".png", ".csv"):
-            copied = ROOT / "docs" / "figures" / f"{name}{suffix}"
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(args.run_dir / "figures" / f"{name}{suffix}", copied)
-            print(copied.relative_to(ROOT))
+    rows = json.loads(pd.read_parquet(args.run_dir / "results.parquet").to_json(orient="records"))
+    results = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    ran_in = json.loads((args.run_dir / "environment.json").read_text())
+    keep(args.to / f"{args.name}.json", environment=ran_in, results=results)
+    print(args.to / f"{args.name}.json")
+    for name in (f"{figure}{suffix}" for figure in args.figures for suffix in (".png", ".csv")):
+        print(shutil.copyfile(args.run_dir / "figures" / name, ROOT / "docs" / "figures" / name).relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
-from rich import box
-from rich.table import Table
 
 from benchmarks import block_size, kernel_figures
 from benchmarks.block_tables import WAYS, measure_table
-from benchmarks.measure import Bench, Row, describe, failed
-from benchmarks.processes import each_in_parallel, in_parallel, isolated
+from benchmarks.kernel_figures import cell
+from benchmarks.measure import Bench, Row, failed
+from benchmarks.processes import describe, each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
@@ -30,8 +29,7 @@ from experiments.lib.settings import Common
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
-from hybridcache.observe.report import style
-from hybridcache.observe.report.page import Section, save_picture, write_page
+from hybridcache.observe.report.page import Section, save_picture
 from hybridcache.observe.report.units import bytes_text, seconds_text
 
 Rows = Iterator[Row]
@@ -85,7 +83,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     device_text = device_name() if device.type == "cuda" else "cpu"
     phases: dict[str, tuple[int, Callable[[], Rows]]] = {
         "resources": (2 * len(settings["operations"]) * len(settings["blocks"]), lambda: _resources(settings)),
-        "tables": (_table_count(settings["tables"]), lambda: _tables(settings["tables"], cfg.seed)),
+        "tables": (len(_table_points(settings["tables"])), lambda: _tables(settings["tables"], cfg.seed)),
     }
     if device.type == "cuda":
         timed = list(_timed(settings))
@@ -138,9 +136,8 @@ def _resources(settings: dict[str, Any]) -> Rows:
     compiled = [
         (op, size, kind) for op, size, kind in points if kind == "independent" or size <= settings["compile_up_to"]
     ]
-    # Where the machine has cores to spare, side by side; on CUDA the kernels that are timed later then lie in Triton's cache.
-    spare = (os.cpu_count() or 1) // 2
-    found = each_in_parallel(_compile, compiled, spare) if spare > 1 else map(_compile_here, compiled)
+    # Side by side; on CUDA the kernels that are timed later then lie in Triton's cache.
+    found = each_in_parallel(_compile, compiled, max((os.cpu_count() or 1) // 2, 1))
     for operation, size, kind in points:
         row: Row = {"strategy": kind, "workload": f"{operation} kb={size}", "operation": operation}
         row |= {"kernel_block": size, "compiled": (operation, size, kind) in compiled}
@@ -160,21 +157,13 @@ def _compile(point: tuple[str, int, str]) -> Resources:
     return block_size.resources(kind, operation, size)
 
 
-def _compile_here(point: tuple[str, int, str]) -> Resources | Exception:
-    try:
-        return _compile(point)
-    except Exception as error:  # one kernel must not hide the others; its row says what happened
-        return error
-
-
-def _table_count(tables: Any) -> int:
-    return len(tables["geometries"]) * len(tables["batches"]) * len(tables["lengths"]) * len(WAYS)
+def _table_points(tables: Any) -> list[tuple[Any, ...]]:
+    return list(itertools.product(tables["geometries"], tables["batches"], tables["lengths"], WAYS))
 
 
 def _tables(tables: Any, seed: int) -> Rows:
     generator = np.random.default_rng(seed)
-    points = itertools.product(tables["geometries"], tables["batches"], tables["lengths"], WAYS)
-    for (manager, kernel), batch, length, way in points:
+    for (manager, kernel), batch, length, way in _table_points(tables):
         seconds, num_bytes = measure_table(way, batch, length, manager, kernel, generator)
         place = {"manager_block": manager, "kernel_block": kernel, "batch": batch, "length": length}
         text = f"manager={manager} kernel={kernel} batch={batch} length={length}"
@@ -205,29 +194,44 @@ def _times(timed: list[block_size.Timed], setup: Setup, limit_s: float) -> Rows:
 
 # -- tables, figures, page ---------------------------------------------------------------------------------------------
 
+ABOUT = (
+    "A manager block is what memory is allotted in; a kernel block is what kernels address. Where they are one, a larger "
+    "manager block (one that holds a recurrent state) makes kernels whose tile is the page need more shared memory than "
+    "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is."
+)
+CAPTIONS = {
+    "shared_memory": "Shared memory of one program over the tokens of a kernel block; the line is the limit of "
+    f"{SHARED_MEMORY_LIMIT:,} B. White: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query "
+    "and 2 KV heads.",
+    "time": "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is.",
+    "table_cost": "Host time to build one step's table of the largest batch, and its bytes, which are copied to the device.",
+}
+WAYS_TEXT = (
+    "The smallest and the largest batch and length; results.parquet has all. loop: requests expanded one after another; "
+    "broadcast: the batch at once; none: kernels read the table of manager blocks."
+)
+
 
 def _show(results: pd.DataFrame, run_dir: Path) -> None:
+    """Print, draw and write what every phase found: its section, and the figure of its rows that have a value."""
     sections = []
-    for phase, make in {"resources": _resource_section, "time": _time_section, "tables": _table_section}.items():
-        rows = results[results["phase"] == phase].dropna(axis=1, how="all")
-        if not rows.empty:
-            sections.append(make(rows, run_dir / "figures"))
-    for section in sections:
-        table = Table(title=section.title, box=box.SIMPLE_HEAD)
-        for heading in section.headings:
-            table.add_column(heading, justify="left" if heading in ("kernel", "operation", "way") else "right")
-        for cells in section.rows:
-            table.add_row(*cells)
-        CONSOLE.print(table)
-    about = [
-        "A manager block is what memory is allotted in; a kernel block is what kernels address. Where they are one, a larger "
-        "manager block (one that holds a recurrent state) makes kernels whose tile is the page need more shared memory than "
-        "there is. Where they differ, either the table is expanded on the host, or the kernels read it as it is."
-    ]
-    write_page(run_dir, "Kernel block size", about, sections)
+    for phase, make, value, draw in (
+        ("resources", _resource_section, "shared_bytes", kernel_figures.shared_memory),
+        ("time", _time_section, "median_ms", kernel_figures.time),
+        ("tables", _table_section, "host_s", kernel_figures.table_cost),
+    ):
+        rows = results[results["phase"] == phase]
+        if rows.empty:
+            continue
+        sections.append(section := make(rows))
+        if rows.get(value, pd.Series(dtype=float)).notna().any():
+            figure, data = draw(rows.dropna(subset=value) if phase == "resources" else rows)
+            name = draw.__name__
+            section.figures.append(save_picture(run_dir / "figures", name, figure, data, CAPTIONS[name]))
+    kernel_figures.show(CONSOLE, run_dir, "Kernel block size", [ABOUT], sections)
 
 
-def _resource_section(rows: pd.DataFrame, folder: Path) -> Section:
+def _resource_section(rows: pd.DataFrame) -> Section:
     headings = ("operation", "kernel", "block", "shared memory, B", "of the limit", "registers", "spills, B")
     section = Section("Resources of a program (sm_90)", headings=headings)
     for _, row in rows.iterrows():
@@ -237,64 +241,29 @@ def _resource_section(rows: pd.DataFrame, folder: Path) -> Section:
             continue
         shared = f"{'' if row['compiled'] else 'at least '}{row['shared_bytes']:,.0f}"
         share = f"{row['shared_bytes'] / SHARED_MEMORY_LIMIT:.0%}{' overflow' if row['overflow'] else ''}"
-        section.rows.append([*start, shared, share, _count(row.get("registers")), _count(row.get("spill_bytes"))])
-    known = rows.dropna(subset="shared_bytes") if "shared_bytes" in rows else rows.iloc[:0]
-    if not known.empty:
-        caption = (
-            f"Shared memory of one program over the tokens of a kernel block; the line is the limit of {SHARED_MEMORY_LIMIT:,} "
-            "B. Hollow: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query and 2 KV heads."
-        )
-        _draw(section, folder, "shared_memory", kernel_figures.shared_memory, known, caption)
+        counts = [cell(row.get(name), ",.0f") for name in ("registers", "spill_bytes")]
+        section.rows.append([*start, shared, share, *counts])
     return section
 
 
-def _time_section(rows: pd.DataFrame, folder: Path) -> Section:
-    headings = ("operation", "kernel", "block", "L2", "ms", "±", "GB/s", "TFLOP/s", "rel error", "note")
-    section = Section("Time", headings=headings)
+def _time_section(rows: pd.DataFrame) -> Section:
+    forms = {"L2": ("l2", ""), "ms": ("median_ms", ".4f"), "±": ("spread", ".0%"), "GB/s": ("gbps", ",.0f")}
+    forms |= {"TFLOP/s": ("tflops", ",.1f"), "rel error": ("rel_error", ".1e")}
+    section = Section("Time", headings=("operation", "kernel", "block", *forms, "note"))
     for _, row in rows.iterrows():
-        start = [row["workload"], row["strategy"], str(row["kernel_block"])]
-        if pd.isna(row.get("median_ms")):
-            note = "needs too much shared memory" if row["overflow"] else row["error"]
-            section.rows.append([*start, *["-"] * 6, note])
-            continue
-        times = [str(row["l2"]), f"{row['median_ms']:.4f}", f"{row['spread']:.0%}"]
-        section.rows.append(
-            [*start, *times, f"{row['gbps']:,.0f}", f"{row['tflops']:,.1f}", f"{row['rel_error']:.1e}", ""]
-        )
-    if "median_ms" in rows:
-        caption = "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is."
-        _draw(section, folder, "time", kernel_figures.time, rows, caption)
+        note = "needs too much shared memory" if row["overflow"] else cell(row.get("error"))
+        cells = [cell(row.get(name), form) for name, form in forms.values()]
+        section.rows.append([row["workload"], row["strategy"], f"{row['kernel_block']:.0f}", *cells, note])
     return section
 
 
-def _table_section(rows: pd.DataFrame, folder: Path) -> Section:
+def _table_section(rows: pd.DataFrame) -> Section:
     headings = ("way", "manager / kernel", "requests", "tokens", "host time", "table")
-    section = Section("Tables of a step", headings=headings)
+    section = Section("Tables of a step", [WAYS_TEXT], headings=headings)
     ends = {name: [rows[name].min(), rows[name].max()] for name in ("batch", "length")}
     for _, row in rows[rows["batch"].isin(ends["batch"]) & rows["length"].isin(ends["length"])].iterrows():
         geometry = f"{row['manager_block']:.0f} / {row['kernel_block']:.0f}"
         sizes = [f"{row['batch']:,.0f}", f"{row['length']:,.0f}"]
         cost = [seconds_text(row["host_s"]), bytes_text(row["table_bytes"])]
         section.rows.append([row["strategy"], geometry, *sizes, *cost])
-    section.texts = [f"The smallest and the largest batch and length; results.parquet has all. {WAYS_TEXT}"]
-    caption = (
-        "Host time to build one step's table of the largest batch, and its bytes, which are then copied to the device."
-    )
-    _draw(section, folder, "table_cost", kernel_figures.table_cost, rows, caption)
     return section
-
-
-def _draw(section: Section, folder: Path, name: str, draw: Any, rows: pd.DataFrame, caption: str) -> None:
-    with style.styled():
-        figure, data = draw(rows)
-        section.figures.append(save_picture(folder, name, figure, data, caption))
-
-
-WAYS_TEXT = (
-    "loop: requests expanded one after another; broadcast: the batch at once; "
-    "none: kernels read the table of manager blocks."
-)
-
-
-def _count(value: Any) -> str:
-    return "-" if value is None or pd.isna(value) else f"{value:,.0f}"

@@ -10,7 +10,7 @@ running.
 
 Racecheck reports hazards in what Triton generates for ``gl.warp_specialize``: the dispatching warps' command bytes and captured
 arguments in shared memory, between the kernel's ``def`` line and the call. Findings on those lines alone are counted as
-``dispatch``. They are no failure where the very PTX that ran proves them false (``benchmarks.checks.dispatch``): a barrier of
+``dispatch``. They are no failure where the very PTX that ran proves them false (``tests/dispatch_proof.py``): a barrier of
 all threads stands between every such write and read. Any location beside them is a failure, as is a proof that does not hold.
 
 Exit status 1: a finding, a kernel that did not finish, a report without a summary, or a planted fault that was not
@@ -18,7 +18,6 @@ found.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -26,22 +25,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import triton
 
-from benchmarks.checks.dispatch import unordered
-from benchmarks.checks.once import PLANTED, here, launch
-from benchmarks.processes import in_parallel
-from hybridcache.observe.environment import environment
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from dispatch_proof import unordered  # noqa: E402
+from kernels_once import PLANTED, here, launch  # noqa: E402
+
+from benchmarks.processes import describe, in_parallel  # noqa: E402
+from benchmarks.record import arguments, keep  # noqa: E402
+
 TOOLS = ("memcheck", "racecheck")
 REST = "(unattributed)"
 MARK = "SANITIZE"
@@ -54,13 +56,8 @@ SUMMARY = {
 }
 """Errors and warnings in all."""
 NO_FINDING = (
-    "COMPUTE-SANITIZER",
-    "ERROR SUMMARY",
-    "RACECHECK SUMMARY",
-    "LEAK SUMMARY",
-    "Target application",
-    "Process ID",
-)
+    "COMPUTE-SANITIZER", "ERROR SUMMARY", "RACECHECK SUMMARY", "LEAK SUMMARY", "Target application", "Process ID", "Info",
+)  # fmt: skip
 
 
 def launch_all(names: list[str]) -> None:
@@ -71,7 +68,7 @@ def launch_all(names: list[str]) -> None:
         try:
             launch(name)
         except Exception as error:
-            print(f"{MARK} error {type(error).__name__}: {' '.join(str(error).split())[:MESSAGE_CHARS]}", flush=True)
+            print(f"{MARK} error {describe(error)[:MESSAGE_CHARS]}", flush=True)
         time.sleep(SETTLE_S)
         print(f"{MARK} end {time.perf_counter() - started:.3f}", flush=True)
 
@@ -83,24 +80,50 @@ def launch_all(names: list[str]) -> None:
 class Found:
     """What one tool finds of one kernel."""
 
-    errors: int = 0
-    warnings: int = 0
-    dispatch: int = 0
-    """Those of ``errors`` with no location outside Triton's dispatch of warps."""
-    dispatched: list[str] = field(default_factory=list)
-    """Kernels that those name."""
     seconds: float | None = None
     failure: str | None = None
     messages: list[str] = field(default_factory=list)
+    """One per finding, its lines joined."""
+    more_errors: int = 0
+    more_warnings: int = 0
+    """Those that the summary counts and no message shows."""
+
+    @property
+    def warnings(self) -> int:
+        return sum(message.startswith("Warning") for message in self.messages) + self.more_warnings
+
+    @property
+    def errors(self) -> int:
+        return sum(not message.startswith("Warning") for message in self.messages) + self.more_errors
+
+    @property
+    def dispatched(self) -> list[str]:
+        """Kernels that findings name of which no location lies outside Triton's dispatch of warps."""
+        return sorted({kernel for message in self._dispatch for kernel, *_ in PLACE.findall(message)})
+
+    @property
+    def dispatch(self) -> int:
+        """Those findings."""
+        return len(self._dispatch)
+
+    @property
+    def _dispatch(self) -> list[str]:
+        return [message for message in self.messages if message.startswith("Error") and is_dispatch(message)]
+
+    def record(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("errors", "warnings", "dispatch", "dispatched")}
+        messages = [message[:MESSAGE_CHARS] for message in self.messages[:MESSAGES]]
+        return {**counts, "seconds": self.seconds, "failure": self.failure, "messages": messages}
 
 
 PLACE = re.compile(r"(\w+)\+0x[0-9a-f]+ in (\S+\.py):(\d+)")
 
 
-def is_dispatch(line: str) -> bool:
-    """Whether every location that a line of a report names is the ``def`` of a kernel or its ``gl.warp_specialize`` call."""
-    places = PLACE.findall(line)
-    return bool(places) and all(re.match(r"def |\s*gl\.warp_specialize\(", _line(*place)) for place in places)
+def is_dispatch(message: str) -> bool:
+    """Whether every location that a finding names is the ``def`` of a kernel or its ``gl.warp_specialize`` call."""
+    places = PLACE.findall(message)
+    lines = [_line(*place) for place in places]
+    return 0 < len(places) == message.count("+0x") and all(re.match(r"def |\s*gl\.warp_specialize\(", x) for x in lines)
 
 
 def _line(kernel: str, file: str, number: str) -> str:
@@ -130,11 +153,9 @@ def disproof(kernel: str, folder: Path) -> list[str]:
 def parse(text: str) -> dict[str, Found]:
     """Findings by kernel, from the marks of :func:`launch_all` and the sanitizer's report between them."""
     found: dict[str, Found] = {}
-    name, message = REST, None
-    only_dispatch = False
+    name = REST
     for line in text.splitlines():
-        mark = re.match(rf"{MARK} (begin|end|error) (.*)", line)
-        if mark:
+        if mark := re.match(rf"{MARK} (begin|end|error) (.*)", line):
             kind, value = mark.groups()
             if kind == "begin":
                 name = value
@@ -145,31 +166,14 @@ def parse(text: str) -> dict[str, Found]:
                 found[name].seconds = float(value)
                 name = REST
             continue
-        if not line.startswith("========= "):
-            continue
         body = line.removeprefix("========= ")
-        if not body.strip():
-            continue
-        if body.startswith(" "):
-            if only_dispatch and "+0x" in body and not is_dispatch(body):
-                found[name].dispatch -= 1
-                only_dispatch = False
-            if message is not None and len(message.split(" | ")) < 4:
-                found[name].messages[-1] = message = f"{message} | {body.strip()}"[:MESSAGE_CHARS]
-            continue
-        message, only_dispatch = None, False
-        if body.startswith(NO_FINDING) or "SUMMARY" in body or body.startswith("Info"):
+        if body == line or not body.strip() or body.startswith(NO_FINDING):
             continue
         at = found.setdefault(name, Found())
-        at.warnings += body.startswith("Warning")
-        at.errors += not body.startswith("Warning")
-        only_dispatch = body.startswith("Error") and is_dispatch(body)
-        at.dispatch += only_dispatch
-        if only_dispatch:
-            at.dispatched = sorted({*at.dispatched, *(kernel for kernel, _, _ in PLACE.findall(body))})
-        if len(at.messages) < MESSAGES:
-            at.messages.append(body[:MESSAGE_CHARS])
-            message = at.messages[-1]
+        if not body.startswith(" "):
+            at.messages.append(body)
+        elif at.messages:
+            at.messages[-1] += f" | {body.strip()}"
     return found
 
 
@@ -181,8 +185,8 @@ def add_rest(found: dict[str, Found], tool: str, text: str) -> None:
         rest.failure = rest.failure or "the report has no summary"
         return
     errors, warnings = (int(count or 0) for count in summary.groups())
-    rest.errors = max(errors - sum(f.errors for name, f in found.items() if name != REST), 0)
-    rest.warnings = max(warnings - sum(f.warnings for name, f in found.items() if name != REST), 0)
+    rest.more_errors = max(errors - sum(each.errors for each in found.values()), 0)
+    rest.more_warnings = max(warnings - sum(each.warnings for each in found.values()), 0)
 
 
 def find_sanitizer() -> str:
@@ -250,7 +254,7 @@ def verdict(tool: str, found: dict[str, Found], proven: Container[str] = ()) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--limit-s", type=float, default=50.0, help="seconds for one tool")
@@ -267,40 +271,25 @@ def main() -> int:
     told = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
     version = next((line.strip() for line in told.splitlines() if "ersion" in line), told.strip())
     wrong = [f"without a sanitizer: {line}" for line in in_parallel(launch, here())]
-    compiled = time.perf_counter() - started
+    times = {"compile_seconds": time.perf_counter() - started}
     records: list[dict[str, Any]] = []
-    reports: dict[str, str] = {}
     proofs: dict[str, list[str]] = {}
     for tool in args.tools:
-        found, reports[tool] = sanitize(sanitizer, tool, here(), args.limit_s)
+        found, report = sanitize(sanitizer, tool, here(), args.limit_s)
         kernels = {kernel for at in found.values() for kernel in at.dispatched}
-        against = {kernel: disproof(kernel, Path(triton.knobs.cache.dir)) for kernel in sorted(kernels)}
-        proofs |= against
-        wrong += verdict(tool, found, [kernel for kernel, lines in against.items() if not lines])
-        for name, at in found.items():
-            records.append({"tool": tool, "kernel": name, **vars(at), "version": version})
-            print(
-                f"{tool:10} {name:36} {at.errors:5} errors ({at.dispatch} dispatch) {at.warnings:5} warnings  "
-                f"{at.failure or ''}",
-                flush=True,
-            )
-    result = {
-        "environment": environment(),
-        "version": version,
-        "seconds": time.perf_counter() - started,
-        "compile_seconds": compiled,
-        "wrong": wrong,
-        "dispatch_not_proven_ordered": proofs,
-        "records": records,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for tool, text in reports.items():
-        if any(line.startswith(tool) for line in wrong):
-            args.out.with_suffix(f".{tool}.txt").write_text(text)
-    counts = Counter(record["tool"] for record in records)
+        proofs |= {kernel: disproof(kernel, Path(triton.knobs.cache.dir)) for kernel in sorted(kernels)}
+        lines = verdict(tool, found, [kernel for kernel in kernels if not proofs[kernel]])
+        wrong += lines
+        records += [{"tool": tool, "kernel": name, **at.record(), "version": version} for name, at in found.items()]
+        if lines:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.with_suffix(f".{tool}.txt").write_text(report)
+    times["seconds"] = time.perf_counter() - started
+    keep(args.out, version=version, **times, wrong=wrong, dispatch_not_proven_ordered=proofs, records=records)
+    columns = ["tool", "kernel", "errors", "dispatch", "warnings", "failure"]
+    print(pd.DataFrame(records)[columns].to_string(index=False))
     print("\n".join(wrong) or "nothing found")
-    print(f"{version}; {dict(counts)} records in {result['seconds']:.0f} s: {args.out}")
+    print(f"{version}; {len(records)} records in {times['seconds']:.0f} s: {args.out}")
     return 1 if wrong else 0
 
 

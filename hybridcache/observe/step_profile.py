@@ -17,8 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 OURS: dict[str, str] = {
     "combine_kernel": "attention",
     "hopper_prefill_kernel": "attention",
-    "page_decode_kernel": "attention",
-    "page_prefill_kernel": "attention",
     "shared_decode_kernel": "gated delta net",
     "conv_kernel": "gated delta net",
     "ring_kernel": "gated delta net",

@@ -1,8 +1,7 @@
 """The proof that the dispatch of specialised warps has no race: what it accepts, and what it must not."""
 
 import pytest
-
-from benchmarks.checks.dispatch import dispatch_phases, unordered
+from dispatch_proof import dispatch_phases, unordered
 
 SOURCE = """@gluon.jit
 def kernel(pointer):

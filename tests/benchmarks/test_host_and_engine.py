@@ -44,16 +44,15 @@ def test_percentiles():
     assert percentile([7.0], 0.9) == 7.0
 
 
-@pytest.mark.slow
-def test_launches_of_a_step_that_prefills():
-    """In a process of its own: what Triton compiles there has no device."""
-    pytest.importorskip("triton")
-    options = ["--steps", "2", "--decoding", "2", "--prefilling", "1"]
-    command = [sys.executable, "-m", "benchmarks.host", "launch", *options]
+def test_a_step_is_timed_by_one_command(tmp_path):
+    options = ["--steps", "4", "--running", "3", "--mode", "carve", "--out", str(tmp_path / "host.json")]
+    command = [sys.executable, "-m", "benchmarks.host", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["launches"] > 8 * 5, "every layer launches several kernels"
-    assert found["median_ms"] > 0
+    assert (found["mode"], found["running"]) == ("carve", 3)
+    kept = json.loads((tmp_path / "host.json").read_text())
+    assert kept["median_ms"] == found["median_ms"] > 0
+    assert kept["environment"]["device"]
 
 
 def test_a_mixed_backend_has_what_is_asked_for():

@@ -182,7 +182,8 @@ def test_hazards_in_the_dispatch_of_warps_need_a_proof(script, tmp_path):
 
 
 def test_every_cache_operation_is_launched():
-    from benchmarks.checks.once import KERNELS
+    from kernels_once import KERNELS
+
     from hybridcache.kernels.operations import ATTENTION, STATE
 
     for operation in (*ATTENTION, *STATE, "block_copy", "page_tiled"):

@@ -11,12 +11,12 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
 
+from dispatch_proof import unordered  # noqa: E402
 from test_kernels_compile import TRITON_TYPE, assert_fits, compile_for_hopper, ptxas_report  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from benchmarks.checks.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.devices import warn_once  # noqa: E402
 from hybridcache.kernels.gdn_prefill import hopper_state  # noqa: E402
 from hybridcache.kernels.gdn_prefill import tiles as prefill_tiles  # noqa: E402

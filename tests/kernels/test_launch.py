@@ -10,12 +10,12 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are interpreted in this process", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from no_device import no_device  # noqa: E402
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from benchmarks.host import no_device  # noqa: E402
 from hybridcache.kernels.launch import Launcher, launcher  # noqa: E402
 from hybridcache.observe.compilations import compilations  # noqa: E402
 

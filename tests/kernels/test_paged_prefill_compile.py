@@ -7,6 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from dispatch_proof import unordered  # noqa: E402
 from test_kernels_compile import (  # noqa: E402
     KERNEL_BLOCK_TOKENS,
     TRITON_TYPE,
@@ -17,7 +18,6 @@ from test_kernels_compile import (  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from benchmarks.checks.dispatch import unordered  # noqa: E402
 from hybridcache.kernels.caches import cache_of  # noqa: E402
 from hybridcache.kernels.paged_prefill import hopper, hopper_kernel  # noqa: E402
 from hybridcache.kernels.paged_prefill import triton as paged_prefill  # noqa: E402
