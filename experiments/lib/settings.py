@@ -57,6 +57,19 @@ Device = _section(DeviceSpec)
 
 
 @dataclass
+class RunsModel:
+    """A section of a phase that runs a model. ``auto`` is replaced when the experiment resolves its settings."""
+
+    device: str
+    backend: str
+    attention_backend: str
+    checkpoint: str | None
+    dtype: str
+    repetitions: int
+    cpu_threads: int
+
+
+@dataclass
 class Common:
     """What every experiment reads. A subclass adds a field for each group and key that its experiment reads."""
 
@@ -166,6 +179,11 @@ def _first_line(error: OmegaConfBaseException) -> str:
 def container(cfg: Any) -> dict[str, Any]:
     """Plain values, interpolations resolved."""
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def scheduler_config(cfg: DictConfig) -> SchedulerConfig:
+    """``cfg.engine``, checked."""
+    return SchedulerConfig(**container(cfg.engine))
 
 
 def model_chosen(cfg: DictConfig) -> bool:

@@ -77,6 +77,10 @@ class StrategyChoice:
     def with_options(self, **options: Any) -> "StrategyChoice":
         return replace(self, options={**self.options, **options})
 
+    def labels(self, phase: str, workload: str, repetition: int) -> dict[str, Any]:
+        """What names a result row, and the events behind it."""
+        return {"phase": phase, "strategy": self.label, "workload": workload, "repetition": repetition}
+
     def columns(self) -> dict[str, Any]:
         """The columns of a result row that say which strategy ran."""
         return {

@@ -51,14 +51,8 @@ class SimulationPhase:
         """One row per strategy, stream and repetition."""
         for choice in self.choices:
             for repetition, seed, stream in self.runs:
-                labels = {
-                    "phase": "simulation",
-                    "strategy": choice.label,
-                    "workload": stream.name,
-                    "repetition": repetition,
-                }
                 strategy = choice.build(self.memory)
-                recorder = Recorder(labels, events)
+                recorder = Recorder(choice.labels("simulation", stream.name, repetition), events)
                 result = simulate(stream, strategy, self.scheduler, self.cost_model, recorder)
                 yield {
                     **recorder.finish(result.sequences, strategy, result.refused_requests),
