@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from hybridcache.engine.sequence import Sequence
 
 MAX_SAMPLES = 400
-MAX_MAPS = 400
+MAX_MAPS = 200
+"""Columns of a pool map: a panel of the figure is some 500 pixels wide, and a map is dear."""
 
 BYTES = ("useful_bytes", "padding_bytes", "reserved_bytes", "cached_bytes", "free_bytes", "state_bytes", "kv_bytes")
 SAMPLED = (*BYTES, "running", "waiting")

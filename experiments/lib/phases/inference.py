@@ -22,7 +22,7 @@ AUTO: dict[str, dict[str, Any]] = {
         "budget_requests": 4.0,
         "num_requests": 24,
         "max_prompt": 160,
-        "max_output": 96,
+        "max_output": 64,
         "max_tokens_per_step": 128,
     },
     "cuda": {
