@@ -18,7 +18,7 @@ from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.phases.capacity import capacity_rows
 from experiments.lib.phases.simulation import SimulationPhase
 from experiments.lib.printed_tables import print_capacity, print_runs
-from experiments.lib.settings import container, model_chosen, scheduler_config
+from experiments.lib.settings import container, model_chosen, resolve_model, scheduler_config, spec_of
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, choose_strategies
 from experiments.lib.streams import make_streams, workload_target
@@ -26,9 +26,7 @@ from hybridcache.errors import bad
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.report import write_report
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, least_ranks
-from hybridcache.spec import CacheSpec
 from hybridcache.workloads import Workload, takes_seed
-from models.configs import shipped_fields
 
 PHASES = ("capacity", "simulation", "inference")
 MODEL = "qwen3_next_80b_a3b"
@@ -134,15 +132,12 @@ def resolve(cfg: DictConfig) -> DictConfig:
 
 def _resolve_geometry(cfg: DictConfig) -> None:
     """The model, dtypes and machine of capacity and simulation."""
-    if not model_chosen(cfg):
-        cfg.model = {"name": MODEL, "hf_config": shipped_fields(MODEL)}
-    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
-    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+    resolve_model(cfg, MODEL)
     if cfg.tp_size == "auto":
         cfg.tp_size = least_ranks(container(cfg.model.hf_config), DeviceSpec(**container(cfg.device)))
     if isinstance(cfg.tp_size, str):
         raise bad("tp_size", cfg.tp_size, "give the number of tensor-parallel ranks, or auto")
-    spec = _spec(cfg)
+    spec = spec_of(cfg)
     cfg.kv_dtype = spec.attention.dtype if spec.attention else cfg.kv_dtype
     cfg.state_dtype = spec.state.recurrent_dtype if spec.state else cfg.state_dtype
 
@@ -241,13 +236,7 @@ def _cost_model(cfg: DictConfig, memory: CacheMemory) -> CostModel:
 
 def _memory(cfg: DictConfig, budget_gib: float) -> CacheMemory:
     longest = cfg.model.hf_config.get("max_position_embeddings")
-    return CacheMemory(_spec(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
-
-
-def _spec(cfg: DictConfig) -> CacheSpec:
-    return CacheSpec.from_config(
-        container(cfg.model.hf_config), kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size
-    )
+    return CacheMemory(spec_of(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
 
 
 def _check_tokens(results: pd.DataFrame) -> None:

@@ -106,7 +106,7 @@ class InferencePhase(ModelPhase):
                     engine = self._run(choice, stream, recorder)
                     yield {
                         **recorder.finish(engine.sequences, engine.strategy),
-                        **self.columns(self.cache, engine.backend.launches, engine.backend.name),
+                        **self.columns(engine.backend.launches, engine.backend.name),
                         **choice.columns(),
                         **offered(stream, len(list(engine.sequences))),
                     }

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from experiments.lib.settings import container, model_chosen, scheduler_config
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
-from experiments.lib.strategy_choices import CacheMemory, StrategyChoice
+from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, cache_columns
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sequence import Sequence as EngineSequence
 from hybridcache.errors import bad
@@ -123,10 +123,10 @@ class ModelPhase:
         backend = make_backend(self.settings.backend, self.settings.device, self.settings.attention_backend)
         return Engine(self.model, choice.build(memory, physical=True), self.scheduler, backend, recorder=recorder)
 
-    def columns(self, memory: CacheMemory, launches: Mapping[str, int], backend: str) -> dict[str, Any]:
+    def columns(self, launches: Mapping[str, int], backend: str) -> dict[str, Any]:
         """The columns of a result row that say which code ran, on what, in which precision."""
         return {
-            **memory.columns(),
+            **cache_columns(self.spec),
             "model": self.settings.model,
             "seed": self.seed,
             "device": device_name() if self.on_cuda else "cpu",

@@ -170,7 +170,7 @@ class ServingPhase(ModelPhase):
         return {
             **row,
             **memory,
-            **self.columns(self.cache, launches, engine.backend.name),
+            **self.columns(launches, engine.backend.name),
             **choice.columns(),
             **offered(workload, len(sequences)),
         }
