@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from omegaconf import DictConfig
 from rich import box
@@ -17,19 +15,18 @@ from rich.table import Table
 
 from experiments.lib import settings
 from experiments.lib.harness import CONSOLE, write_results
-from experiments.lib.settings import container, model_chosen
+from experiments.lib.settings import resolve_model, spec_of
+from experiments.lib.strategy_choices import cache_columns
 from hybridcache.errors import bad
 from hybridcache.memory.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
 from hybridcache.observe.report import style
-from hybridcache.observe.report.units import byte_unit, bytes_text
+from hybridcache.observe.report.page import save_picture
+from hybridcache.observe.report.units import byte_unit, bytes_text, plural
 from hybridcache.spec import CacheSpec
-from models.configs import shipped_fields
 
 MIB = 1 << 20
 COLORS = dict(zip(KERNEL_BLOCK_TOKENS, ("#0072B2", "#009E73", "#E69F00", "#CC79A7"), strict=True))
 MARKERS = dict(zip(KERNEL_BLOCK_TOKENS, "os^D", strict=True))
-
-
 MODEL = "qwen3_next_80b_a3b"
 """The model where none was chosen."""
 
@@ -53,15 +50,12 @@ class Config(settings.Common):
 
 def resolve(cfg: DictConfig) -> DictConfig:
     """The settings with every ``auto`` replaced."""
-    if not model_chosen(cfg):
-        cfg.model = {"name": MODEL, "hf_config": shipped_fields(MODEL)}
-    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
-    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+    resolve_model(cfg, MODEL)
     return cfg
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
-    """Write ``geometry.csv``, ``results.parquet`` (the same table) and ``figures/geometry_padding.{png,csv}``; print the
+    """Write ``geometry.csv``, ``results.parquet`` (the same table) and ``figures/geometry_padding.{png,pdf,csv}``; print the
     best candidates.
 
     Reads ``cfg.model``, ``cfg.kv_dtype``, ``cfg.state_dtype``, ``cfg.tp_size``, ``cfg.geometry.top`` and
@@ -77,13 +71,13 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     top = cfg.geometry.top
     if not isinstance(top, int) or top < 1:
         raise bad("geometry.top", top, "give the number of candidates to print, 1 or more")
-    fields = container(cfg.model.hf_config)
-    spec = CacheSpec.from_config(fields, kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size)
+    spec = spec_of(cfg)
     rows = [_row(cfg, spec, found, rank, lengths) for rank, found in enumerate(plan(spec), start=1)]
     run_dir.mkdir(parents=True, exist_ok=True)
     results = write_results(rows, run_dir)
     results.to_csv(run_dir / "geometry.csv", index=False)
-    _draw(results, run_dir / "figures")
+    figure, shown = _draw(results)
+    save_picture(run_dir / "figures", "geometry_padding", figure, shown, caption="")
     CONSOLE.print(_table(results.head(top), spec, lengths))
     return results
 
@@ -106,10 +100,9 @@ def _row(cfg: DictConfig, spec: CacheSpec, found: Geometry, rank: int, lengths: 
         "strategy": f"kb{kb}-m{m}-n{n}",
         "workload": f"{spec.model_type}-tp{spec.tp_size}",
         "repetition": 0,
+        "device": "accounting",
         "model": cfg.model.name,
-        "kv_dtype": spec.attention.dtype if spec.attention else None,
-        "state_dtype": spec.state.recurrent_dtype if spec.state else None,
-        "tp_size": spec.tp_size,
+        **cache_columns(spec),
         "rank": rank,
         "kernel_block_tokens": kb,
         "kernel_blocks_per_manager_block": m,
@@ -142,16 +135,14 @@ def _table(rows: pd.DataFrame, spec: CacheSpec, lengths: list[int]) -> Table:
         table.add_column(f"blocks at {length:,}", justify="right")
         table.add_column(f"MiB at {length:,}", justify="right")
     for _, row in rows.iterrows():
-        cells = [
-            str(row["rank"]),
-            str(row.kernel_block_tokens),
-            str(row.kernel_blocks_per_manager_block),
-            str(row.states_per_manager_block),
-            f"{row.manager_block_bytes:,}",
-            f"{row.manager_block_tokens:,}",
-            f"{row.state_padding_percent:.2f}",
-            f"{row.expected_waste_bytes / MIB:.2f}",
-        ]
+        counts = (
+            row["rank"],
+            row.kernel_block_tokens,
+            row.kernel_blocks_per_manager_block,
+            row.states_per_manager_block,
+        )
+        cells = [*map(str, counts), f"{row.manager_block_bytes:,}", f"{row.manager_block_tokens:,}"]
+        cells += [f"{row.state_padding_percent:.2f}", f"{row.expected_waste_bytes / MIB:.2f}"]
         for length in lengths:
             cells += [f"{row[f'blocks_at_{length}']:,}", f"{row[f'held_bytes_at_{length}'] / MIB:.1f}"]
         table.add_row(*cells, style="bold" if row["rank"] == 1 else None)
@@ -161,71 +152,46 @@ def _table(rows: pd.DataFrame, spec: CacheSpec, lengths: list[int]) -> Table:
 # -- figure ------------------------------------------------------------------------------------------------------------
 
 
-def _draw(results: pd.DataFrame, folder: Path) -> None:
-    """``geometry_padding.png``: padding and expected waste against the tokens of a manager block, and its data.
+@style.styled()
+def _draw(results: pd.DataFrame) -> style.Drawn:
+    """Padding and expected waste against the tokens of a manager block.
 
     Of candidates with the same kernel and manager block only the best is shown: they differ in how many states they put
     into it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shown = results.drop_duplicates(["kernel_block_tokens", "manager_block_tokens"])
     columns = ["rank", "kernel_block_tokens", "kernel_blocks_per_manager_block", "states_per_manager_block"]
     columns += ["manager_block_tokens", "state_padding_percent", "expected_waste_bytes"]
-    shown[columns].to_csv(folder / "geometry_padding.csv", index=False)
-    with style.styled():
-        figure = _figure(shown)
-        figure.savefig(folder / "geometry_padding.png")
-
-
-def _figure(shown: pd.DataFrame) -> Figure:
-    chosen = shown.iloc[0]
+    shown = results.drop_duplicates(["kernel_block_tokens", "manager_block_tokens"]).sort_values(
+        "manager_block_tokens", kind="stable"
+    )
+    chosen = results.iloc[0]
+    states = plural(chosen.states_per_manager_block, "state")
+    ring = f"chosen: {chosen.kernel_blocks_per_manager_block} x {chosen.kernel_block_tokens} tokens, {states}"
+    divisor, unit = byte_unit(chosen.expected_waste_bytes)
+    panels = (
+        ("state_padding_percent", 1.0, "Padding of a state block", "% of the exact states in it"),
+        ("expected_waste_bytes", divisor, "Expected waste: padding and half a block of tail", unit),
+    )
     figure = style.new_figure(4.6)
+    for axes, (column, scale, title, label) in zip(figure.subplots(1, 2), panels):
+        for kb, group in shown.groupby("kernel_block_tokens"):
+            x, y, look = group["manager_block_tokens"], group[column] / scale, {"color": COLORS[kb], "clip_on": False}
+            axes.plot(x, y, "-", lw=0.9, alpha=0.35, zorder=2, **look)
+            size = 8.0 - 1.2 * KERNEL_BLOCK_TOKENS.index(kb)  # larger for smaller blocks: coinciding ones all show
+            axes.plot(x, y, MARKERS[kb], ms=size, mec="white", mew=0.4, label=f"kernel block {kb}", **look)
+        at = chosen.manager_block_tokens, chosen[column] / scale
+        axes.plot(*at, "o", ms=15, mfc="none", mec="#C00000", mew=1.8, label=ring, zorder=4, clip_on=False)
+        axes.set_title(title, loc="left", fontweight="bold")
+        axes.set_xlabel("tokens of KV in a manager block")
+        axes.set_ylabel(label)
+        style.magnitude_axis(axes, (shown[column] / scale).to_numpy())
+        blocks = shown["manager_block_tokens"]
+        style.log_axis(axes, blocks.min(), blocks.max(), FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     style.set_title(
         figure,
         f"{chosen.model} (TP {chosen.tp_size}, {chosen.state_dtype} state, {chosen.kv_dtype} KV): manager blocks of "
         f"{chosen.manager_block_tokens:,} tokens waste least, {bytes_text(chosen.expected_waste_bytes)} a request",
     )
-    padding, waste = figure.subplots(1, 2)
-    divisor, unit = byte_unit(chosen.expected_waste_bytes)
-    panels = (
-        (padding, shown["state_padding_percent"], "Padding of a state block", "% of the exact states in it"),
-        (waste, shown["expected_waste_bytes"] / divisor, "Expected waste: padding and half a block of tail", unit),
-    )
-    low, high = shown["manager_block_tokens"].min(), shown["manager_block_tokens"].max()
-    for axes, values, title, label in panels:
-        for kb, group in shown.groupby("kernel_block_tokens"):
-            _series(axes, int(kb), group["manager_block_tokens"], values[group.index])
-        _ring(axes, chosen, values.iloc[0])
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_xlabel("tokens of KV in a manager block")
-        axes.set_ylabel(label)
-        style.magnitude_axis(axes, values.to_numpy())
-        style.log_axis(axes, low, high, FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    handles, labels = padding.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    return figure
-
-
-def _series(axes: Axes, kb: int, tokens: pd.Series, values: pd.Series) -> None:
-    """One kernel block's candidates. Smaller blocks have larger markers, so that coinciding ones all show."""
-    order = tokens.sort_values().index
-    axes.plot(tokens[order], values[order], "-", color=COLORS[kb], lw=0.9, alpha=0.35, zorder=2)
-    size = 8.0 - 1.2 * KERNEL_BLOCK_TOKENS.index(kb)
-    name = f"kernel block {kb}"
-    look: dict[str, Any] = {
-        "ms": size,
-        "color": COLORS[kb],
-        "mec": "white",
-        "mew": 0.4,
-        "label": name,
-        "clip_on": False,
-    }
-    axes.plot(tokens[order], values[order], MARKERS[kb], **look)
-
-
-def _ring(axes: Axes, chosen: pd.Series, y: float) -> None:
-    """A ring around the chosen candidate."""
-    name = f"chosen: {chosen.kernel_blocks_per_manager_block} x {chosen.kernel_block_tokens} tokens"
-    name += f", {chosen.states_per_manager_block} state" + ("s" if chosen.states_per_manager_block > 1 else "")
-    x = chosen.manager_block_tokens
-    axes.plot([x], [y], "o", ms=15, mfc="none", mec="#C00000", mew=1.8, label=name, zorder=4, clip_on=False)
+    return figure, shown[columns].sort_values("rank")

@@ -13,29 +13,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib import settings
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
-from experiments.lib.phases.serving import ServingPhase, ServingSettings
+from experiments.lib.phases.serving import ServingPhase, resolve_serving
 from experiments.lib.printed_tables import print_throughput
-from experiments.lib.settings import container, model_chosen
+from experiments.lib.settings import model_chosen, scheduler_config
 from experiments.lib.strategy_choices import choose_strategies
-from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import bad
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.report import write_report
 
 
 @dataclass
-class Serving:
-    device: str
-    backend: str
-    attention_backend: str
-    checkpoint: str | None
-    dtype: str
+class Serving(settings.RunsModel):
     cache_bytes: int | str
-    repetitions: int
     workloads: Any
     profile_rows: int | str
     profile_context: int | str
-    cpu_threads: int
 
 
 @dataclass
@@ -65,11 +57,10 @@ def resolve(cfg: DictConfig) -> DictConfig:
     """
     if cfg.fast:
         cfg = OmegaConf.merge(cfg, FAST)  # type: ignore[assignment]
-    found = ServingSettings.resolve(cfg, "serving")
-    cfg.serving = found.record()
-    cfg.kv_dtype, cfg.state_dtype = found.kv_dtype, found.state_dtype
-    cfg.engine.max_tokens_per_step = found.max_tokens_per_step
-    SchedulerConfig(**container(cfg.engine))
+    resolve_serving(cfg)
+    cfg.kv_dtype, cfg.state_dtype = cfg.serving.kv_dtype, cfg.serving.state_dtype
+    cfg.engine.max_tokens_per_step = cfg.serving.max_tokens_per_step
+    scheduler_config(cfg)
     return cfg if model_chosen(cfg) else OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "model"])
 
 
@@ -83,8 +74,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     virtual = [choice.label for choice in choices if not choice.supports_physical]
     if virtual:
         raise bad("strategies", virtual, "have no physical memory to serve from; leave them out")
-    found = ServingSettings(**container(cfg.serving))
-    phase = ServingPhase(found, cfg, choices, SchedulerConfig(**container(cfg.engine)))
+    phase = ServingPhase(cfg, choices)
     rows: list[dict[str, Any]] = []
     with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(32) as progress:
         task = progress.add_task("serve", total=len(phase))

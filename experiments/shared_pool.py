@@ -18,18 +18,15 @@ from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.phases.capacity import capacity_rows
 from experiments.lib.phases.simulation import SimulationPhase
 from experiments.lib.printed_tables import print_capacity, print_runs
-from experiments.lib.settings import container, model_chosen
+from experiments.lib.settings import container, model_chosen, resolve_model, scheduler_config, spec_of
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, choose_strategies
 from experiments.lib.streams import make_streams, workload_target
-from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import bad
 from hybridcache.observe.events import EventWriter
 from hybridcache.observe.report import write_report
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, least_ranks
-from hybridcache.spec import CacheSpec
 from hybridcache.workloads import Workload, takes_seed
-from models.configs import shipped_fields
 
 PHASES = ("capacity", "simulation", "inference")
 MODEL = "qwen3_next_80b_a3b"
@@ -54,19 +51,12 @@ class Simulation:
 
 
 @dataclass
-class Inference:
-    device: str
-    backend: str
-    attention_backend: str
-    checkpoint: str | None
-    dtype: str
+class Inference(settings.RunsModel):
     budget_bytes: int | str
     budget_requests: int | float | str
-    repetitions: int
     num_requests: int | str
     max_prompt: int | str
     max_output: int | str
-    cpu_threads: int
 
 
 @dataclass
@@ -114,9 +104,9 @@ def resolve(cfg: DictConfig) -> DictConfig:
     accounts, simulates, infers = (phase in phases for phase in PHASES)
     tunes = wants_ratio(choose_strategies(cfg))
     if infers:
-        from experiments.lib.phases.inference import InferenceSettings
+        from experiments.lib.phases.inference import resolve_inference
 
-        cfg.inference = InferenceSettings.resolve(cfg, "inference").record()
+        resolve_inference(cfg)
     _check_numbers(cfg)
     streams = simulates or infers or tunes
     unread = {
@@ -136,21 +126,18 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if cfg.engine.max_tokens_per_step == "auto":
         found = MAX_TOKENS_PER_STEP if simulates or not infers else cfg.inference.max_tokens_per_step
         cfg.engine.max_tokens_per_step = found
-    SchedulerConfig(**container(cfg.engine))
+    scheduler_config(cfg)
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if not unread.get(str(key))])
 
 
 def _resolve_geometry(cfg: DictConfig) -> None:
     """The model, dtypes and machine of capacity and simulation."""
-    if not model_chosen(cfg):
-        cfg.model = {"name": MODEL, "hf_config": shipped_fields(MODEL)}
-    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
-    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+    resolve_model(cfg, MODEL)
     if cfg.tp_size == "auto":
         cfg.tp_size = least_ranks(container(cfg.model.hf_config), DeviceSpec(**container(cfg.device)))
     if isinstance(cfg.tp_size, str):
         raise bad("tp_size", cfg.tp_size, "give the number of tensor-parallel ranks, or auto")
-    spec = _spec(cfg)
+    spec = spec_of(cfg)
     cfg.kv_dtype = spec.attention.dtype if spec.attention else cfg.kv_dtype
     cfg.state_dtype = spec.state.recurrent_dtype if spec.state else cfg.state_dtype
 
@@ -211,8 +198,7 @@ def _with_ratios(cfg: DictConfig, choices: list[StrategyChoice], memory: CacheMe
         return choices
     count = cfg.simulation.num_requests if "simulation" in cfg else None
     streams = [stream.first(count) for _, stream in _streams(cfg, 1)]
-    scheduler = SchedulerConfig(**container(cfg.engine))
-    return with_best_ratio(choices, memory, streams, scheduler, _cost_model(cfg, memory))
+    return with_best_ratio(choices, memory, streams, scheduler_config(cfg), _cost_model(cfg, memory))
 
 
 def _capacity(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
@@ -224,21 +210,17 @@ def _capacity(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows
 
 
 def _simulation(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
-    memory, scheduler = _memory(cfg, cfg.simulation.budget_gib), SchedulerConfig(**container(cfg.engine))
-    streams = [
-        (seed, stream.first(cfg.simulation.num_requests)) for seed, stream in _streams(cfg, cfg.simulation.repetitions)
-    ]
-    phase = SimulationPhase(choices, memory, streams, scheduler, _cost_model(cfg, memory))
+    memory, count = _memory(cfg, cfg.simulation.budget_gib), cfg.simulation.num_requests
+    streams = [(seed, stream.first(count)) for seed, stream in _streams(cfg, cfg.simulation.repetitions)]
+    phase = SimulationPhase(choices, memory, streams, scheduler_config(cfg), _cost_model(cfg, memory))
     return len(phase), phase.rows
 
 
 def _inference(cfg: DictConfig, choices: list[StrategyChoice]) -> tuple[int, Rows]:
-    from experiments.lib.phases.inference import InferencePhase, InferenceSettings
+    from experiments.lib.phases.inference import InferencePhase
 
-    settings = InferenceSettings(**container(cfg.inference))
-    scheduler = SchedulerConfig(**container(cfg.engine))
     (_, stream), *_ = _streams(cfg, 1)
-    phase = InferencePhase(settings, cfg, choices, stream, scheduler)
+    phase = InferencePhase(cfg, choices, stream)
     return len(phase), phase.rows
 
 
@@ -254,13 +236,7 @@ def _cost_model(cfg: DictConfig, memory: CacheMemory) -> CostModel:
 
 def _memory(cfg: DictConfig, budget_gib: float) -> CacheMemory:
     longest = cfg.model.hf_config.get("max_position_embeddings")
-    return CacheMemory(_spec(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
-
-
-def _spec(cfg: DictConfig) -> CacheSpec:
-    return CacheSpec.from_config(
-        container(cfg.model.hf_config), kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size
-    )
+    return CacheMemory(spec_of(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
 
 
 def _check_tokens(results: pd.DataFrame) -> None:

@@ -192,7 +192,11 @@ class LLM:
             with _cache_bytes_for_budget():
                 for number, (prompt, one) in enumerate(zip(encoded, params)):
                     try:
-                        self._require_room(len(prompt.token_ids), one.max_tokens)
+                        if len(prompt.token_ids) + one.max_tokens > self.max_model_len:
+                            raise UserError(
+                                f"{len(prompt.token_ids)} tokens and max_tokens={one.max_tokens} exceed "
+                                f"max_model_len={self.max_model_len}; shorten the prompt or the output"
+                            )
                         requests[self.engine.add_request(prompt.token_ids, one).seq_id] = prompt
                     except UserError as error:
                         raise UserError(f"prompts[{number}]: {error}") from error
@@ -200,13 +204,6 @@ class LLM:
             self._drop(requests)
             raise
         return requests
-
-    def _require_room(self, prompt_len: int, max_tokens: int) -> None:
-        if prompt_len + max_tokens > self.max_model_len:
-            raise UserError(
-                f"{prompt_len} tokens and max_tokens={max_tokens} exceed max_model_len={self.max_model_len}; "
-                "shorten the prompt or the output"
-            )
 
     def _drop(self, ids: Iterable[int]) -> None:
         """End these requests and forget them. Requests that are forgotten already are passed over."""
@@ -299,12 +296,16 @@ def random_for_inference(
 
 
 def _shipped(name: str) -> Any:
-    known = [each for each in shipped_names() if shipped_fields(each)["model_type"] in MODELS]
-    if name not in shipped_names():
-        raise bad("model", name, f"no such folder and no such shipped config; choose one of {', '.join(known)}")
-    if name not in known:
-        kind = shipped_fields(name)["model_type"]
-        raise bad("model", name, f"inference does not run {kind}, only its geometry; choose one of {', '.join(known)}")
+    kinds = {each: shipped_fields(each)["model_type"] for each in shipped_names()}
+    if kinds.get(name) not in MODELS:
+        reason = (
+            f"inference does not run {kinds[name]}, only its geometry"
+            if name in kinds
+            else "no such folder and no such shipped config"
+        )
+        raise bad(
+            "model", name, f"{reason}; choose one of {', '.join(each for each in kinds if kinds[each] in MODELS)}"
+        )
     return shipped_config(name)
 
 

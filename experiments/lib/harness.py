@@ -30,6 +30,7 @@ from experiments.lib.settings import (
 from experiments.lib.strategy_choices import CONF
 from hybridcache.errors import UserError, bad
 from hybridcache.observe.environment import environment
+from hybridcache.observe.report.units import seconds_text
 from hybridcache.observe.tracking import make_tracker
 
 CONSOLE = Console(highlight=False)
@@ -129,7 +130,7 @@ def run_experiment(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()
         tracker.finish()
     env["duration_s"] = round(time.perf_counter() - started, 1)
     write_json(run_dir / "environment.json", env)
-    CONSOLE.print(f"\n[bold]run directory[/]  {_shown(run_dir)}   ({duration_text(env['duration_s'])})")
+    CONSOLE.print(f"\n[bold]run directory[/]  {_shown(run_dir)}   ({seconds_text(env['duration_s'])})")
     if (run_dir / "report.html").exists():
         CONSOLE.print(f"[bold]report[/]         {_shown(run_dir / 'report.html')}")
 
@@ -149,15 +150,6 @@ def write_results(rows: Iterable[dict[str, Any]], run_dir: Path) -> pd.DataFrame
     results = pd.DataFrame(list(rows))
     results.to_parquet(run_dir / "results.parquet", index=False)
     return results
-
-
-def duration_text(seconds: float) -> str:
-    """``2.10 ms``, ``19.8 s``, ``3 min 05 s``, ``2 h 07 min``."""
-    if seconds < 59.95:
-        value, unit = (1000 * seconds, "ms") if seconds < 0.9995 else (seconds, "s")
-        return f"{value:#.3g}".rstrip(".") + f" {unit}"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _shown(path: Path) -> str:

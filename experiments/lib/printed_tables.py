@@ -8,9 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.lib.harness import duration_text
 from hybridcache.observe.report.comparison import competitors, half_interval
-from hybridcache.observe.report.units import bytes_text
+from hybridcache.observe.report.units import bytes_text, seconds_text
 
 MIB = 1 << 20
 WIDE = 118
@@ -83,7 +82,9 @@ def _print_run(console: Console, rows: pd.DataFrame, title: str, source: str) ->
         intervals = paired_differences(rows[same], base)
         speed[f"against\n{base}"] = lambda row: intervals.get(str(row.name), "-")
     speed |= {
-        f"{name.upper()}\n{point}": lambda row, key=f"{name}_{point}_s": _duration(row[key])  # type: ignore[misc]
+        f"{name.upper()}\n{point}": lambda row, key=f"{name}_{point}_s": (
+            "-" if math.isnan(row[key]) else seconds_text(row[key])
+        )  # type: ignore[misc]
         for name, point in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"))
     }
     if rows["tokens_sha256"].notna().any():
@@ -179,7 +180,3 @@ def _machine(row: pd.Series) -> str:
     """``5 GiB``, or of several ranks ``5 GiB on each of 4 ranks``."""
     text = bytes_text(row["budget_bytes"])
     return text if row["tp_size"] == 1 else f"{text} on each of {row['tp_size']:.0f} ranks"
-
-
-def _duration(value: float) -> str:
-    return "-" if value is None or math.isnan(value) else duration_text(value)

@@ -17,7 +17,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import UserError, bad
 from hybridcache.sim.device import DeviceSpec
+from hybridcache.spec import CacheSpec
 from hybridcache.spec.architectures import known_to_transformers, text_config
+from models.configs import shipped_fields
 
 ROOT_KEYS = ("model", "workload", "engine", "device", "tracking", "kv_dtype", "state_dtype", "tp_size", "seed", "fast")
 """Keys of ``conf/config.yaml``. They stand in every composed configuration, whoever reads them."""
@@ -54,6 +56,19 @@ Engine = _section(SchedulerConfig, max_tokens_per_step=int | str)
 """``conf/engine/``: the scheduler's policies. The token budget may be ``auto``."""
 Device = _section(DeviceSpec)
 """``conf/device/``: the device of the cost model."""
+
+
+@dataclass
+class RunsModel:
+    """A section of a phase that runs a model. ``auto`` is replaced when the experiment resolves its settings."""
+
+    device: str
+    backend: str
+    attention_backend: str
+    checkpoint: str | None
+    dtype: str
+    repetitions: int
+    cpu_threads: int
 
 
 @dataclass
@@ -168,9 +183,28 @@ def container(cfg: Any) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
+def scheduler_config(cfg: DictConfig) -> SchedulerConfig:
+    """``cfg.engine``, checked."""
+    return SchedulerConfig(**container(cfg.engine))
+
+
 def model_chosen(cfg: DictConfig) -> bool:
     """Whether the configuration names a model."""
     return cfg.get("model") is not None
+
+
+def resolve_model(cfg: DictConfig, default: str) -> None:
+    """Replace an ``auto`` of what a cache stores: the model (``default`` where none was chosen) and its two dtypes."""
+    if not model_chosen(cfg):
+        cfg.model = {"name": default, "hf_config": shipped_fields(default)}
+    cfg.kv_dtype = "bfloat16" if cfg.kv_dtype == "auto" else cfg.kv_dtype
+    cfg.state_dtype = "float32" if cfg.state_dtype == "auto" else cfg.state_dtype
+
+
+def spec_of(cfg: DictConfig) -> CacheSpec:
+    """What the model stores on one rank."""
+    fields = container(cfg.model.hf_config)
+    return CacheSpec.from_config(fields, kv_dtype=cfg.kv_dtype, state_dtype=cfg.state_dtype, tp_size=cfg.tp_size)
 
 
 def check_model_fields(hf_config: Mapping[str, Any]) -> None:

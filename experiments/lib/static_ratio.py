@@ -41,14 +41,13 @@ def with_best_ratio(
     Raises:
         UserError: no ratio lets the budget hold a request.
     """
-    return [
-        replace(
-            choice.with_options(ratio=_best_ratio(choice, memory, streams, scheduler, cost_model)), searched=("ratio",)
-        )
-        if choice.options.get("ratio") == BEST
-        else choice
-        for choice in choices
-    ]
+    found = []
+    for choice in choices:
+        if choice.options.get("ratio") == BEST:
+            ratio = _best_ratio(choice, memory, streams, scheduler, cost_model)
+            choice = replace(choice.with_options(ratio=ratio), searched=("ratio",))
+        found.append(choice)
+    return found
 
 
 def balanced_ratio(memory: CacheMemory, streams: Sequence[Workload]) -> float:

@@ -17,6 +17,16 @@ from hybridcache.strategies import Strategy, build, strategy_class
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
+def cache_columns(spec: CacheSpec) -> dict[str, Any]:
+    """The columns of a result row that say what was stored, and where."""
+    return {
+        "tp_size": spec.tp_size,
+        "num_devices": spec.tp_size,
+        "kv_dtype": spec.attention.dtype if spec.attention else None,
+        "state_dtype": spec.state.recurrent_dtype if spec.state else None,
+    }
+
+
 @dataclass(frozen=True)
 class CacheMemory:
     """What every strategy of a comparison gets: the same bytes for the same model.
@@ -32,16 +42,6 @@ class CacheMemory:
     budget_bytes: int
     table_rows: int = 0
     max_request_tokens: int | None = None
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of a result row that say what was stored, and where."""
-        attention, state = self.spec.attention, self.spec.state
-        return {
-            "tp_size": self.spec.tp_size,
-            "num_devices": self.spec.tp_size,
-            "kv_dtype": attention.dtype if attention else None,
-            "state_dtype": state.recurrent_dtype if state else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class StrategyChoice:
 
     def with_options(self, **options: Any) -> "StrategyChoice":
         return replace(self, options={**self.options, **options})
+
+    def labels(self, phase: str, workload: str, repetition: int) -> dict[str, Any]:
+        """What names a result row, and the events behind it."""
+        return {"phase": phase, "strategy": self.label, "workload": workload, "repetition": repetition}
 
     def columns(self) -> dict[str, Any]:
         """The columns of a result row that say which strategy ran."""

@@ -55,6 +55,8 @@ class Backend(LayerOperations):
     def __init__(self, name: str, attention: str = "auto") -> None:
         self._language = name
         self._attention = name if attention == "auto" else attention
+        self.choice = {"backend": name, "attention_backend": self._attention}
+        """What was asked for with every ``auto`` resolved."""
         self.name = name if self._attention == name else f"{name}+{attention}"
         self.launches: Counter[str] = Counter()
         """Calls by ``operation[implementation]``, for example ``{"paged_prefill[gluon]": 24}``."""

@@ -15,18 +15,22 @@ import numpy as np
 
 from hybridcache.observe.pool_map import pool_map
 from hybridcache.observe.time_series import TimeSeries
-from hybridcache.strategies.base import Strategy, Usage
+from hybridcache.strategies.base import Strategy
 from hybridcache.workloads.base import Request
 
 if TYPE_CHECKING:
     from hybridcache.engine.sequence import Sequence
 
 MAX_SAMPLES = 400
-MAX_MAPS = 400
+MAX_MAPS = 200
+"""Columns of a pool map: a panel of the figure is some 500 pixels wide, and a map is dear."""
 
 BYTES = ("useful_bytes", "padding_bytes", "reserved_bytes", "cached_bytes", "free_bytes", "state_bytes", "kv_bytes")
 SAMPLED = (*BYTES, "running", "waiting")
 PEAKS = ("held_bytes", "running", "waiting")
+RECOMPUTED = ("recomputed_tokens_preemption", "recomputed_tokens_failure")
+SUMMED = ("preemptions", *RECOMPUTED, "hit_tokens", "prompt_tokens", "output_tokens")
+"""Columns that are sums over requests."""
 LEAST_S = 1e-12
 """Duration of a step that took no time by its clock, so that a mean over such steps alone is their plain mean."""
 SERVED = ("length", "stop")
@@ -102,7 +106,8 @@ class Recorder:
         """Look at the memory in which a step that begins at ``time_s`` runs; it counts once :meth:`add` is called."""
         usage, time_s = strategy.usage(), time_s - self.origin_s
         self._observed += 1
-        values = _values(usage, running, waiting)
+        parts = (usage.useful, usage.padding, usage.reserved, usage.cached, usage.free)
+        values = np.array([*parts, usage.state_bytes, usage.kv_bytes, running, waiting], dtype=np.float64)
         cells = pool_map(strategy) if strategy.has_addresses and self._maps.is_new(time_s) else {}
         return Observation(time_s, self._observed - 1, values, usage.residents, cells)
 
@@ -128,12 +133,16 @@ class Recorder:
             refused: requests that the strategy could never hold and that were not taken.
         """
         done, refused = sorted(sequences, key=lambda seq: seq.seq_id), list(refused)
+        first_id = min([seq.seq_id for seq in done] + [request.request_id for request in refused], default=0)
+        requests = [self._request(seq, first_id) for seq in done]
         if self.sink is not None:
-            for event in self._events(done, refused):
+            for event in [*self._series(), *requests, *(self._refusal(request, first_id) for request in refused)]:
                 self.sink.write({**event, **self.labels})
         means = self._sums / self._seconds if self._seconds else np.full(len(SAMPLED), math.nan)
         mean = dict(zip(SAMPLED, means.tolist()))
-        output_tokens, duration_s = sum(seq.num_output for seq in done), _duration_s(done)
+        sums = {name: sum(request[name] for request in requests) for name in SUMMED}
+        finished = [seq.finish_s for seq in done if seq.finish_s is not None]
+        duration_s = max(finished) - min(seq.arrival_s for seq in done) if finished else math.nan
         return {
             **self.labels,
             "budget_bytes": strategy.budget_bytes,
@@ -147,12 +156,8 @@ class Recorder:
             "held_bytes_mean": mean["useful_bytes"] + mean["padding_bytes"],
             **{f"{name}_mean": mean[name] for name in ("useful_bytes", "reserved_bytes", "cached_bytes", "free_bytes")},
             "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes,
-            "preemptions": sum(seq.num_preemptions for seq in done),
-            "recomputed_tokens_preemption": sum(seq.recomputed_tokens for seq in done),
-            "recomputed_tokens_failure": sum(seq.recomputed_after_failure for seq in done),
-            "prompt_tokens": sum(seq.prompt_len for seq in done),
-            "output_tokens": output_tokens,
-            "output_tokens_per_s": output_tokens / duration_s if duration_s > 0 else math.nan,
+            **sums,
+            "output_tokens_per_s": sums["output_tokens"] / duration_s if duration_s > 0 else math.nan,
             **_percentiles("ttft", [seq.ttft_s for seq in done]),
             **_percentiles("tpot", [seq.tpot_s for seq in done]),
             "tokens_sha256": tokens_sha256(done),
@@ -160,31 +165,40 @@ class Recorder:
             "table_entries_appended": strategy.table_entries_appended,
         }
 
-    def _events(self, done: list[Sequence], refused: list[Request]) -> Iterable[dict[str, Any]]:
+    def _series(self) -> Iterable[dict[str, Any]]:
         for at in self._samples.entries:
             means = dict(zip(SAMPLED, (at.sums / at.duration_s).tolist()))
             peaks = {f"{name}_max": value for name, value in zip(PEAKS, at.peaks.tolist())}
-            yield {
-                "event": "sample",
-                "step": at.step,
-                "time_s": at.time_s,
-                "duration_s": at.duration_s,
-                **means,
-                **peaks,
-            }
+            when = {"step": at.step, "time_s": at.time_s, "duration_s": at.duration_s}
+            yield {"event": "sample", **when, **means, **peaks}
         for moment in self._maps.entries:
             yield {"event": "pool_map", "step": moment.step, "time_s": moment.time_s, **moment.cells}
-        first = min([seq.seq_id for seq in done] + [request.request_id for request in refused], default=0)
-        for seq in done:
-            yield {"event": "request", **_request_fields(seq, first, self.origin_s)}
-        for request in refused:
-            yield {
-                "event": "refused",
-                "seq_id": request.request_id - first,
-                "arrival_s": request.arrival_s - self.origin_s,
-                "prompt_tokens": request.prompt_tokens,
-                "output_tokens": request.output_tokens,
-            }
+
+    def _request(self, seq: Sequence, first_id: int) -> dict[str, Any]:
+        return {
+            "event": "request",
+            "seq_id": seq.seq_id - first_id,
+            "arrival_s": seq.arrival_s - self.origin_s,
+            "prompt_tokens": seq.prompt_len,
+            "output_tokens": seq.num_output,
+            "ttft_s": seq.ttft_s,
+            "tpot_s": seq.tpot_s,
+            "latency_s": None if seq.finish_s is None else seq.finish_s - seq.arrival_s,
+            "preemptions": seq.num_preemptions,
+            "recomputed_tokens_preemption": seq.recomputed_tokens,
+            "recomputed_tokens_failure": seq.recomputed_after_failure,
+            "hit_tokens": seq.hit_tokens,
+            "finish_reason": seq.finish_reason,
+        }
+
+    def _refusal(self, request: Request, first_id: int) -> dict[str, Any]:
+        return {
+            "event": "refused",
+            "seq_id": request.request_id - first_id,
+            "arrival_s": request.arrival_s - self.origin_s,
+            "prompt_tokens": request.prompt_tokens,
+            "output_tokens": request.output_tokens,
+        }
 
 
 def tokens_sha256(sequences: Iterable[Sequence]) -> str | None:
@@ -199,36 +213,7 @@ def tokens_sha256(sequences: Iterable[Sequence]) -> str | None:
     return digest.hexdigest() if any_tokens else None
 
 
-def _duration_s(done: list[Sequence]) -> float:
-    """From the first arrival to the last finish; NaN where nothing finished."""
-    finished = [seq.finish_s for seq in done if seq.finish_s is not None]
-    return max(finished) - min(seq.arrival_s for seq in done) if finished else math.nan
-
-
 def _percentiles(name: str, values: Iterable[float | None]) -> dict[str, float]:
     """p50, p90 and p99 of the values there are, interpolated linearly; NaN where there are none."""
     present = [value for value in values if value is not None]
     return {f"{name}_p{q}_s": float(np.percentile(present, q)) if present else math.nan for q in (50, 90, 99)}
-
-
-def _values(usage: Usage, running: int, waiting: int) -> np.ndarray:
-    """Values of :data:`SAMPLED`."""
-    parts = (usage.useful, usage.padding, usage.reserved, usage.cached, usage.free, usage.state_bytes, usage.kv_bytes)
-    return np.array([*parts, running, waiting], dtype=np.float64)
-
-
-def _request_fields(seq: Sequence, first_id: int, origin_s: float) -> dict[str, Any]:
-    latency = None if seq.finish_s is None else seq.finish_s - seq.arrival_s
-    return {
-        "seq_id": seq.seq_id - first_id,
-        "arrival_s": seq.arrival_s - origin_s,
-        "prompt_tokens": seq.prompt_len,
-        "output_tokens": seq.num_output,
-        "ttft_s": seq.ttft_s,
-        "tpot_s": seq.tpot_s,
-        "latency_s": latency,
-        "preemptions": seq.num_preemptions,
-        "recomputed_tokens_preemption": seq.recomputed_tokens,
-        "recomputed_tokens_failure": seq.recomputed_after_failure,
-        "finish_reason": seq.finish_reason,
-    }

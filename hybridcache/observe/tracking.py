@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -28,8 +28,8 @@ MAX_POINTS = 200
 """Points of one series that a dashboard gets (events.jsonl keeps all): a point costs about 0.5 ms and 2 kB."""
 
 
-class Tracker(Protocol):
-    """Where a run's records also go."""
+class Tracker:
+    """Where a run's records also go. This one tracks nothing (``mode: disabled``)."""
 
     def log_run(self, run_dir: Path, results: pd.DataFrame) -> None:
         """Show what a finished run left in its directory."""
@@ -38,17 +38,7 @@ class Tracker(Protocol):
         """End the run at the tracker; call it whatever happened before. Calling it again changes nothing."""
 
 
-class NullTracker:
-    """Tracks nothing (``mode: disabled``)."""
-
-    def log_run(self, run_dir: Path, results: pd.DataFrame) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases. Starts its run at once, so that its system metrics cover the experiment.
 
     * every time series goes in as ``phase/strategy/workload.repetition/*`` over its own ``time_s``,
@@ -163,7 +153,7 @@ def make_tracker(tracking: Mapping[str, Any], run_dir: Path, config: Mapping[str
     if mode not in MODES:
         raise bad("tracking.mode", mode, f"choose one of {', '.join(MODES)}")
     if mode == "disabled":
-        return NullTracker()
+        return Tracker()
     model = config.get("model")
     options = {
         "project": tracking.get("project") or "hybridcache",

@@ -199,18 +199,29 @@ def _kimi_delta_attention(config: Fields, tp_size: int, dtypes: Dtypes) -> Cache
     return Caches(AttentionKV(1, latent, 0, dtypes.kv), state, _layer_types(config))
 
 
-def _width_per_head(config: Fields, width: int, heads_field: str) -> int:
-    heads = _positive(config, heads_field)
-    if width % heads:
-        raise bad(heads_field, heads, f"does not divide the Mamba width {width}")
-    return width // heads
+def _expanded_width(config: Fields) -> int:
+    return _positive(config, "mamba_expand") * _positive(config, "hidden_size")
+
+
+BAMBA_FIELDS = ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+"""Fields of heads, groups, state dim and convolution kernel; below those of other families."""
+NEMOTRON_FIELDS = ("mamba_num_heads", "n_groups", "ssm_state_size", "conv_kernel")
+ZAMBA_FIELDS = ("n_mamba_heads", "mamba_ngroups", "mamba_d_state", "mamba_d_conv")
 
 
 def _mamba2_state(
-    config: Fields, tp_size: int, dtypes: Dtypes, *, heads: str, head_dim: int, groups: str, state_dim: str, kernel: str
+    config: Fields, tp_size: int, dtypes: Dtypes, fields: tuple[str, str, str, str], head_dim: int | None = None
 ) -> RecurrentState:
-    """Mamba-2 keeps ``[head, head dim, state dim]`` and one convolution over x, B and C. The keywords name config fields."""
+    """Mamba-2 keeps ``[head, head dim, state dim]`` and one convolution over x, B and C. Without ``head_dim`` the heads
+    share the width ``mamba_d_ssm`` where that is given, ``mamba_expand`` times the hidden size elsewhere."""
+    heads, groups, state_dim, kernel = fields
     num_heads, num_groups = _positive(config, heads), _positive(config, groups)
+    if head_dim is None:
+        given = getattr(config, "mamba_d_ssm", None) is not None
+        width = _positive(config, "mamba_d_ssm") if given else _expanded_width(config)
+        if width % num_heads:
+            raise bad(heads, num_heads, f"does not divide the Mamba width {width}")
+        head_dim = width // num_heads
     if num_heads % num_groups:
         raise bad(groups, num_groups, f"does not divide {heads}={num_heads}")
     num_heads = _divide(heads, num_heads, tp_size)
@@ -220,71 +231,35 @@ def _mamba2_state(
     return _state((num_heads, head_dim, state_size), channels, _positive(config, kernel), dtypes)
 
 
-BAMBA_FIELDS = {
-    "heads": "mamba_n_heads",
-    "groups": "mamba_n_groups",
-    "state_dim": "mamba_d_state",
-    "kernel": "mamba_d_conv",
-}
-
-
 def _bamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Bamba and Granite 4.0 hybrid have Mamba-2 or attention in every layer."""
-    width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
-    head_dim = _width_per_head(config, width, "mamba_n_heads")
-    state = _mamba2_state(config, tp_size, dtypes, head_dim=head_dim, **BAMBA_FIELDS)
+    state = _mamba2_state(config, tp_size, dtypes, BAMBA_FIELDS)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
 def _falcon_h1(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Falcon-H1 has Mamba-2 and attention side by side in every layer (older Transformers call them "attention")."""
-    if getattr(config, "mamba_d_ssm", None) is not None:
-        width = _positive(config, "mamba_d_ssm")
-    else:
-        width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
-    head_dim = _width_per_head(config, width, "mamba_n_heads")
-    state = _mamba2_state(config, tp_size, dtypes, head_dim=head_dim, **BAMBA_FIELDS)
+    state = _mamba2_state(config, tp_size, dtypes, BAMBA_FIELDS)
     return Caches(_attention(config, tp_size, dtypes), state, ["hybrid"] * _positive(config, "num_hidden_layers"))
 
 
 def _nemotron_h(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Nemotron-H has one of Mamba-2, attention, MLP or experts in every layer; the last two keep nothing."""
-    state = _mamba2_state(
-        config,
-        tp_size,
-        dtypes,
-        heads="mamba_num_heads",
-        head_dim=_positive(config, "mamba_head_dim"),
-        groups="n_groups",
-        state_dim="ssm_state_size",
-        kernel="conv_kernel",
-    )
+    state = _mamba2_state(config, tp_size, dtypes, NEMOTRON_FIELDS, _positive(config, "mamba_head_dim"))
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 
 
 def _zamba2(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Zamba2 has Mamba-2 in every layer. Hybrid layers add attention, whose weights are shared but not its KV, and whose
     heads together span twice the hidden size."""
-    width = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
-    state = _mamba2_state(
-        config,
-        tp_size,
-        dtypes,
-        heads="n_mamba_heads",
-        head_dim=_width_per_head(config, width, "n_mamba_heads"),
-        groups="mamba_ngroups",
-        state_dim="mamba_d_state",
-        kernel="mamba_d_conv",
-    )
+    state = _mamba2_state(config, tp_size, dtypes, ZAMBA_FIELDS)
     head_dim = 2 * _positive(config, "hidden_size") // _positive(config, "num_attention_heads")
-    attention = _attention(config, tp_size, dtypes, head_dim)
-    return Caches(attention, state, _layer_types(config))
+    return Caches(_attention(config, tp_size, dtypes, head_dim), state, _layer_types(config))
 
 
 def _jamba(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
     """Jamba's Mamba-1 keeps ``[channel, state dim]`` and a convolution over the same channels."""
-    intermediate = _positive(config, "mamba_expand") * _positive(config, "hidden_size")
-    channels = _divide("the Mamba channels", intermediate, tp_size)
+    channels = _divide("the Mamba channels", _expanded_width(config), tp_size)
     state = _state((channels, _positive(config, "mamba_d_state")), channels, _positive(config, "mamba_d_conv"), dtypes)
     return Caches(_attention(config, tp_size, dtypes), state, _layer_types(config))
 

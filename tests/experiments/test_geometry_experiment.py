@@ -33,6 +33,9 @@ def test_it_lists_every_candidate_and_draws_them(tmp_path, capsys, model, tp_siz
     assert list(results["blocks_at_12"]) == [g.request_blocks(12) for g in found]
     assert list(results["held_bytes_at_8192"]) == [g.request_blocks(8192) * g.manager_block_bytes for g in found]
     assert (results["held_bytes_at_12"] >= spec.request_bytes(12)).all()
+    assert set(results["num_devices"]) == set(results["tp_size"]) == {tp_size}
+    assert set(results["kv_dtype"]) == {"bfloat16"}
+    assert set(results["device"]) == {"accounting"}
     written = pd.read_csv(tmp_path / "geometry.csv")
     pd.testing.assert_frame_equal(written, results, check_dtype=False)
     assert (tmp_path / "figures" / "geometry_padding.png").stat().st_size > 10_000

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from experiments.lib.harness import duration_text
 from experiments.lib.printed_tables import paired_differences, print_capacity, print_runs, print_throughput
 
 RATES = {"shared_pool_carve": 441.0, "padded_page": 449.0, "static_split_tuned": 430.0, "byte_exact": 460.0}
@@ -109,18 +108,3 @@ def test_differences_are_paired_and_have_intervals() -> None:
     assert "means of 3 repetitions, each with a stream of its own" in text
     again = " ".join(plain(printed(print_runs, rows.assign(seed=0), "simulation")).split())
     assert "means of 3 repetitions; differences" in again, "one stream, measured again"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0021, "2.10 ms"),
-        (0.188, "188 ms"),
-        (1.0, "1.00 s"),
-        (19.84, "19.8 s"),
-        (185.2, "3 min 05 s"),
-        (7625, "2 h 07 min"),
-    ],
-)
-def test_durations_are_human(seconds: float, text: str) -> None:
-    assert duration_text(seconds) == text

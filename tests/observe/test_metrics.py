@@ -175,6 +175,17 @@ def test_recomputation_by_preemption_and_by_failure_stand_apart():
     assert [event["recomputed_tokens_failure"] for event in events.of("request")] == [500, 6]
 
 
+def test_hit_tokens_are_summed_over_requests():
+    """A prompt of 200 tokens that resumes from a checkpoint of its first 128, one that hits nothing, and one of 64."""
+    done = [sequence(i) for i in range(3)]
+    for seq, tokens in zip(done, (128, 0, 64)):
+        seq.hit_tokens = tokens
+    events = Events()
+    row = Recorder({}, events).finish(done, Scripted())
+    assert row["hit_tokens"] == 192
+    assert [event["hit_tokens"] for event in events.of("request")] == [128, 0, 64]
+
+
 def test_refused_and_ended_requests_are_counted_apart():
     events = Events()
     done = [

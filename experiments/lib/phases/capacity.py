@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from experiments.lib.strategy_choices import CacheMemory, StrategyChoice
+from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, cache_columns
 from hybridcache.observe.metrics import EventSink
 from hybridcache.sim.capacity import charge, residents, waste_curve
 from hybridcache.strategies import Strategy, Usage
@@ -27,7 +27,7 @@ def capacity_rows(
         events.write({"event": "waste_curve", "strategy": choice.label, "length": corners, "waste_bytes": waste})
         for length in lengths:
             count, usage = residents(make, length)
-            row = {**_row(length, count, usage), **memory.columns(), **choice.columns(), "seed": seed}
+            row = {**_row(length, count, usage), **cache_columns(memory.spec), **choice.columns(), "seed": seed}
             if count == 0:  # one request alone does not fit: there is nothing to charge
                 yield {**row, "held_bytes_per_request": math.nan}
                 continue

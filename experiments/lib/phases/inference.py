@@ -1,99 +1,74 @@
 """Inference phase: the model runs the stream, cut to size, on every physical strategy under one tight budget."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.lib.phases.model_phase import ModelPhase, ModelSettings, require_finished
-from experiments.lib.static_ratio import wants_ratio, with_best_ratio
+from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
 from experiments.lib.strategy_choices import StrategyChoice
 from experiments.lib.streams import comparable_streams, offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
-from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import bad
 from hybridcache.observe.metrics import EventSink, Recorder
-from hybridcache.sim.cost_model import CostModel, DeviceSpec
-from hybridcache.spec import CacheSpec
 from hybridcache.workloads import Workload, cut_to_size, with_text_prompts
 
+AUTO: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "model": "tiny",
+        "dtype": "float64",
+        "budget_bytes": None,
+        "budget_requests": 4.0,
+        "num_requests": 24,
+        "max_prompt": 160,
+        "max_output": 64,
+        "max_tokens_per_step": 128,
+    },
+    "cuda": {
+        "model": "qwen3_next_8l",
+        "dtype": "bfloat16",
+        "budget_bytes": None,
+        "budget_requests": 10.0,
+        "num_requests": 64,
+        "max_prompt": 2048,
+        "max_output": 1024,
+        "max_tokens_per_step": 8192,
+    },
+}
 
-@dataclass(frozen=True)
-class InferenceSettings(ModelSettings):
-    """``cfg.inference``."""
 
-    budget_bytes: int | None
-    budget_requests: float
-    num_requests: int
-    max_prompt: int
-    max_output: int
+def resolve_inference(cfg: DictConfig) -> None:
+    """Replace every ``auto`` of ``cfg.inference``; see :func:`resolve_section`.
 
-    AUTO: ClassVar = {
-        "cpu": {
-            "model": "tiny",
-            "dtype": "float64",
-            "budget_bytes": None,
-            "budget_requests": 4.0,
-            "num_requests": 24,
-            "max_prompt": 160,
-            "max_output": 96,
-            "max_tokens_per_step": 128,
-        },
-        "cuda": {
-            "model": "qwen3_next_8l",
-            "dtype": "bfloat16",
-            "budget_bytes": None,
-            "budget_requests": 10.0,
-            "num_requests": 64,
-            "max_prompt": 2048,
-            "max_output": 1024,
-            "max_tokens_per_step": 8192,
-        },
-    }
-    COUNTS: ClassVar = (*ModelSettings.COUNTS, "num_requests", "max_prompt", "max_output")
-
-    def __post_init__(self) -> None:
-        for name, value in (("budget_bytes", self.budget_bytes), ("budget_requests", self.budget_requests)):
-            if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
-                raise bad(f"inference.{name}", value, "give a positive number, or auto")
-
-    def budget(self, spec: CacheSpec, workload: Workload) -> int:
-        """The one budget of all strategies: given, or ``budget_requests`` times the stream's longest request."""
-        if self.budget_bytes is not None:
-            return int(self.budget_bytes)
-        longest = max(request.prompt_tokens + request.output_tokens for request in workload.requests)
-        return int(self.budget_requests * spec.request_bytes(longest))
+    Raises:
+        UserError: a value that makes no sense.
+    """
+    resolve_section(cfg, "inference", AUTO, ("num_requests", "max_prompt", "max_output"))
+    for name in ("budget_bytes", "budget_requests"):
+        value = cfg.inference[name]
+        if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):
+            raise bad(f"inference.{name}", value, "give a positive number, or auto")
 
 
 class InferencePhase(ModelPhase):
     """One model on one device, run under each strategy in turn, with an engine of its own each time.
 
     Args:
-        settings: of the phase.
-        cfg: of the experiment.
-        choices: the strategies; those without physical memory are left out. ``ratio: best`` is searched in simulation.
+        cfg: of the experiment, with its resolved ``inference`` section.
+        choices: the strategies; those without physical memory are left out.
         workload: the stream before it is cut to size.
-        scheduler: policies.
 
     Raises:
         UserError: no strategy is physical, the model has no text, or the budget holds no request.
     """
 
-    def __init__(
-        self,
-        settings: InferenceSettings,
-        cfg: DictConfig,
-        choices: Sequence[StrategyChoice],
-        workload: Workload,
-        scheduler: SchedulerConfig,
-    ) -> None:
+    def __init__(self, cfg: DictConfig, choices: Sequence[StrategyChoice], workload: Workload) -> None:
         physical = [choice for choice in choices if choice.supports_physical]
         if not physical:
             raise bad("strategies", [choice.label for choice in choices], "none is physical; inference needs one")
-        super().__init__(settings, cfg, scheduler)
-        self.settings = settings
+        super().__init__(cfg, "inference")
+        settings = self.settings
         if self.tokenizer is None:
             raise bad("model", settings.model, "its vocabulary has no room for bytes and it has no tokenizer")
         stream = cut_to_size(
@@ -104,13 +79,17 @@ class InferencePhase(ModelPhase):
             keep_ratio=False,  # one factor would leave most outputs a single token
         )
         stream = with_text_prompts(stream, self.tokenizer, seed=cfg.seed)
-        self.cache = self.memory(settings.budget(self.spec, stream))
-        if wants_ratio(physical):
-            cost_model = CostModel.from_config(self.model.config, self.spec, DeviceSpec())
-            physical = with_best_ratio(physical, self.cache, [stream], self.scheduler, cost_model)
-        limits = [choice.build(self.cache, physical=True).request_limit() for choice in physical]
-        self.choices = physical
+        self.cache = self.memory(self._budget(stream))
+        self.choices = self.tuned(physical, self.cache, [stream])
+        limits = [choice.build(self.cache, physical=True).request_limit() for choice in self.choices]
         self.streams = comparable_streams(stream, limits)
+
+    def _budget(self, stream: Workload) -> int:
+        """The one budget of all strategies: given, or ``budget_requests`` times the stream's longest request."""
+        if self.settings.budget_bytes is not None:
+            return int(self.settings.budget_bytes)
+        longest = max(request.prompt_tokens + request.output_tokens for request in stream.requests)
+        return int(self.settings.budget_requests * self.spec.request_bytes(longest))
 
     def __len__(self) -> int:
         return len(self.choices) * len(self.streams) * self.settings.repetitions
@@ -123,17 +102,11 @@ class InferencePhase(ModelPhase):
                 self._run(choice, self.streams[0], None)
             for stream in self.streams:
                 for repetition in range(self.settings.repetitions):
-                    labels = {
-                        "phase": "inference",
-                        "strategy": choice.label,
-                        "workload": stream.name,
-                        "repetition": repetition,
-                    }
-                    recorder = Recorder(labels, events)
+                    recorder = Recorder(choice.labels("inference", stream.name, repetition), events)
                     engine = self._run(choice, stream, recorder)
                     yield {
                         **recorder.finish(engine.sequences, engine.strategy),
-                        **self.columns(self.cache, engine.backend.launches, engine.backend.name),
+                        **self.columns(engine.backend.launches, engine.backend.name),
                         **choice.columns(),
                         **offered(stream, len(list(engine.sequences))),
                     }
@@ -143,9 +116,8 @@ class InferencePhase(ModelPhase):
         engine = self.engine(choice, self.cache, recorder)
         for request in workload.within(engine.strategy.request_limit()):
             assert request.prompt_ids is not None
-            engine.add_request(
-                list(request.prompt_ids), SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
-            )
+            params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
+            engine.add_request(request.prompt_ids, params)
         engine.run()
         engine.strategy.check_integrity()
         require_finished(choice.label, engine, engine.sequences)

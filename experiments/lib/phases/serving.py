@@ -2,28 +2,25 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from experiments.lib.phases.model_phase import ModelPhase, ModelSettings, require_finished
-from experiments.lib.static_ratio import wants_ratio, with_best_ratio
+from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
+from experiments.lib.settings import container
 from experiments.lib.strategy_choices import StrategyChoice
 from experiments.lib.streams import offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
-from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Sequence as EngineSequence
 from hybridcache.errors import bad
 from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
-from hybridcache.observe.step_profile import StepProfile, profile_steps
-from hybridcache.sim.cost_model import CostModel, DeviceSpec
+from hybridcache.observe.step_profile import profile_steps
 from hybridcache.workloads import build_workload
 from hybridcache.workloads.base import Workload
 
@@ -31,120 +28,91 @@ _LOG = logging.getLogger(__name__)
 
 PROFILED_STEPS = 16
 
-
-@dataclass(frozen=True)
-class ServingSettings(ModelSettings):
-    """``cfg.serving``."""
-
-    cache_bytes: int
-    workloads: dict[str, Sequence[int]]
-    profile_rows: int
-    profile_context: int
-
-    AUTO: ClassVar = {
-        "cpu": {
-            "model": "tiny",
-            "dtype": "float32",
-            "cache_bytes": 2 << 20,
-            "max_tokens_per_step": 256,
-            "profile_rows": 8,
-            "profile_context": 64,
-            "workloads": {
-                "bs1": (1, 16, 32),
-                "chat": (16, 128, 16),
-                "short": (32, 8, 32),
-                "long": (6, 384, 16),
-                "mixed": (16, 256, 8),
-            },
+AUTO: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "model": "tiny",
+        "dtype": "float32",
+        "cache_bytes": 2 << 20,
+        "max_tokens_per_step": 256,
+        "profile_rows": 8,
+        "profile_context": 64,
+        "workloads": {
+            "bs1": (1, 16, 32),
+            "chat": (16, 128, 16),
+            "short": (32, 8, 32),
+            "long": (6, 384, 16),
+            "mixed": (16, 256, 8),
         },
-        "cuda": {
-            "model": "qwen3_next_8l",
-            "dtype": "bfloat16",
-            "cache_bytes": 2 << 30,
-            "max_tokens_per_step": 8192,
-            "profile_rows": 256,
-            "profile_context": 128,
-            "workloads": {
-                "bs1": (1, 128, 256),
-                "chat": (256, 1024, 128),
-                "short": (512, 64, 256),
-                "long": (64, 4096, 128),
-                "mixed": (256, 2048, 64),
-            },
+    },
+    "cuda": {
+        "model": "qwen3_next_8l",
+        "dtype": "bfloat16",
+        "cache_bytes": 2 << 30,
+        "max_tokens_per_step": 8192,
+        "profile_rows": 256,
+        "profile_context": 128,
+        "workloads": {
+            "bs1": (1, 128, 256),
+            "chat": (256, 1024, 128),
+            "short": (512, 64, 256),
+            "long": (64, 4096, 128),
+            "mixed": (256, 2048, 64),
         },
-    }
-    COUNTS: ClassVar = (*ModelSettings.COUNTS, "cache_bytes", "profile_rows", "profile_context")
+    },
+}
 
-    def streams(self, vocabulary: int, seed: int) -> list[Workload]:
-        """The workloads with their token ids.
 
-        Raises:
-            UserError: a workload that is not ``[requests, prompt tokens, output tokens]``.
-        """
-        found = []
-        if not isinstance(self.workloads, Mapping) or not self.workloads:
-            raise bad(
-                "serving.workloads", self.workloads, "give {name: [requests, prompt tokens, output tokens]}, or auto"
-            )
-        for name, shape in self.workloads.items():
-            if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
-                raise bad(f"serving.workloads.{name}", shape, "give [requests, prompt tokens, output tokens]")
-            first = min(1000, vocabulary // 2)
-            found.append(
-                build_workload(
-                    "fixed_lengths",
-                    num_requests=shape[0],
-                    prompt_tokens=shape[1],
-                    output_tokens=shape[2],
-                    first_id=first,
-                    end_id=min(150_000, vocabulary),
-                    label=name,
-                    seed=seed,
-                )
-            )
-        return found
+def resolve_serving(cfg: DictConfig) -> None:
+    """Replace every ``auto`` of ``cfg.serving``; see :func:`resolve_section`."""
+    resolve_section(cfg, "serving", AUTO, ("cache_bytes", "profile_rows", "profile_context"))
+
+
+def serving_streams(workloads: Any, vocabulary: int, seed: int) -> list[Workload]:
+    """The workloads of ``serving.workloads`` with their token ids.
+
+    Raises:
+        UserError: a workload that is not ``[requests, prompt tokens, output tokens]``.
+    """
+    shape_text = "[requests, prompt tokens, output tokens]"
+    if not isinstance(workloads, Mapping) or not workloads:
+        raise bad("serving.workloads", workloads, f"give {{name: {shape_text}}}, or auto")
+    found = []
+    for name, shape in workloads.items():
+        if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+            raise bad(f"serving.workloads.{name}", shape, f"give {shape_text}")
+        options = dict(zip(("num_requests", "prompt_tokens", "output_tokens"), shape))
+        options |= {"first_id": min(1000, vocabulary // 2), "end_id": min(150_000, vocabulary)}
+        found.append(build_workload("fixed_lengths", **options, label=name, seed=seed))
+    return found
 
 
 class ServingPhase(ModelPhase):
     """One model on one device; every strategy in turn serves all workloads with one engine.
 
     Args:
-        settings: of the phase.
-        cfg: of the experiment.
-        choices: physical strategies. ``ratio: best`` is searched in simulation, for all workloads together.
-        scheduler: policies.
+        cfg: of the experiment, with its resolved ``serving`` section.
+        choices: physical strategies.
 
     Raises:
         UserError: bad workloads, or a budget that a strategy cannot use or that holds no request of a workload.
     """
 
-    def __init__(
-        self,
-        settings: ServingSettings,
-        cfg: DictConfig,
-        choices: Sequence[StrategyChoice],
-        scheduler: SchedulerConfig,
-    ) -> None:
-        super().__init__(settings, cfg, scheduler)
-        self.settings = settings
-        self.cache = self.memory(settings.cache_bytes)
-        offers = settings.streams(self.model.config.vocab_size, cfg.seed)
-        if wants_ratio(choices):
-            cost_model = CostModel.from_config(self.model.config, self.spec, DeviceSpec())
-            choices = with_best_ratio(choices, self.cache, offers, self.scheduler, cost_model)
-        self.choices = choices
-        limits = {choice.label: choice.build(self.cache, physical=True).request_limit() for choice in choices}
-        for stream in offers:  # requests of a workload are alike: a strategy holds all of them or none
+    def __init__(self, cfg: DictConfig, choices: Sequence[StrategyChoice]) -> None:
+        super().__init__(cfg, "serving")
+        self.cache = self.memory(self.settings.cache_bytes)
+        self.workloads = serving_streams(container(self.settings)["workloads"], self.model.config.vocab_size, cfg.seed)
+        self.choices = self.tuned(choices, self.cache, self.workloads)
+        limits = {choice.label: choice.build(self.cache, physical=True).request_limit() for choice in self.choices}
+        for stream in self.workloads:  # requests of a workload are alike: a strategy holds all of them or none
             for label, limit in limits.items():
                 if not stream.within(limit):
                     longest = max(r.prompt_tokens + r.output_tokens - 1 for r in stream.requests)
                     raise bad(
                         "serving.cache_bytes",
-                        settings.cache_bytes,
+                        self.settings.cache_bytes,
                         f"{label} holds requests of at most {limit:,} tokens in it, workload {stream.name} has {longest:,}; "
                         "give more, or leave one of them out",
                     )
-        self.workloads = offers
         self._allocated_before = torch.cuda.memory_allocated() if self.on_cuda else 0
 
     def __len__(self) -> int:
@@ -176,12 +144,7 @@ class ServingPhase(ModelPhase):
     def _row(
         self, choice: StrategyChoice, engine: Engine, workload: Workload, repetition: int, events: EventSink
     ) -> dict[str, Any]:
-        labels = {
-            "phase": "inference",
-            "strategy": choice.label,
-            "workload": workload.name,
-            "repetition": repetition,
-        }
+        labels = choice.labels("inference", workload.name, repetition)
         recorder = engine.recorder = Recorder(labels, events, origin_s=engine.now())
         launched = engine.backend.launches.copy()
         moved, appended = engine.strategy.bytes_moved, engine.strategy.table_entries_appended
@@ -207,14 +170,14 @@ class ServingPhase(ModelPhase):
         return {
             **row,
             **memory,
-            **self.columns(self.cache, launches, engine.backend.name),
+            **self.columns(launches, engine.backend.name),
             **choice.columns(),
             **offered(workload, len(sequences)),
         }
 
     def _serve(self, label: str, engine: Engine, workload: Workload) -> list[EngineSequence]:
         """All requests at once; the finished sequences."""
-        sequences = []
+        sequences: list[EngineSequence] = []
         for request in workload.requests:
             params = SamplingParams(max_tokens=request.output_tokens, ignore_eos=True)
             assert request.prompt_ids is not None
@@ -230,48 +193,30 @@ class ServingPhase(ModelPhase):
     def _profile(self, choice: StrategyChoice, engine: Engine, events: EventSink, trace_dir: Path | None) -> None:
         """A decode step of many rows, and a step that only prefills."""
         rows, context = self.settings.profile_rows, self.settings.profile_context
-        budget = self.settings.max_tokens_per_step
-        prompts = [context] * rows
-        self._submit(engine, prompts, PROFILED_STEPS + 8)
+        self._submit(engine, [context] * rows, PROFILED_STEPS + 8)
         while engine.scheduler.waiting or any(seq.num_output < 2 for seq in engine.scheduler.running):
             engine.step()
-        decoding = len(engine.scheduler.running)
-        steps = [("decode", f"{decoding} requests of {context} tokens", PROFILED_STEPS)]
-        found = [profile_steps(engine.step, PROFILED_STEPS, self.model.device, _trace(trace_dir, "decode"))]
-        self._drain(engine)
+        decoding = f"decode: {len(engine.scheduler.running)} requests of {context} tokens"
+        self._profile_steps(choice, engine, PROFILED_STEPS, decoding, events, trace_dir)
+        budget = self.settings.max_tokens_per_step
         self._submit(engine, [budget], 2)
-        found.append(profile_steps(engine.step, 1, self.model.device, _trace(trace_dir, "prefill")))
-        steps.append(("prefill", f"{budget:,} tokens of one prompt", 1))
-        self._drain(engine)
-        for (kind, text, _), profiled in zip(steps, found):
-            for event in _events(kind, text, choice.label, profiled):
-                events.write(event)
+        self._profile_steps(choice, engine, 1, f"prefill: {budget:,} tokens of one prompt", events, trace_dir)
+
+    def _profile_steps(
+        self, choice: StrategyChoice, engine: Engine, count: int, name: str, events: EventSink, trace_dir: Path | None
+    ) -> None:
+        """Profile the next steps, write the events and let the requests run to their end."""
+        trace = None if trace_dir is None else trace_dir / f"{name.split(':')[0]}-trace.json"
+        found = profile_steps(engine.step, count, self.model.device, trace)
+        engine.run()
+        for seq in engine.sequences:
+            engine.forget(seq.seq_id)
+        for part in found.parts:
+            values = {"part": part.name, "seconds": part.seconds, "launches": part.launches}
+            events.write({"event": "step_profile", **choice.labels("inference", name, 0), **values})
 
     def _submit(self, engine: Engine, prompts: Iterable[int], output_tokens: int) -> None:
         generator = np.random.default_rng(0)
         for length in prompts:
             ids = generator.integers(0, self.model.config.vocab_size, length)
             engine.add_request(ids, SamplingParams(max_tokens=output_tokens, ignore_eos=True))
-
-    def _drain(self, engine: Engine) -> None:
-        engine.run()
-        for seq in engine.sequences:
-            engine.forget(seq.seq_id)
-
-
-def _trace(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / f"{name}-trace.json"
-
-
-def _events(kind: str, text: str, strategy: str, profiled: StepProfile) -> Iterator[dict[str, Any]]:
-    for part in profiled.parts:
-        yield {
-            "event": "step_profile",
-            "phase": "inference",
-            "strategy": strategy,
-            "workload": f"{kind}: {text}",
-            "repetition": 0,
-            "part": part.name,
-            "seconds": part.seconds,
-            "launches": part.launches,
-        }

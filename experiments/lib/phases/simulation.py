@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.lib.static_ratio import with_best_ratio
-from experiments.lib.strategy_choices import CacheMemory, StrategyChoice
+from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, cache_columns
 from experiments.lib.streams import comparable_streams, offered
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.observe.metrics import EventSink, Recorder
@@ -51,18 +51,12 @@ class SimulationPhase:
         """One row per strategy, stream and repetition."""
         for choice in self.choices:
             for repetition, seed, stream in self.runs:
-                labels = {
-                    "phase": "simulation",
-                    "strategy": choice.label,
-                    "workload": stream.name,
-                    "repetition": repetition,
-                }
                 strategy = choice.build(self.memory)
-                recorder = Recorder(labels, events)
+                recorder = Recorder(choice.labels("simulation", stream.name, repetition), events)
                 result = simulate(stream, strategy, self.scheduler, self.cost_model, recorder)
                 yield {
                     **recorder.finish(result.sequences, strategy, result.refused_requests),
-                    **self.memory.columns(),
+                    **cache_columns(self.memory.spec),
                     **choice.columns(),
                     **offered(stream, len(result.sequences)),
                     "seed": seed,
