@@ -105,7 +105,7 @@ def run_tests(tree: Path, tests: Iterable[str], *options: str, limit_s: float = 
 
 def failed(text: str) -> list[str]:
     """Ids of the tests that failed, as pytest's summary names them."""
-    return re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
 
 
 def try_fault(fault: Fault, tree: Path, limit_s: float = LIMIT_S) -> Outcome:

@@ -227,3 +227,23 @@ def test_the_checkpoint_used_longest_ago_is_dropped():
         hits.append(engine.add_request([token] * 64 + [8], SamplingParams(max_tokens=1)))
         engine.run()
     assert [seq.hit_tokens for seq in hits] == [64, 0, 0]
+
+
+def test_the_longest_checkpoint_is_found():
+    engine = make_engine(budget=1 << 22)
+    head = list(range(100)) * 2
+    engine.add_request(head, SamplingParams(max_tokens=1, checkpoint_at=(64, 128, 192)))
+    engine.run()
+    hits = [engine.add_request([*head[:length], 7], SamplingParams(max_tokens=1)) for length in (192, 191, 128, 64)]
+    engine.run()
+    assert [seq.hit_tokens for seq in hits] == [192, 128, 128, 64]
+
+
+def test_a_prompt_that_is_a_checkpoint_computes_its_last_token():
+    engine = make_engine(budget=1 << 22)
+    prompt = list(range(100)) + list(range(28))
+    for hits in (0, 64):
+        again = engine.add_request(prompt, SamplingParams(max_tokens=3, checkpoint_at=(64, 128)))
+        engine.run()
+        assert again.hit_tokens == hits
+        assert again.output_ids == run_one_by_one([(prompt, SamplingParams(max_tokens=3))])[0]

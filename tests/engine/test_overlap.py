@@ -337,3 +337,19 @@ def test_no_second_counts_for_two_overlapping_steps():
     duration = engine.run()
     assert min(Durations.seen) > 0
     assert 0.8 * duration < sum(Durations.seen) <= duration
+
+
+def test_tokens_after_the_end_are_told_to_nobody():
+    """A stop token is found a step late; the token that was sampled meanwhile is no part of the output, nor of the stream."""
+    requests = [([token] * 5, SamplingParams(max_tokens=20)) for token in (3, 4)]
+    alone = run_one_by_one(requests)
+    stop = next(token for i, token in enumerate(alone[0]) if 2 < i < 15 and token not in alone[0][:i])
+    engine = make_engine(budget=1 << 22, overlap=True)
+    first = engine.add_request(requests[0][0], SamplingParams(max_tokens=20, stop_token_ids=(stop,)))
+    second = engine.add_request(*requests[1])
+    told: dict[int, list[int]] = {first.seq_id: [], second.seq_id: []}
+    while engine.has_work:
+        for seq_id, token in engine.step().new_tokens.items():
+            told[seq_id].append(token)
+    assert first.output_ids == alone[0][: alone[0].index(stop) + 1]
+    assert list(told.values()) == [first.output_ids, second.output_ids] == [first.output_ids, alone[1]]
