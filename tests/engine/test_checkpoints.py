@@ -9,6 +9,7 @@ from pool_model import PoolModel
 from test_engine import CHUNKED, PHYSICAL, make_engine, run_one_by_one, stream, tight
 
 from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.errors import UserError
 
 
@@ -182,3 +183,67 @@ def test_positions_that_no_step_can_keep_are_refused(position):
     with pytest.raises(UserError, match=f"checkpoint_at={position}"):
         engine.add_request([1] * 130, SamplingParams(checkpoint_at=(position,)))
     assert not engine.has_work
+
+
+def test_a_prompt_that_resumes_is_cut_at_absolute_multiples():
+    """From position 70 a budget of 100 tokens reaches 170: the chunk ends at 128. The next one reaches 228 and ends at 192."""
+    engine = make_engine(budget=1 << 22, config=SchedulerConfig(max_tokens_per_step=100))
+    head = list(range(70))
+    engine.add_request(head, SamplingParams(max_tokens=1, checkpoint_at=(70,)))
+    engine.run()
+    chunks, launch = [], engine.runner.launch
+    engine.runner.launch = lambda step: chunks.extend((item.start, item.end) for item in step.items) or launch(step)
+    longer = engine.add_request([*head, *range(100), *range(60)], SamplingParams(max_tokens=1))
+    engine.run()
+    assert longer.hit_tokens == 70
+    assert chunks == [(70, 128), (128, 192), (192, 230)]
+
+
+def test_equal_hashes_are_not_equal_prompts(monkeypatch):
+    monkeypatch.setattr("hybridcache.prefix.checkpoints._hash", lambda tokens: b"the same")
+    engine = make_engine(budget=1 << 22)
+    engine.add_request([1] * 64, SamplingParams(max_tokens=1, checkpoint_at=(64,)))
+    engine.run()
+    other, same = ([token] * 64 + [3] for token in (2, 1))
+    seqs = [engine.add_request(prompt, SamplingParams(max_tokens=4)) for prompt in (other, same)]
+    engine.run()
+    assert [seq.hit_tokens for seq in seqs] == [0, 64]
+    assert [seq.output_ids for seq in seqs] == run_one_by_one(
+        [(prompt, SamplingParams(max_tokens=4)) for prompt in (other, same)]
+    )
+
+
+def test_the_checkpoint_used_longest_ago_is_dropped():
+    engine = make_engine(budget=1 << 22)
+    for token in (1, 2, 3):
+        engine.add_request([token] * 64, SamplingParams(max_tokens=1, checkpoint_at=(64,)))
+        engine.run()
+    engine.add_request([1] * 64 + [9], SamplingParams(max_tokens=1))  # the oldest is in use again
+    engine.run()
+    assert engine.checkpoints.drop_oldest()
+    assert engine.checkpoints.drop_oldest()
+    hits = []
+    for token in (1, 2, 3):
+        hits.append(engine.add_request([token] * 64 + [8], SamplingParams(max_tokens=1)))
+        engine.run()
+    assert [seq.hit_tokens for seq in hits] == [64, 0, 0]
+
+
+def test_the_longest_checkpoint_is_found():
+    engine = make_engine(budget=1 << 22)
+    head = list(range(100)) * 2
+    engine.add_request(head, SamplingParams(max_tokens=1, checkpoint_at=(64, 128, 192)))
+    engine.run()
+    hits = [engine.add_request([*head[:length], 7], SamplingParams(max_tokens=1)) for length in (192, 191, 128, 64)]
+    engine.run()
+    assert [seq.hit_tokens for seq in hits] == [192, 128, 128, 64]
+
+
+def test_a_prompt_that_is_a_checkpoint_computes_its_last_token():
+    engine = make_engine(budget=1 << 22)
+    prompt = list(range(100)) + list(range(28))
+    for hits in (0, 64):
+        again = engine.add_request(prompt, SamplingParams(max_tokens=3, checkpoint_at=(64, 128)))
+        engine.run()
+        assert again.hit_tokens == hits
+        assert again.output_ids == run_one_by_one([(prompt, SamplingParams(max_tokens=3))])[0]

@@ -6,6 +6,7 @@ Graphs, where a test has them, are replayed on the CPU by running what they woul
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.sequence import Status
 from hybridcache.kernels.backend import make_backend
+from hybridcache.observe.metrics import Recorder
 
 
 @pytest.fixture(params=["eager", "graphs"])
@@ -312,3 +314,42 @@ def test_the_largest_steps_run_on_padding_before_the_first_request():
         assert int(batch.context_len_B.max()) == batch.max_prefill_len
     assert engine.backend.launches == {"kept[torch]": 3}
     assert torch.equal(runner.pool.buffer, before)
+
+
+def test_no_second_counts_for_two_overlapping_steps():
+    """Each look at the clock takes a second. A step runs from its launch or the end of the one before, whichever was later."""
+    time = {"now": 0.0}
+
+    def clock() -> float:
+        time["now"] += 1.0
+        return time["now"]
+
+    class Durations(Recorder):
+        seen: ClassVar[list[float]] = []
+
+        def add(self, observed, duration_s):
+            self.seen.append(duration_s)
+            super().add(observed, duration_s)
+
+    engine = make_engine(budget=1 << 21, config=CHUNKED, overlap=True, recorder=Durations({}), clock=clock)
+    for prompt, params in stream(4, 5):
+        engine.add_request(prompt, params)
+    duration = engine.run()
+    assert min(Durations.seen) > 0
+    assert 0.8 * duration < sum(Durations.seen) <= duration
+
+
+def test_tokens_after_the_end_are_told_to_nobody():
+    """A stop token is found a step late; the token that was sampled meanwhile is no part of the output, nor of the stream."""
+    requests = [([token] * 5, SamplingParams(max_tokens=20)) for token in (3, 4)]
+    alone = run_one_by_one(requests)
+    stop = next(token for i, token in enumerate(alone[0]) if 2 < i < 15 and token not in alone[0][:i])
+    engine = make_engine(budget=1 << 22, overlap=True)
+    first = engine.add_request(requests[0][0], SamplingParams(max_tokens=20, stop_token_ids=(stop,)))
+    second = engine.add_request(*requests[1])
+    told: dict[int, list[int]] = {first.seq_id: [], second.seq_id: []}
+    while engine.has_work:
+        for seq_id, token in engine.step().new_tokens.items():
+            told[seq_id].append(token)
+    assert first.output_ids == alone[0][: alone[0].index(stop) + 1]
+    assert list(told.values()) == [first.output_ids, second.output_ids] == [first.output_ids, alone[1]]

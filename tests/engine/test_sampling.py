@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hybridcache.engine.sampling import NOT_FINITE, SamplingParams, SamplingRow, request_key, sample, uniform, uniforms
+from hybridcache.engine.sampling import (
+    NOT_FINITE,
+    SamplingParams,
+    SamplingRow,
+    _pick,
+    request_key,
+    sample,
+    uniform,
+    uniforms,
+)
 from hybridcache.errors import UserError
 
 GREEDY = SamplingParams()
@@ -120,6 +129,8 @@ def test_randomness_depends_on_seed_request_and_position():
     assert request_key(SamplingParams(seed=9), 1, 2) == request_key(SamplingParams(seed=9), 4, 5)
     assert request_key(GREEDY, 1, 2) != request_key(GREEDY, 1, 3)
     assert request_key(GREEDY, 1, 2) != request_key(GREEDY, 2, 2)
+    own = {request_key(SamplingParams(seed=seed), 7, 0) for seed in range(50)}
+    assert not own & {request_key(GREEDY, seed, seq_id) for seed in range(50) for seq_id in range(50)}
 
 
 @pytest.mark.parametrize(
@@ -148,3 +159,10 @@ def test_values_out_of_range_are_refused(field, value):
 
 def test_stop_token_ids_may_be_a_list():
     assert SamplingParams(stop_token_ids=[4, 5]).stop_token_ids == (4, 5)
+
+
+def test_a_token_of_no_weight_is_not_drawn_at_the_edges_of_the_uniform_number():
+    """Shares of the tokens: none, 0 to 1/4, none, 1/4 to 1."""
+    weights = torch.tensor([[0.0, 1.0, 0.0, 3.0]], dtype=torch.float64)
+    for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.9999, 3)):
+        assert _pick(weights, torch.tensor([[number]], dtype=torch.float64)).tolist() == [token], number

@@ -432,3 +432,31 @@ def test_rows_beyond_the_token_budget_take_turns():
     for _ in range(150):
         clock.step()
     assert min(seq.num_output for seq in seqs) > 3, [seq.num_output for seq in seqs]
+
+
+def test_of_equally_computed_requests_the_last_admitted_is_preempted():
+    """Three requests of one length grow into a pool with room for two of them at their longest."""
+    scheduler = scheduler_for(90, 2.0, victim="least_computed")
+    seqs = submit(scheduler, (20, 70), (20, 70), (20, 70))
+    clock = Clock(scheduler)
+    while not scheduler.num_preemptions:
+        step = clock.step()
+    assert [seq.seq_id for seq in step.preempted] == [2]
+    assert len({seq.num_computed for seq in seqs[:2]}) == 1
+
+
+def test_the_tokens_of_a_preempted_request_go_to_the_others():
+    """Blocks of 16 tokens, none free once request 0 has grown. Request 1 needs one: request 0, with the fewest computed tokens,
+    gives up its memory and its 16 of the step's 24 tokens. 23 are left for request 2, which is cut at 48; 7 would not do."""
+    blocks = {"kernel_block_tokens": 8, "kernel_blocks_per_manager_block": 2, "states_per_manager_block": 4}
+    strategy = build("shared_pool", spec=SPEC, budget_bytes=13 * 3072, **blocks)
+    config = SchedulerConfig(max_tokens_per_step=24, chunk_multiple=8, victim="least_computed")
+    scheduler = Scheduler(strategy, config)
+    for seq_id, (prompt, computed, outputs) in enumerate([(32, 16, 0), (48, 48, 1), (200, 32, 0)]):
+        assert strategy.admit(seq_id, computed)
+        seq = Sequence(seq_id, prompt, 9, status=Status.RUNNING, num_computed=computed, num_output=outputs)
+        scheduler.running.append(seq)
+    assert strategy.usage().free == 3072
+    step = scheduler.schedule()
+    assert [seq.seq_id for seq in step.preempted] == [0]
+    assert shape(step) == [(1, 48, 1), (2, 32, 16)]

@@ -5,8 +5,9 @@ import random
 import pytest
 from omegaconf import OmegaConf
 
+from experiments.lib.phases.capacity import capacity_rows
 from experiments.lib.phases.simulation import SimulationPhase
-from experiments.lib.static_ratio import balanced_ratio, with_best_ratio
+from experiments.lib.static_ratio import MULTIPLES, balanced_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice
 from experiments.lib.streams import COMMON, comparable_streams, make_streams
 from hybridcache.engine.scheduler import SchedulerConfig
@@ -138,3 +139,32 @@ def test_tables_are_charged_to_strategies_that_know_them(monkeypatch) -> None:
     monkeypatch.setattr("experiments.lib.strategy_choices.strategy_class", lambda name: Knows)
     choice("knows", a=1).build(CacheMemory(SPEC, MIB, 256, 8192))
     assert (seen["table_rows"], seen["max_request_tokens"], seen["a"]) == (256, 8192, 1)
+
+
+def test_the_best_ratio_refuses_nobody() -> None:
+    """A long request among many short ones: a border that leaves it out ends sooner, and is not the best."""
+    limit = choice("static_split", ratio=0.9, page_size=64).build(CacheMemory(SPEC, 2 * MIB)).request_limit()
+    short = [Request(i, 0.0, 4, 60) for i in range(1, 120)]
+    stream = Workload("w", "s", (Request(0, 0.0, limit - 4, 4), *short))
+    memory = CacheMemory(SPEC, 2 * MIB)
+    (tuned,) = with_best_ratio([choice("static_split", ratio="best")], memory, [stream], SchedulerConfig(), COST)
+
+    def run(ratio: float):
+        return simulate(
+            stream, choice("static_split", ratio=ratio, page_size=64).build(memory), SchedulerConfig(), COST
+        )
+
+    sooner = [run(round(m * balanced_ratio(memory, [stream]), 3)) for m in MULTIPLES]
+    best = run(tuned.options["ratio"])
+    assert best.refused == 0
+    assert min(each.duration_s for each in sooner if each.refused) < best.duration_s, "nothing would be gained"
+
+
+def test_a_length_of_which_none_fits_is_refused() -> None:
+    events = type("Events", (), {"write": lambda self, event: None})()
+    memory = CacheMemory(SPEC, 2 * MIB)
+    limit = choice("shared_pool").build(memory).request_limit()
+    made = list(capacity_rows([choice("shared_pool")], memory, [10, limit + 1], 0, events))
+    assert [row["requests_refused"] for row in made] == [0, 1]
+    assert made[0]["requests_served"] == made[0]["residents_peak"] > 1
+    assert made[1]["requests_served"] == 0

@@ -163,3 +163,18 @@ def test_every_served_request_of_every_repetition_counts():
     numbers = sorted(rng.choice(50, 20, replace=False).tolist())
     run = make_run({"a": numbers, "b": numbers, "c": numbers[:-1]}, offered=50)
     assert set(compare(run, "simulation", "w").rows["strategy"]) == {"a", "b"}, seed
+
+
+def test_requests_that_failed_were_not_served():
+    run = make_run({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2]}, offered=3)
+    requests = run.events["request"]
+    requests.loc[(requests["strategy"] == "b") & (requests["seq_id"] == 2), "finish_reason"] = "error"
+    run.results.loc[run.results["strategy"] == "b", "requests_served"] = 2
+    assert set(compare(run, "simulation", "w").rows["strategy"]) == {"a", "c"}
+
+
+def test_common_requests_are_timed_from_the_first_of_them():
+    """Common are 3 and 4, which arrive at 3 and 4 s; the last ends 4 + 2 + 4 = 10 s: 9 output tokens in 7 s."""
+    run = make_run({"a": [0, 3, 4], "b": [1, 3, 4]}, output_tokens_per_s={"a": 10.0, "b": 90.0})
+    verdict = compare(run, "simulation", "w").judge(RATE)
+    assert verdict.means.to_dict() == pytest.approx({"a": 9 / 7, "b": 9 / 7})

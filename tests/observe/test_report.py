@@ -24,7 +24,7 @@ from hybridcache.observe.report.comparison import contests
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
 from hybridcache.observe.report.report import _answers, serving_table, shortfall, token_agreement
 from hybridcache.observe.report.speed_figures import latency, throughput
-from hybridcache.observe.report.units import seconds_text
+from hybridcache.observe.report.units import bytes_text, seconds_text
 from hybridcache.strategies import build
 
 BUDGET = 1 << 28
@@ -434,3 +434,18 @@ def test_events_of_an_older_version_are_left_out_by_name(run):
 )  # fmt: skip
 def test_durations_are_said_as_people_say_them(seconds, text):
     assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (2**20, "1 MiB"),
+        (10**9, "953.7 MiB"),
+        (5 * 2**30, "5 GiB"),
+        (-(2**31), "-2 GiB"),
+    ],
+)
+def test_bytes_are_said_in_binary_units(value, text):
+    assert bytes_text(value) == text

@@ -11,12 +11,13 @@ from hybridcache.engine.sequence import Sequence
 from hybridcache.engine.step import ScheduledTokens, Step
 from hybridcache.errors import UserError
 from hybridcache.observe.metrics import Recorder
-from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters, StepWork
+from hybridcache.sim.cost_model import CostModel, DeviceSpec, ModelParameters, StepWork, least_ranks
 from hybridcache.sim.simulator import SimulationResult, simulate
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies import STRATEGIES, Strategy, build
 from hybridcache.strategies.byte_exact import ByteExact
 from hybridcache.workloads import Request, Workload, build_workload
+from models.configs import shipped_fields
 
 MIB = 1 << 20
 
@@ -346,3 +347,21 @@ def test_work_divides_by_ranks_and_costs_collectives() -> None:
 def test_device_refuses(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{field}="):
         replace(DEVICE, **{field: value})
+
+
+def test_a_rank_holds_its_weights_and_its_cache() -> None:
+    """90 % of a device is for both: the least budget beyond what the weights leave is refused."""
+    fields = shipped_fields("tiny")
+    spec, device = CacheSpec.from_config(fields), DeviceSpec(memory_bytes=1 << 30)
+    room = int(0.9 * (1 << 30) - 2 * ModelParameters.from_config(fields).stored)
+    assert CostModel.from_config(fields, spec, device, cache_bytes=room - 8).num_devices == 1
+    with pytest.raises(UserError, match=r"^tp_size=1: .*tp_size=auto"):
+        CostModel.from_config(fields, spec, device, cache_bytes=room + 8)
+
+
+def test_the_number_of_devices_leaves_a_quarter_for_the_cache() -> None:
+    """Weights take at most 0.75 * 0.9 of the devices that hold them."""
+    fields = shipped_fields("tiny")
+    weights = 2 * ModelParameters.from_config(fields).stored
+    for share, ranks in ((0.67, 1), (0.68, 2), (0.9, 2), (1.34, 2), (1.36, 4)):
+        assert least_ranks(fields, DeviceSpec(memory_bytes=weights / share)) == ranks, share

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from pool_model import pool_spec
-from strategies_specs import GIB, build_in, qwen3_next
+from strategies_specs import GIB, build_in, hybrid, qwen3_next
 
 from hybridcache.errors import UserError
 from hybridcache.strategies import STRATEGIES, Kind, Move, Strategy, build
@@ -612,3 +612,22 @@ def test_values_of_a_wrong_type_are_refused(name: str, field: str, also: tuple) 
 def test_an_unknown_option_names_the_valid_ones(name: str) -> None:
     with pytest.raises(UserError, match=rf"^ratoi=0\.5: strategy {name} has no such option; it has "):
         build(name, spec=SPEC, budget_bytes=40 * UNIT, ratoi=0.5)
+
+
+def test_a_request_that_is_restored_asks_for_what_it_does_not_share() -> None:
+    """4 blocks are held; 2 of states and the third of KV are asked for, not the 2 that are shared."""
+    pool = make("shared_pool", 7, **BLOCKS)
+    assert pool.admit(0, 32)
+    pool.checkpoint(0, 5)
+    assert not pool.restore(1, 5, 49)
+    assert pool.restore(1, 5, 48)
+    pool.check_integrity()
+    assert pool.usage().free == 0
+    assert pool.kv_table(1).tolist()[:2] == pool.kv_table(0).tolist()
+
+
+def test_layers_are_dealt_by_the_more_frequent_type_where_it_has_less_than_half_as_many_more() -> None:
+    """7 of 5 layers are 1.4 times as many, 6 of 4 are 1.5 times, 5 of 3 are 1.67 times."""
+    for attention, states, size in ((5, 7, 7), (7, 5, 7), (4, 6, 4), (3, 5, 3), (2, 2, 2)):
+        pool = build_in(1 << 20, "padded_page", hybrid(attention, states, SPEC.attention, SPEC.state))
+        assert pool.group_size == size, (attention, states)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -215,3 +216,18 @@ def test_neither_workloads_nor_simulation_need_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=SUBPROCESS_S).returncode == 0
+
+
+def test_synthetic_prompts_outputs_and_gaps_are_drawn_apart() -> None:
+    """Poisson arrivals: a gap's deviation is its mean. Lengths of a prompt and its output are not correlated."""
+    workload = build_workload("synthetic_chat", num_requests=4001, rate_per_s=5.0, seed=random.randrange(1 << 30))
+    prompts, outputs = np.log(np.array(lengths(workload), dtype=float)).T
+    assert abs(np.corrcoef(prompts, outputs)[0, 1]) < 0.08, workload.source
+    gaps = np.diff(arrivals(workload))
+    assert gaps.std() / gaps.mean() == pytest.approx(1.0, rel=0.12), workload.source
+
+
+def test_text_prompts_of_two_requests_differ() -> None:
+    workload = Workload("w", "s", tuple(Request(i, 0.0, 200, 1) for i in range(20)))
+    filled = with_text_prompts(workload, ByteTokenizer(1000), seed=3)
+    assert len({request.prompt_ids for request in filled.requests}) > 15

@@ -1,0 +1,215 @@
+"""Plant faults one at a time, and count those that the tests notice: ``python -m benchmarks.checks.mutants``.
+
+    python -m benchmarks.checks.mutants [--list] [--only NAME]... [--jobs 2] [--out mutants.json]
+
+``planted_faults.yaml`` holds the faults by file: a name that says what is wrong, the text of the source and what is planted
+in its place, and the narrow tests that must notice. Every fault is planted in a scratch copy of the tree (what git tracks or
+would track), never in the checkout. A fault is
+
+* *killed* where one of its tests fails (or does not end),
+* *survived* where all of them pass: a test is missing,
+* *stale* where its text does not stand exactly once in its file, or its tests cannot be collected: the list is to be mended.
+
+Before any of them, the tests must pass in a copy without a fault. Exit status 1: they do not, less than 90 % of the faults
+are killed, or one is stale.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import yaml
+
+from hybridcache.observe.environment import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+FAULTS = Path(__file__).with_name("planted_faults.yaml")
+SHARE = 0.9
+"""Of the faults that must be killed."""
+LIMIT_S = 300.0
+"""Seconds that the tests of one fault may take."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: ``new`` stands in ``file`` instead of ``old``, and one of ``tests`` (pytest's ids) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fault: ``killed``, ``survived`` or ``stale``; ``by`` is the test that failed, or why it is stale."""
+
+    name: str
+    file: str
+    outcome: str
+    by: str = ""
+
+
+def read_faults(path: Path = FAULTS) -> list[Fault]:
+    """The faults of a file.
+
+    Raises:
+        ValueError: two have the same name, or one changes nothing or has no test.
+    """
+    found = [
+        Fault(each["fault"], file, each["old"], each["new"], tuple(each["tests"]))
+        for file, faults in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+        for each in faults
+    ]
+    counts = Counter(fault.name for fault in found)
+    for fault in found:
+        if counts[fault.name] > 1 or fault.old == fault.new or not fault.tests:
+            raise ValueError(f"{path}: {fault.name!r}: is there twice, changes nothing or has no test")
+    return found
+
+
+def copy_tree(root: Path, to: Path) -> None:
+    """Copy what git tracks, or would track, of a checkout."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (root / name).is_file():  # one that was deleted is listed until the deletion is committed
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, to / name)
+
+
+def run_tests(tree: Path, tests: Iterable[str], *options: str, limit_s: float = LIMIT_S) -> tuple[int | None, str]:
+    """Pytest's exit status in a tree (None where it did not end in time), and what it printed."""
+    # Bytecode is told from its source by size and second: a fault that was planted fast would not be seen.
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *options, *tests]
+    try:
+        run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return None, f"no end within {limit_s:.0f} s"
+    return run.returncode, run.stdout + run.stderr
+
+
+def failed(text: str) -> list[str]:
+    """Ids of the tests that failed, as pytest's summary names them."""
+    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+
+
+def try_fault(fault: Fault, tree: Path, limit_s: float = LIMIT_S) -> Outcome:
+    """Plant a fault in a scratch tree, run its tests, and take it out again."""
+
+    def outcome(what: str, by: str = "") -> Outcome:
+        return Outcome(fault.name, fault.file, what, by)
+
+    path = tree / fault.file
+    source = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if source.count(fault.old) != 1:
+        return outcome("stale", f"its text stands {source.count(fault.old)} times in {fault.file}")
+    path.write_text(source.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        status, text = run_tests(tree, fault.tests, "-x", limit_s=limit_s)
+    finally:
+        path.write_text(source, encoding="utf-8")
+    if status is None:
+        return outcome("killed", text)
+    if status == 1:
+        return outcome("killed", next(iter(failed(text)), ""))
+    return outcome("survived") if status == 0 else outcome("stale", " ".join(text.split())[-300:])
+
+
+def try_faults(
+    faults: Sequence[Fault], root: Path = ROOT, jobs: int = 1, tell: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """Try faults of a checkout, ``jobs`` at a time, each in a scratch copy.
+
+    Args:
+        tell: called with every outcome as it comes.
+
+    Raises:
+        RuntimeError: a test fails without a fault, or its modules are not the copy's.
+    """
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for number in range(jobs):
+            tree = Path(folder) / str(number)
+            copy_tree(root, tree)
+            trees.put(tree)
+        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+        status, text = run_tests(tree, tests, limit_s=LIMIT_S + 10 * len(tests))
+        if status != 0:
+            raise RuntimeError(f"without a fault: {', '.join(failed(text)) or ' '.join(text.split())[-600:]}")
+
+        def one(fault: Fault) -> Outcome:
+            tree = trees.get()
+            try:
+                found = try_fault(fault, tree)
+            finally:
+                trees.put(tree)
+            tell(found)
+            return found
+
+        with ThreadPoolExecutor(jobs) as pool:
+            return list(pool.map(one, faults))
+
+
+def passes(outcomes: Sequence[Outcome]) -> bool:
+    """Whether enough faults were killed, and none is stale."""
+    counts = Counter(each.outcome for each in outcomes)
+    return not counts["stale"] and counts["killed"] >= SHARE * len(outcomes)
+
+
+def show(outcome: Outcome) -> None:
+    print(f"{outcome.outcome:9} {outcome.name}{f'  [{outcome.by}]' if outcome.by else ''}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="faults whose name or file contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    parser.add_argument("--list", action="store_true", help="print the faults and plant none")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give 1 or more")
+    faults = [f for f in read_faults() if not args.only or any(part in f.name or part in f.file for part in args.only)]
+    if not faults:
+        parser.error(f"--only {' '.join(args.only)}: no fault has such a name or file; --list names them")
+    if args.list:
+        for fault in faults:
+            print(f"{fault.file}: {fault.name}")
+        return 0
+    started = time.perf_counter()
+    try:
+        outcomes = try_faults(faults, jobs=args.jobs, tell=show)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    seconds = time.perf_counter() - started
+    counts = Counter(each.outcome for each in outcomes)
+    if args.out is not None:
+        record = {
+            "environment": environment(),
+            "seconds": round(seconds, 1),
+            "planted": len(outcomes),
+            **{name: counts[name] for name in ("killed", "survived", "stale")},
+            "faults": [asdict(each) for each in outcomes],
+        }
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(outcomes)} faults in {seconds:.0f} s: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    return 0 if passes(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
