@@ -248,7 +248,7 @@ class Engine:
             self._step_apart(groups, started, output)
         elif step and not self._relocate():
             self._settle(before, output)
-            self._requeue_everybody()
+            self._requeue_everybody(step)
         else:
             launched = self._launch(step, started) if step else None
             if not self._settle(before, output) and launched is not None:
@@ -267,12 +267,15 @@ class Engine:
     def _step_apart(self, groups: list[Step], started: float, output: StepOutput) -> None:
         """Requests under suspicion in batches of their own: one at a time, each with all tokens known."""
         if not self._relocate():
-            self._requeue_everybody()
+            self._requeue_everybody(*groups)
             return
         for group in groups:
             self._settle(self._launch(group, started), output)
 
-    def _requeue_everybody(self) -> None:
+    def _requeue_everybody(self, *steps: Step) -> None:
+        """These steps are not launched: memory that was to be moved may be lost."""
+        for step in steps:
+            self.scheduler.void(step)
         self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
 
     def _relocate(self) -> bool:
@@ -289,9 +292,11 @@ class Engine:
         """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more."""
         if not self.scheduler.runs_again(step):
             items = [item for item in step.items if item.seq.status is Status.RUNNING]
+            if len(items) < len(step.items):
+                self.scheduler.void(step.only([item for item in step.items if item.seq.status is not Status.RUNNING]))
+                step = step.only(items)
             if not items:
                 return None
-            step = step if len(items) == len(step.items) else step.only(items)
         seen = None
         if self.recorder is not None:
             with self._off_the_clock():

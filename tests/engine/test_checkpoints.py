@@ -171,6 +171,42 @@ def test_a_step_that_fails_leaves_no_checkpoint(where, monkeypatch):
     assert [seq.output_ids, again.output_ids] == expected
 
 
+@pytest.mark.parametrize("where", ["moves", "stopped"])
+def test_steps_that_are_not_launched_leave_no_checkpoint(where, monkeypatch):
+    """Moves of memory fail before the step; or its request has ended by a stop token, which was seen only then."""
+    engine = make_engine(budget=1 << 22, overlap=where == "stopped")
+    prompt = [int(token) for token in np.random.default_rng().integers(0, 101, 130)]
+    if where == "moves":
+        relocate, failures = engine.runner.relocate, iter([RuntimeError("copy failed")])
+
+        def moved():
+            for error in failures:
+                raise error
+            relocate()
+
+        monkeypatch.setattr(engine.runner, "relocate", moved)
+    else:
+        engine._failures.steps = 1  # somebody was under suspicion once: steps are looked through from then on
+    seq = engine.add_request(prompt, SamplingParams(max_tokens=5, checkpoint_at=(64, 128)))
+    if where == "stopped":
+        plan = engine.checkpoints.plan
+
+        def planned(items):
+            found = plan(items)
+            seq.alone_until, other.alone_until = 1000, 1000
+            if found:
+                engine.scheduler.abort(seq, 0.0)
+            return found
+
+        other = engine.add_request(prompt[:20], SamplingParams(max_tokens=5))
+        monkeypatch.setattr(engine.checkpoints, "plan", planned)
+    engine.step()
+    assert not engine.strategy.cached
+    engine.run()
+    assert len(engine.strategy.cached) == len(engine.checkpoints) == (2 if where == "moves" else 0)
+    engine.strategy.check_integrity()
+
+
 @pytest.mark.parametrize("positions", [(0,), "64", (1.5,)])
 def test_positions_that_mean_nothing_are_refused(positions):
     with pytest.raises(UserError, match="checkpoint_at="):
