@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pandas as pd
 from command_line import ROOT, run
@@ -106,3 +107,31 @@ def test_the_page_on_strategies_checks_and_generates(tmp_path):
     ours = LLM("tiny", strategy="shared_pool", cache_bytes=4 << 20)
     outputs = ours.generate(["Memory is", [1, 2, 3]], SamplingParams(max_tokens=16), progress=False)
     assert python("generate.py").splitlines() == [str(output.token_ids) for output in outputs]
+
+
+def code(page: str) -> str:
+    """The page's one Python block."""
+    (found,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_the_page_on_serving_resumes_a_prompt(capsys):
+    names: dict[str, Any] = {}
+    exec(code("docs/serving.md"), names)
+    assert capsys.readouterr().out == "256\n"
+    fresh = LLM("tiny", cache_bytes=8 << 20)
+    prompts = [[*names["system"], 30, 31], [*names["system"], 40]]
+    outputs = fresh.generate(prompts, SamplingParams(max_tokens=8), progress=False)
+    assert [output.token_ids for output in names["again"]] == [output.token_ids for output in outputs]
+    assert names["llm"].strategy.usage().cached > 0
+    names["llm"].strategy.check_integrity()
+
+
+def test_the_readme_generates(capsys):
+    exec(code("README.md"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        ids, reason, seconds = re.fullmatch(r"\[(.*)\] (length|stop) ([\d.]+)", line).groups()
+        assert len(ids.split(",")) == 16 or reason == "stop"
+        assert float(seconds) > 0

@@ -132,7 +132,7 @@ def test_its_errors_are_the_users(regions: dict) -> None:
 
 def test_names_of_files_build() -> None:
     """What ``conf/strategy`` calls a strategy builds it, with the same options."""
-    with pytest.raises(UserError, match="static_split_tuned.*choose one of"):
+    with pytest.raises(UserError, match=r"static_split_tuned.*choose one of"):
         build(RESOLVED, spec=qwen3_next(), budget_bytes=GIB)
     for path in FILES:
         options = yaml.safe_load(path.read_text())
