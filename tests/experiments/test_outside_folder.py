@@ -1,26 +1,34 @@
 """A user adds an experiment, a workload, a model and a strategy from a folder of their own, as the pages in docs/ say."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from typing import Any
 
 import pandas as pd
 from command_line import ROOT, run
 from omegaconf import OmegaConf
 
-PAGES = ("adding_an_experiment", "adding_a_workload", "adding_a_model")
+from hybridcache import LLM, SamplingParams
+from hybridcache.strategies.check import PROPERTIES
+
+PAGES = ("adding_an_experiment", "adding_a_workload", "adding_a_model", "strategies")
 CARVED = "_target_: hybridcache.strategies.shared_pool.SharedPool\nmode: carve\n"
+NAMED = r"((?:# @package \S+\n)?# my_lab/(\S+\.(?:py|yaml))\n.*?)"
+BLOCK = re.compile(rf"^```(?:python|yaml)\n{NAMED}^```$", re.MULTILINE | re.DOTALL)
 
 
 def files() -> dict[str, str]:
-    """The pages' blocks that begin with the name of a file, and a strategy."""
+    """The pages' blocks that begin with the name of a file, as they stand, and a strategy."""
     found = {"lab/__init__.py": "", "conf/strategy/carved.yaml": CARVED}
     for page in PAGES:
-        text = (ROOT / "docs" / f"{page}.md").read_text()
-        for name, block in re.findall(
-            r"```(?:python|yaml)\n# (?:my_lab/)?(\S+\.(?:py|yaml))\n(.*?)```", text, re.DOTALL
-        ):
-            found[name] = block
-    assert {"lab/doubling.py", "lab/workloads.py", "conf/model/slim.yaml", "conf/workload/bursts.yaml"} <= set(found)
+        blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text())
+        assert blocks, page
+        found |= {name: text for text, name in blocks}
+    named = {"conf/experiment/doubling.yaml", "lab/doubling.py", "conf/workload/bursts.yaml", "lab/workloads.py"}
+    assert named | {"conf/model/slim.yaml", "conf/strategy/regions.yaml", "regions.py", "generate.py"} <= set(found)
     return found
 
 
@@ -64,15 +72,66 @@ def test_a_workload_a_model_and_a_strategy_in_a_shipped_experiment(tmp_path):
     rows, recorded = outside(
         tmp_path,
         "+experiment=shared_pool", "workload=bursts", "workload.count=6",
-        "model=slim", "strategies=[carved]", "capacity.budget_gib=0.01",
+        "model=slim", "strategies=[carved,regions]", "+strategy_options.regions.region_tokens=64", "capacity.budget_gib=0.01",
         "simulation.budget_gib=0.01", "simulation.repetitions=2", "seed=7", "inference.max_output=4", "inference.max_prompt=40",
     )  # fmt: skip
     simulation = rows[rows["phase"] == "simulation"]
-    assert list(simulation["seed"]) == [7, 8]
-    assert list(simulation["workload_source"]) == ["bursts seed=7", "bursts seed=8"]
+    for _, of_strategy in simulation.groupby("strategy"):
+        assert list(of_strategy["seed"]) == [7, 8]
+        assert list(of_strategy["workload_source"]) == ["bursts seed=7", "bursts seed=8"]
+    inference = rows[rows["phase"] == "inference"]
+    assert set(inference["strategy"]) == set(simulation["strategy"]) == {"carved", "regions"}
+    assert inference["tokens_sha256"].nunique() == 1, "the same tokens, wherever states lie"
     assert simulation["prompt_tokens"].nunique() == 2, "another seed is another stream"
     assert set(rows["model"]) == {"slim"}, "one model in all phases"
     assert set(rows["requests_offered"] - rows["requests_served"]) == {0}
     assert set(simulation["num_devices"]) == {1}
     assert recorded.workload.seed == 7
     assert recorded.inference.model == "slim"
+
+
+def test_the_page_on_strategies_checks_and_generates(tmp_path):
+    here = folder(tmp_path)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{ROOT}"}
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=here, env=env, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    checked = python("-m", "hybridcache.strategies.check", "regions.Regions", "region_tokens=64").splitlines()
+    assert len(checked) == len(PROPERTIES)
+    assert all(line.startswith("ok ") for line in checked)
+    ours = LLM("tiny", strategy="shared_pool", cache_bytes=4 << 20)
+    outputs = ours.generate(["Memory is", [1, 2, 3]], SamplingParams(max_tokens=16), progress=False)
+    assert python("generate.py").splitlines() == [str(output.token_ids) for output in outputs]
+
+
+def code(page: str) -> str:
+    """The page's one Python block."""
+    (found,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_the_page_on_serving_resumes_a_prompt(capsys):
+    names: dict[str, Any] = {}
+    exec(code("docs/serving.md"), names)
+    assert capsys.readouterr().out == "256\n"
+    fresh = LLM("tiny", cache_bytes=8 << 20)
+    prompts = [[*names["system"], 30, 31], [*names["system"], 40]]
+    outputs = fresh.generate(prompts, SamplingParams(max_tokens=8), progress=False)
+    assert [output.token_ids for output in names["again"]] == [output.token_ids for output in outputs]
+    assert names["llm"].strategy.usage().cached > 0
+    names["llm"].strategy.check_integrity()
+
+
+def test_the_readme_generates(capsys):
+    exec(code("README.md"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        ids, reason, seconds = re.fullmatch(r"\[(.*)\] (length|stop) ([\d.]+)", line).groups()
+        assert len(ids.split(",")) == 16 or reason == "stop"
+        assert float(seconds) > 0
