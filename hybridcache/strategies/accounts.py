@@ -105,11 +105,13 @@ class Accounts(ABC):
         if self.table_rows:
             self._adopt(max(self.budget_bytes - self.table_bytes, 0))
         if self.request_limit() < 1:
-            least, found = self.cut.least_bytes, 0
+            least, found, asked = self.cut.least_bytes, 0, self.budget_bytes
             while self.table_rows and found < least <= 1 << 60:
                 found = least
+                self.budget_bytes = found
                 self._adopt(found)
                 least = self.cut.least_bytes + self.table_bytes
+            self.budget_bytes = asked
             raise UserError(
                 f"budget_bytes={self.budget_bytes}: {self.name} cannot hold one request in it; "
                 f"give at least {least} bytes"

@@ -13,7 +13,7 @@ import pytest
 from strategies_contents import Contents, key_entries
 from strategies_specs import build_in, small_spec
 
-from hybridcache.observe.metrics import pool_map
+from hybridcache.observe.pool_map import LEVELS, pool_map, shares
 from hybridcache.strategies import Kind, Strategy, build
 
 VARIANTS = [
@@ -323,11 +323,17 @@ def test_random_owners_against_a_dictionary(name: str, options: dict, physical: 
 def test_the_pool_map_shows_cached_bytes() -> None:
     pool = build("shared_pool", spec=small_spec(Random(5)), budget_bytes=1 << 16)
     assert pool.admit(0, pool.request_limit() // 2)
-    assert "4" not in pool_map(pool, 40)
+
+    def share(*kinds: str) -> float:
+        return sum(shares(pool_map(pool, 40)[kind]).sum() for kind in kinds)
+
+    held = share("state", "kv")
+    assert held > 5
+    assert share("cached") == 0
     pool.checkpoint(0, 1)
-    assert "4" not in pool_map(pool, 40), "a resident holds them too"
-    held = pool_map(pool, 40).count("1") + pool_map(pool, 40).count("2")
+    assert (share("state", "kv"), share("cached")) == (held, 0), "a resident holds them too"
     pool.release(0)
-    assert pool_map(pool, 40).count("4") == held
+    assert share("state", "kv") == 0
+    assert share("cached") == pytest.approx(held, abs=40 / LEVELS)
     pool.drop(1)
-    assert pool_map(pool, 40) == "0" * 40
+    assert share("state", "kv", "cached") == 0
