@@ -23,8 +23,8 @@ CHECKED_TOKENS = 300
 
 
 def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType({})) -> Work:
-    """The mixture of a layer's experts: ``triton`` in tiles, ``grouped`` by PyTorch's grouped products with Triton between
-    them, ``torch`` with PyTorch between them. ``more``: further ways, for CUDA."""
+    """The mixture of a layer's experts: ``triton`` in tiles, ``torch`` by PyTorch's grouped products and operations between
+    them. ``more``: further ways, for CUDA."""
     dims, (tokens,), device = case.dims, case.lengths, setup.device
     generator, inner = setup.generator(), dims.expert_dim
     shapes = ((dims.experts, 2 * inner, dims.hidden), (dims.experts, dims.hidden, inner), (2 * inner, dims.hidden))
@@ -60,17 +60,12 @@ def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Ten
 
         return implementation(tiled.mixture)
 
-    def grouped() -> Implementation:
-        from hybridcache.kernels.moe.grouped import mixture
-
-        return implementation(mixture)
-
     distinct = sum(expert_Tk.unique().numel() for _, _, expert_Tk in sets) / len(sets)
     element, parameters = matrices[0].element_size(), 3 * dims.hidden * inner
     moved = int((distinct + 1) * parameters + 2 * tokens * dims.hidden) * element
     work = Work(len(sets), moved, moved, 2 * tokens * (dims.top_k + 1) * parameters)
     if device.type == "cuda":
-        work.build.update({"triton": triton, "grouped": grouped})
+        work.build.update({"triton": triton})
         work.build["torch"] = lambda: implementation(with_torch_between)
     else:
         work.build["torch"] = lambda: implementation(layers.mixture, False)

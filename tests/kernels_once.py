@@ -114,24 +114,20 @@ def block_copy(generator: torch.Generator) -> Outs:
 
 
 def experts(name: str, generator: torch.Generator) -> Outs:
-    """Routing, then the experts of few tokens, those in tiles, or what stands between the grouped products (those are
-    PyTorch's)."""
-    from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled, tiles
+    """Routing, then the experts of few tokens, those in tiles, or the gating of one expert for all."""
+    from hybridcache.kernels.moe import few_tokens, router_rows, routing, silu_mul, tiled, tiles
 
     draw = partial(normal, generator, device=CUDA, dtype="bfloat16")
     tokens, count, k, hidden, inner = 5, 19, 3, 256, 64
     x_TD = draw((tokens, hidden))
     weight_Ts, expert_Tk = routing.route(draw((tokens, router_rows(count))), count, k, True)
-    if name != "many":
+    if name != "shared":
         shapes = ((count, 2 * inner, hidden), (count, hidden, inner), (2 * inner, hidden), (hidden, inner))
         inputs: list[Any] = [x_TD, weight_Ts, expert_Tk, *map(draw, shapes)]
         if name == "few":
             return [few_tokens.mixture(*inputs)]
         return [tiled.mixture(*[*inputs, cut]) for cut in (tiles.FEW, tiles.SOME, tiles.MANY)]
-    order_A = expert_Tk.flatten().sort(stable=True).indices
-    x_AD, place_A = grouped.gather(x_TD, order_A, k)
-    narrow = grouped.silu_mul(draw((tokens * k, 2 * inner)), weight_Ts, order_A)
-    return [narrow, grouped.combine(x_AD, place_A, x_TD, weight_Ts)]
+    return [silu_mul.silu_mul(draw((tokens * k, 2 * inner)))]
 
 
 def norms(generator: torch.Generator) -> Outs:
@@ -189,7 +185,7 @@ KERNELS: dict[str, Callable[[torch.Generator], Outs]] = {
     "page_tiled prefill": partial(prefill, "page_tiled"),
     "routing, experts of few tokens": partial(experts, "few"),
     "routing, experts in tiles": partial(experts, "tiles"),
-    "between grouped products": partial(experts, "many"),
+    "SiLU gating": partial(experts, "shared"),
     "norms": norms,
     "greedy": greedy,
 }

@@ -233,7 +233,7 @@ LAYER = {
     "add_norm": Operation("torch_ops.layers", "norms.triton"),
     "gated_norm": Operation("torch_ops.layers", "norms.triton"),
     "sigmoid_mul": Operation("torch_ops.layers", "norms.triton"),
-    "silu_mul": Operation("torch_ops.layers", "moe.grouped"),
+    "silu_mul": Operation("torch_ops.layers", "moe.silu_mul"),
     "route": Operation("torch_ops.layers", "moe.routing"),
     "mixture": Operation("torch_ops.layers", "moe.mixture"),
     "greedy": Operation("torch_ops.layers", "greedy.triton"),

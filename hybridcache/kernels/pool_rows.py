@@ -8,16 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def row_offset(
-    entry,
-    position,
-    base,
-    manager_stride,
-    kernel_stride,
-    token_stride,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-):
+def row_offset(entry, position, base, manager_stride, kernel_stride, token_stride, TM: tl.constexpr, KB: tl.constexpr):
     """Element offset of head 0's row of ``position``, whose table entry is ``entry``."""
     inside = position % TM
     offset = base + entry.to(tl.int64) * manager_stride

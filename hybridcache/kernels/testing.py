@@ -5,16 +5,12 @@ Shapes: T tokens, B rows, N table entries, L layers, H query heads, K key (KV) h
 channels, W conv kernel width, S tokens of one request.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import isnan
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.caches import StateCache, cache_of
 from hybridcache.memory.layout import AttentionLayout, StateLayout, attention_layout, state_layout
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
@@ -32,23 +28,6 @@ def rel_error(out: torch.Tensor, reference: torch.Tensor) -> float:
 def cached(buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int, *inputs: Any) -> tuple[Any, ...]:
     """Arguments of an implementation: the layer's cache, then the inputs."""
     return (cache_of(buffer, layout, layer), *inputs)
-
-
-def run(backend: Backend, operation: str, buffer: torch.Tensor, *call: Any, **options: Any) -> Any:
-    """An operation of a backend, on the layout and the layer that ``call`` begins with."""
-    layout, layer, *inputs = call
-    return getattr(backend.bind_layer(buffer, layout, layer), operation)(*inputs, **options)
-
-
-class Functions:
-    """A backend's :meth:`bind_layer` for implementations given by operation (each takes the layer's cache first)."""
-
-    def __init__(self, **implementations: Callable[..., Any]) -> None:
-        self.implementations = implementations
-
-    def bind_layer(self, buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int) -> Any:
-        cache = cache_of(buffer, layout, layer)
-        return SimpleNamespace(**{name: partial(function, cache) for name, function in self.implementations.items()})
 
 
 def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:
@@ -245,26 +224,6 @@ def _fill_state(generator: torch.Generator, cache: StateCache, entry: int, posit
     state_VIJ.copy_(normal(generator, state_VIJ.shape, device, state_VIJ.dtype) * 0.1)
     for past in range(max(position - width + 1, 0), position):
         ring_WC[past % width] = normal(generator, ring_WC.shape[1:], device, ring_WC.dtype)
-
-
-def state_error(case: StateCase, expected: torch.Tensor, layer: int) -> float:
-    """Largest :func:`rel_error` of the stored states of one layer against those in the pool ``expected``.
-
-    Infinite where any other byte differs: conv rings, blocks that are read only, the other layers, free slots. Both pools'
-    states are zeroed.
-    """
-    worst = 0.0
-    found, wanted = (StateCache(buffer, case.layout, layer) for buffer in (case.buffer, expected))
-    for entry in case.state_write_BL[:, layer].tolist():
-        if entry != -1:
-            state_VIJ, expected_VIJ = found.stored(entry)[0], wanted.stored(entry)[0]
-            error = rel_error(state_VIJ, expected_VIJ)
-            if isnan(error):
-                return error
-            worst = max(worst, error)
-            state_VIJ.zero_()
-            expected_VIJ.zero_()
-    return worst if torch.equal(case.buffer, expected) else float("inf")
 
 
 def normal(

@@ -11,10 +11,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
+    from kernel_checks import state_error
+
     from hybridcache.kernels.gdn_decode import naive
     from hybridcache.kernels.gdn_decode.tiles import SHARED_ROWS, SharedTiles, Tiles, choose
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
+    from hybridcache.kernels.testing import cached, rel_error, state_case
 
     CUTS = {
         "v8-w1": Tiles(8, 1),

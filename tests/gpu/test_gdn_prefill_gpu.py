@@ -11,17 +11,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
+    from kernel_checks import block_errors, checkpointed, reference64
+
     from hybridcache.kernels.devices import is_hopper
     from hybridcache.kernels.gdn_decode import naive as naive_decode
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
     from hybridcache.kernels.gdn_prefill import naive
-    from hybridcache.kernels.gdn_prefill.testing import (
-        block_errors,
-        checkpoint_table,
-        checkpointed,
-        prefill_case,
-        reference64,
-    )
+    from hybridcache.kernels.gdn_prefill.testing import checkpoint_table, prefill_case
     from hybridcache.kernels.gdn_prefill.tiles import choose, default_tiles
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
     from hybridcache.kernels.testing import cached, rel_error

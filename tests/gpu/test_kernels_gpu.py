@@ -13,27 +13,19 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
+    from kernel_checks import Functions, block_errors, run, state_error
+
     from hybridcache.kernels.backend import make_backend
     from hybridcache.kernels.block_copy import naive as naive_copy
     from hybridcache.kernels.gdn_decode import naive as naive_gdn
     from hybridcache.kernels.gdn_prefill import naive as naive_gdn_prefill
-    from hybridcache.kernels.gdn_prefill.testing import block_errors, prefill_case
+    from hybridcache.kernels.gdn_prefill.testing import prefill_case
     from hybridcache.kernels.kv_store import naive as naive_store
     from hybridcache.kernels.paged_decode import naive as naive_decode
     from hybridcache.kernels.paged_decode.tiles import Tiles
     from hybridcache.kernels.paged_decode.triton import paged_decode
     from hybridcache.kernels.paged_prefill import naive as naive_prefill
-    from hybridcache.kernels.testing import (
-        Functions,
-        attention_case,
-        cached,
-        normal,
-        poisoned,
-        rel_error,
-        run,
-        state_case,
-        state_error,
-    )
+    from hybridcache.kernels.testing import attention_case, cached, normal, poisoned, rel_error, state_case
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 LARGE_POOL = 10 << 30

@@ -12,15 +12,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 if torch.cuda.is_available():
+    from kernel_checks import block_errors, reference64, run, state_error
     from state_tables import LAYER, check_checkpoints, check_equal_tables, check_moves, check_shared_source
 
     from hybridcache.kernels.backend import Backend
     from hybridcache.kernels.gdn_decode import naive as naive_decode
     from hybridcache.kernels.gdn_decode.tiles import default_tiles
     from hybridcache.kernels.gdn_decode.triton import gdn_decode
-    from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, prefill_case, reference64
+    from hybridcache.kernels.gdn_prefill.testing import checkpoint_table, prefill_case
     from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
-    from hybridcache.kernels.testing import cached, rel_error, run, state_case, state_error
+    from hybridcache.kernels.testing import cached, rel_error, state_case
 
 BATCHES = [1, 8, 64]
 """Each chooses another cut of GDN decode."""

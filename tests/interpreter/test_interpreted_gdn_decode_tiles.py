@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
+from kernel_checks import state_error
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.gdn_decode import naive
 from hybridcache.kernels.gdn_decode.tiles import Tiles
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
-from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
+from hybridcache.kernels.testing import cached, rel_error, state_case
 
 
 @pytest.fixture

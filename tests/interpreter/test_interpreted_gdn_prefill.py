@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import triton as triton_package
+from kernel_checks import block_errors, checkpointed, run
 from packaging.version import Version
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.gdn_prefill import naive, triton
-from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, checkpointed, prefill_case
+from hybridcache.kernels.gdn_prefill.testing import checkpoint_table, prefill_case
 from hybridcache.kernels.gdn_prefill.tiles import Tiles
-from hybridcache.kernels.testing import cached, run
+from hybridcache.kernels.testing import cached
 
 pytestmark = pytest.mark.skipif(
     Version(triton_package.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),

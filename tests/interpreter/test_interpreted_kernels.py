@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from kernel_checks import run, state_error
 from packaging.version import Version
 
 from hybridcache.errors import UserError
@@ -23,7 +24,7 @@ from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_decode import triton as triton_decode
 from hybridcache.kernels.paged_decode.tiles import Tiles
 from hybridcache.kernels.pool_rows import interpreting
-from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, run, state_case, state_error
+from hybridcache.kernels.testing import attention_case, cached, poisoned, rel_error, state_case
 
 device_loop_bounds = pytest.mark.skipif(
     Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),

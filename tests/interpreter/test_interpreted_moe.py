@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybridcache.kernels.backend import Backend
-from hybridcache.kernels.moe import few_tokens, grouped, router_rows, tiled
+from hybridcache.kernels.moe import few_tokens, router_rows, tiled
 from hybridcache.kernels.moe import tiles as moe_tiles
 from hybridcache.kernels.moe.routing import route
+from hybridcache.kernels.moe.silu_mul import silu_mul
 from hybridcache.kernels.norms import triton as triton_norms
 from hybridcache.kernels.testing import rel_error
 from hybridcache.kernels.torch_ops import layers
@@ -85,24 +86,10 @@ def test_few_tokens(generator, tokens, experts, k, hidden, inner, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "experts", "k", "dim"), [(1, 4, 1, 16), (7, 5, 3, 40), (9, 300, 10, 64)])
-def test_what_stands_between_grouped_products(generator, tokens, experts, k, dim, dtype):
-    """Gathering, gating and combining around identity products give each token a weighted sum over its experts."""
-    x = torch.randn(tokens, 2 * dim, generator=generator).to(dtype)
-    weight, expert = routed(generator, tokens, experts, k)
-    order = expert.flatten().sort(stable=True).indices
-    x_rows, place = grouped.gather(x, order, k)
-    assert torch.equal(x_rows, x[order // k])
-    assert torch.equal(order[place.long()], torch.arange(tokens * k))
-    narrow = grouped.silu_mul(x_rows, weight, order)
-    gated = layers.silu_mul(x.double())
-    expected = gated[order // k] * weight[:, :k].double().flatten()[order, None]
-    assert rel_error(narrow, expected) < TOLERANCE[dtype]
-    assert rel_error(grouped.silu_mul(x), gated) < TOLERANCE[dtype]
-    shared = torch.randn(tokens, dim, generator=generator).to(dtype)
-    out = grouped.combine(narrow, place, shared, weight)
-    summed = narrow.double()[place.long()].unflatten(0, (tokens, k)).sum(1) + weight[:, k:].double() * shared.double()
-    assert rel_error(out, summed) < TOLERANCE[dtype]
+@pytest.mark.parametrize(("rows", "inner"), [(1, 16), (7, 20), (9, 64)])
+def test_silu_mul(generator, rows, inner, dtype):
+    x = torch.randn(rows, 2 * inner, generator=generator).to(dtype)
+    assert rel_error(silu_mul(x), layers.silu_mul(x.double())) < TOLERANCE[dtype]
 
 
 TILES = {
@@ -175,11 +162,8 @@ def test_gates(generator, tokens, heads, dim, dtype):
     assert rel_error(out, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "experts"),
-    [(3, "grouped"), (few_tokens.MAX_TOKENS + 3, "grouped"), (few_tokens.MAX_TOKENS + 3, "tiled")],
-)
-def test_the_models_experts(generator, tokens, experts):
+@pytest.mark.parametrize("tokens", [3, few_tokens.MAX_TOKENS + 3])
+def test_the_models_experts(generator, tokens):
     """Few and many tokens through the model's module, against the same weights in float64."""
     config = shipped_config("tiny")
     fused, exact = (SparseMoe(config, dtype, torch.device("cpu")) for dtype in (torch.bfloat16, torch.float64))
@@ -188,8 +172,6 @@ def test_the_models_experts(generator, tokens, experts):
     x = torch.randn(tokens, config.hidden_size, generator=generator).bfloat16()
     logits = torch.nn.functional.linear(x, fused.router)
     backend = Backend("triton")
-    if experts == "grouped" and tokens > few_tokens.MAX_TOKENS:
-        backend.mixture = grouped.mixture
     weight, expert = backend.route(logits, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
     matrices = (exact.experts.gate_up, exact.experts.down, exact.shared.gate_up, exact.shared.down)
     expected = layers.mixture(x.double(), weight.double(), expert, *matrices)

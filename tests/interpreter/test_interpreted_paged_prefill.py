@@ -7,12 +7,13 @@ import random
 
 import pytest
 import torch
+from kernel_checks import run
 
 from hybridcache.errors import UserError
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.paged_prefill import naive, triton
 from hybridcache.kernels.paged_prefill.tiles import Tiles, max_tiles
-from hybridcache.kernels.testing import attention_case, cached, rel_error, run
+from hybridcache.kernels.testing import attention_case, cached, rel_error
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 TILE = Tiles(queries=64, keys=32, num_warps=4, num_stages=2)

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 import triton as triton_package
+from kernel_checks import block_errors, state_error
 from packaging.version import Version
 from state_tables import LAYER, check_checkpoints, check_equal_tables, check_moves, check_shared_source
 
 from hybridcache.kernels.gdn_decode import naive as naive_decode
 from hybridcache.kernels.gdn_decode.triton import gdn_decode
 from hybridcache.kernels.gdn_prefill import naive as naive_prefill
-from hybridcache.kernels.gdn_prefill.testing import block_errors, checkpoint_table, prefill_case
+from hybridcache.kernels.gdn_prefill.testing import checkpoint_table, prefill_case
 from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
-from hybridcache.kernels.testing import cached, rel_error, state_case, state_error
+from hybridcache.kernels.testing import cached, rel_error, state_case
 
 device_loop_bounds = pytest.mark.skipif(
     Version(triton_package.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4"),

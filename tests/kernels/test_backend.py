@@ -15,13 +15,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from kernel_checks import run
 
 from hybridcache.errors import UserError
 from hybridcache.kernels import operations
 from hybridcache.kernels.backend import Backend, attention_backends, make_backend
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
-from hybridcache.kernels.testing import attention_case, cached, rel_error, run, state_case
+from hybridcache.kernels.testing import attention_case, cached, rel_error, state_case
 from hybridcache.memory.layout import Layout
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from kernel_checks import run
+
 from hybridcache.errors import UserError
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.block_copy.triton import MAX_MOVES, independent_batches, unit
@@ -20,7 +22,7 @@ from hybridcache.kernels.paged_decode.tiles import (
     head_programs,
     head_tile,
 )
-from hybridcache.kernels.testing import attention_case, run
+from hybridcache.kernels.testing import attention_case
 
 
 @given(st.integers(1, 10_000), st.integers(1, 1 << 20), st.integers(1, 200), st.integers(1, 8))

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from kernel_checks import run, state_error
 
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.block_copy.naive import block_copy
@@ -12,7 +13,7 @@ from hybridcache.kernels.gdn_prefill.naive import gdn_prefill
 from hybridcache.kernels.kv_store.naive import kv_store
 from hybridcache.kernels.paged_decode.naive import paged_decode
 from hybridcache.kernels.paged_prefill.naive import paged_prefill
-from hybridcache.kernels.testing import attention_case, cached, rel_error, run, state_case, state_error
+from hybridcache.kernels.testing import attention_case, cached, rel_error, state_case
 
 SMALL_GDN = {"k_heads": 2, "v_heads": 4, "key_dim": 8, "value_dim": 12}
 FLOAT64 = {"dtype": "float64", "conv_dtype": "float64", "state_dtype": "float64"}

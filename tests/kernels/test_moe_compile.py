@@ -13,7 +13,7 @@ from test_kernels_compile import assert_fits, compile_for_hopper, ptxas_report  
 
 from hybridcache.kernels.greedy import NOT_FINITE  # noqa: E402
 from hybridcache.kernels.greedy import triton as greedy  # noqa: E402
-from hybridcache.kernels.moe import few_tokens, grouped, routing, tiled  # noqa: E402
+from hybridcache.kernels.moe import few_tokens, routing, silu_mul, tiled  # noqa: E402
 from hybridcache.kernels.moe import tiles as moe_tiles  # noqa: E402
 from hybridcache.kernels.norms import triton as norms  # noqa: E402
 
@@ -58,18 +58,11 @@ def test_routing(tmp_path):
     )
 
 
-def test_between_grouped_products(tmp_path):
-    rows = {"x_ptr": "*bf16", "order_ptr": "*i64", "out_ptr": "*bf16", "place_ptr": "*i32", "y_ptr": "*bf16"}
-    rows |= {"gate_up_ptr": "*bf16", "weight_ptr": "*fp32", "shared_ptr": "*bf16"}
-    scalars = {"x_stride": "i32", "rows": "i32"}
-    gated = {"TOP_K": TOP_K, "INNER": INNER, "WEIGHTED": True, "BLOCK_R": 4, "BLOCK_I": 512}
-    for kernel, constants in (
-        (grouped.moe_gather_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 2048}),
-        (grouped.moe_silu_mul_kernel, gated),
-        (grouped.moe_combine_kernel, {"TOP_K": TOP_K, "DIM": HIDDEN, "BLOCK_D": 1024}),
-    ):
-        compiled = compile_for_hopper(kernel, rows, scalars, constants, {"num_warps": 4})
-        assert_fits(compiled, tmp_path)
+def test_silu_mul(tmp_path):
+    constants = {"INNER": INNER, "BLOCK_R": 4, "BLOCK_I": 512}
+    pointers = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16"}
+    kernel = silu_mul.moe_silu_mul_kernel
+    assert_fits(compile_for_hopper(kernel, pointers, {"rows": "i32"}, constants, {"num_warps": 4}), tmp_path)
 
 
 @pytest.mark.parametrize("name", moe_tiles.TILES)

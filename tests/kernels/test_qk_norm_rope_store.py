@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_checks import run
 
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.qk_norm_rope_store import naive
-from hybridcache.kernels.testing import attention_case, cached, run
+from hybridcache.kernels.testing import attention_case, cached
 
 triton = pytest.importorskip("triton")
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from kernel_checks import run, state_error
 from state_tables import LAYER, check_checkpoints, check_equal_tables, check_moves, check_shared_source
 
 from hybridcache.errors import UserError
@@ -11,7 +12,7 @@ from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.gdn_decode import naive as naive_decode
 from hybridcache.kernels.gdn_prefill import naive as naive_prefill
 from hybridcache.kernels.gdn_prefill.testing import checkpoint_table, prefill_case
-from hybridcache.kernels.testing import cached, rel_error, run, state_case, state_error
+from hybridcache.kernels.testing import cached, rel_error, state_case
 from hybridcache.kernels.torch_ops import gated_delta_net as torch_ops
 
 SMALL = {"k_heads": 2, "v_heads": 4, "key_dim": 8, "value_dim": 12}

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_checks import run
 from torch_pools import TOLERANCE, poisoned, read
 
 from hybridcache.kernels.backend import Backend
-from hybridcache.kernels.testing import run
 from hybridcache.kernels.torch_ops.attention import GROUP_POSITIONS
 from hybridcache.memory.layout import AttentionLayout
 from hybridcache.spec.dtypes import torch_dtype

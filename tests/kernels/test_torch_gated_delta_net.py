@@ -8,10 +8,10 @@ import random
 
 import pytest
 import torch
+from kernel_checks import run
 from torch_pools import TOLERANCE, poisoned, read
 
 from hybridcache.kernels.backend import Backend
-from hybridcache.kernels.testing import run
 from hybridcache.memory.layout import StateLayout
 from hybridcache.spec.dtypes import torch_dtype
 

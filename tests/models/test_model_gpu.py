@@ -1,4 +1,4 @@
-"""The model on a GPU: the torch operations there, the experts' grouped products, and decode under a CUDA graph."""
+"""The model on a GPU: the torch operations there, the experts, and decode under a CUDA graph."""
 
 import random
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from qwen3_next_runs import Loop, tiny_config
 
-from hybridcache.kernels.moe import few_tokens, grouped, router_rows, routing, tiled
+from hybridcache.kernels.moe import few_tokens, router_rows, routing, tiled
 from hybridcache.kernels.moe import tiles as moe_tiles
 from hybridcache.kernels.norms import triton as norms
 from hybridcache.kernels.testing import rel_error
@@ -44,7 +44,7 @@ def test_cuda_gives_the_cpu_result(rng, dtype, tolerance):
         assert tokens[0] == tokens[1]
 
 
-@pytest.mark.parametrize("way", [few_tokens, grouped, tiled], ids=["few_tokens", "grouped", "tiled"])
+@pytest.mark.parametrize("way", [few_tokens, tiled], ids=["few_tokens", "tiled"])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 8, 2), (37, 16, 3), (700, 64, 10)])
 def test_experts_equal_each_token_through_its_own(rng, tokens, experts, k, way):
     hidden, inner = 128, 64

@@ -39,13 +39,7 @@ DEFAULT_TILES = Tiles()
 
 
 @triton.jit
-def block_copy_kernel(
-    src_ptr,
-    dst_ptr,
-    move_ptr,
-    WORDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+def block_copy_kernel(src_ptr, dst_ptr, move_ptr, WORDS: tl.constexpr, CHUNK: tl.constexpr):
     """``move_ptr`` holds ``(src, dst, length)`` in units of ``WORDS`` elements, so that the compiler sees every address to
     be a multiple of the unit and moves whole vectors."""
     move = move_ptr + 3 * tl.program_id(1)

@@ -63,9 +63,7 @@ def copy_tile(tiles, source_ptr, seen, VALUE_DIM: gl.constexpr, layout: gl.const
     offset = row * VALUE_DIM + gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, layout))[None, :]
     for n in gl.static_range(CHUNKS):
         async_copy.async_copy_global_to_shared(
-            tiles.index(n),
-            source_ptr + n * (CHUNK * VALUE_DIM) + offset,
-            mask=seen & (row >= 0),
+            tiles.index(n), source_ptr + n * (CHUNK * VALUE_DIM) + offset, mask=seen & (row >= 0)
         )
         async_copy.commit_group()
 

@@ -210,10 +210,7 @@ def gdn_decode_kernel(
 
 
 def constants(
-    layout: StateLayout,
-    dtype: torch.dtype,
-    tiles: Tiles,
-    weight_stride_CW: tuple[int, int] | None = None,
+    layout: StateLayout, dtype: torch.dtype, tiles: Tiles, weight_stride_CW: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Compile-time parameters of :func:`gdn_decode_kernel` for a layout, an activation dtype and the conv weight's strides
     (contiguous where None)."""

@@ -1,19 +1,15 @@
-"""Random batches for the tests and the benchmark of GDN prefill, and references for what it leaves in the pool.
+"""Random batches for the tests and the benchmark of GDN prefill.
 
 Shapes: T tokens, B rows, L state layers, V value heads, J value dim, N checkpoints of a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hybridcache.kernels.caches import StateCache
-from hybridcache.kernels.testing import StateCase, cached, normal, rel_error, state_case
-from hybridcache.kernels.torch_ops.gated_delta_net import gdn_prefill as torch_prefill
-
-Reference = Callable[..., torch.Tensor]
+from hybridcache.kernels.testing import StateCase, normal, state_case
 
 
 @dataclass
@@ -80,58 +76,3 @@ def checkpoint_table(case: PrefillCase, layer: int, interval: int, spare: int = 
                 raise ValueError(f"no free block for checkpoint {rank} of row {row}: make the pool larger")
             table_BNL[row, rank, layer] = free.pop()
     return table_BNL.to(case.buffer.device)
-
-
-def checkpointed(
-    case: PrefillCase, layer: int, interval: int, table_BNL: torch.Tensor, buffer: torch.Tensor, reference: Reference
-) -> list[tuple[int, int, int]]:
-    """Write into the pool ``buffer``, which holds what this step starts from, the checkpoints a prefill should leave, by
-    running each row alone up to each position. Returns their ``(row, position, entry)``."""
-    written, (at, _, x, weight, a, b, a_log, dt_bias, read_BL, write_BL, _, _) = [], case.step(layer)
-    offsets = case.cu_seqlens.tolist()
-    for row, (start, length) in enumerate(zip(case.start_B.tolist(), case.lengths)):
-        position = (start // interval + 1) * interval
-        while position <= start + length and int(write_BL[row, layer]) >= 0:
-            entry = int(table_BNL[row, position // interval - start // interval - 1, layer])
-            here = slice(offsets[row], offsets[row] + position - start)
-            cu = torch.tensor([0, position - start], dtype=torch.int32, device=x.device)
-            scratch = buffer.clone()
-            one = slice(row, row + 1)
-            gates = (a[here], b[here], a_log, dt_bias)
-            tables = (read_BL[one], write_BL[one], cu, case.start_B[one])
-            reference(*cached(scratch, at, layer, x[here], weight, *gates, *tables))
-            source = StateCache(scratch, at, layer).stored(int(write_BL[row, layer]))
-            for to_part, from_part in zip(StateCache(buffer, at, layer).stored(entry), source):
-                to_part.copy_(from_part)
-            written.append((row, position, entry))
-            position += interval
-    return written
-
-
-def reference64(cache: StateCache, *step: Any) -> torch.Tensor:
-    """The torch backend's operation on float64 copies of the inputs: for lengths where one token after the other takes
-    too long."""
-    return torch_prefill(cache, *(t.double() for t in step[:6]), *step[6:])
-
-
-def block_errors(
-    case: PrefillCase, expected: torch.Tensor, layer: int, entries: Sequence[int] | None = None
-) -> tuple[float, bool]:
-    """Largest :func:`rel_error` of the layer's states at ``entries`` (the rows' own where None) against those in the pool
-    ``expected``, and whether all their conv rings are equal, poison included.
-
-    The error is NaN where a state holds NaN, unless both are equal to the bit. The blocks compared are then zeroed in both
-    pools, so that a last comparison of the pools shows whether anything else was written."""
-    if entries is None:
-        entries = [entry for entry in case.state.state_write_BL[:, layer].tolist() if entry >= 0]
-    errors, rings = [0.0], True
-    found, wanted = (StateCache(buffer, case.state.layout, layer) for buffer in (case.buffer, expected))
-    for entry in entries:
-        state_VIJ, ring_WC = found.stored(entry)
-        expected_VIJ, expected_WC = wanted.stored(entry)
-        if not torch.equal(state_VIJ.view(torch.uint8), expected_VIJ.view(torch.uint8)):
-            errors.append(rel_error(state_VIJ, expected_VIJ))
-        rings &= torch.equal(ring_WC.view(torch.uint8), expected_WC.view(torch.uint8))
-        for part in (state_VIJ, ring_WC, expected_VIJ, expected_WC):
-            part.zero_()
-    return torch.tensor(errors).max().item(), rings

@@ -143,13 +143,6 @@ def mixture(
         num_warps=tiles.gate_warps,
     )
     launcher(moe_down_kernel)[(-(-hidden // tiles.down_rows), tokens)](
-        narrow,
-        weight_Ts,
-        expert_Tk,
-        down_EDI,
-        shared_down_DI,
-        out_TD,
-        **down_constants,
-        num_warps=tiles.down_warps,
+        narrow, weight_Ts, expert_Tk, down_EDI, shared_down_DI, out_TD, **down_constants, num_warps=tiles.down_warps
     )
     return out_TD

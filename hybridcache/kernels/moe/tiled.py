@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.launch import launcher
-from hybridcache.kernels.moe.grouped import silu_mul
+from hybridcache.kernels.moe.silu_mul import silu_mul
 from hybridcache.kernels.moe.tiles import Tiles, choose_tiles
 from hybridcache.kernels.pool_rows import interpreting
 from hybridcache.kernels.sizes import power_of_2

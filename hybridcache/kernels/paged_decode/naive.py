@@ -22,11 +22,7 @@ def gather(cache: AttentionCache, entries: list[int], num_tokens: int, kv: int, 
 
 
 def paged_decode(
-    cache: AttentionCache,
-    q_BHD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
+    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """See :meth:`.AttentionOperations.paged_decode`. Returns float64; padding rows are 0."""
     layout = cache.layout

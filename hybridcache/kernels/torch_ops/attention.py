@@ -83,11 +83,7 @@ def norm_rotate(
 
 
 def paged_decode(
-    cache: AttentionCache,
-    q_BHD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
+    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """A prefill of one query per row."""
     offsets = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
@@ -148,10 +144,7 @@ def _groups(rows: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, i
 
 
 def _gather(
-    cache: AttentionCache,
-    tables_RN: torch.Tensor,
-    lengths: list[int],
-    like: torch.Tensor,
+    cache: AttentionCache, tables_RN: torch.Tensor, lengths: list[int], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V ``[R, K, L, D]`` of positions ``0 .. max(lengths) - 1``, zeros beyond a row's length (what lies there may
     be NaN), in the dtype to compute in: at least float32 on a CPU, the common type of query and pool elsewhere."""
