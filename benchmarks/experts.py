@@ -4,15 +4,14 @@ Shapes: T tokens, D hidden, E experts, I expert intermediate, k experts per toke
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.case import Case
-from benchmarks.work import Implementation, Setup, Work, worst
+from benchmarks.work import Implementation, Setup, Work, loaded, worst
 from hybridcache.kernels.moe import router_rows
 from hybridcache.kernels.testing import normal
 from hybridcache.kernels.torch_ops import layers
@@ -24,7 +23,7 @@ CHECKED_TOKENS = 300
 
 def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType({})) -> Work:
     """The mixture of a layer's experts: ``triton`` in tiles, ``grouped`` by PyTorch's grouped products with Triton between
-    them, ``torch`` with PyTorch between them. ``more``: further ways, for CUDA."""
+    them, ``torch`` on a CPU. ``more``: further ways, for CUDA."""
     dims, (tokens,), device = case.dims, case.lengths, setup.device
     generator, inner = setup.generator(), dims.expert_dim
     shapes = ((dims.experts, 2 * inner, dims.hidden), (dims.experts, dims.hidden, inner), (2 * inner, dims.hidden))
@@ -55,41 +54,11 @@ def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Ten
 
         return Implementation(run, lambda: worst([(run(0)[:CHECKED_TOKENS], expected())]), graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.moe import tiled
-
-        return implementation(tiled.mixture)
-
-    def grouped() -> Implementation:
-        from hybridcache.kernels.moe.grouped import mixture
-
-        return implementation(mixture)
-
     distinct = sum(expert_Tk.unique().numel() for _, _, expert_Tk in sets) / len(sets)
     element, parameters = matrices[0].element_size(), 3 * dims.hidden * inner
     moved = int((distinct + 1) * parameters + 2 * tokens * dims.hidden) * element
     work = Work(len(sets), moved, moved, 2 * tokens * (dims.top_k + 1) * parameters)
-    if device.type == "cuda":
-        work.build.update({"triton": triton, "grouped": grouped})
-        work.build["torch"] = lambda: implementation(with_torch_between)
-    else:
-        work.build["torch"] = lambda: implementation(layers.mixture, False)
+    ways = {"triton": "moe.tiled", "grouped": "moe.grouped"} if device.type == "cuda" else {"torch": "torch_ops.layers"}
+    for name, module in ways.items():
+        work.build[name] = partial(loaded, implementation, module, "mixture", device.type == "cuda")
     return work.with_more(more, implementation)
-
-
-def with_torch_between(
-    x_TD: torch.Tensor, weight_Ts: torch.Tensor, expert_Tk: torch.Tensor, *matrices: Any
-) -> torch.Tensor:
-    """Grouped products with PyTorch's operations between them."""
-    gate_up_EID, down_EDI, shared_gate_up, shared_down = matrices
-    tokens, k = expert_Tk.shape
-    expert_A, order_A = expert_Tk.flatten().to(torch.int16).sort(stable=True)
-    every = torch.arange(gate_up_EID.shape[0], dtype=torch.int16, device=x_TD.device)
-    ends = torch.searchsorted(expert_A, every, right=True).int()
-    narrow_AI = layers.silu_mul(F.grouped_mm(x_TD[order_A // k], gate_up_EID.mT, offs=ends))
-    narrow_AI = narrow_AI * weight_Ts[:, :k].flatten()[order_A].unsqueeze(1).to(x_TD.dtype)
-    y_AD = F.grouped_mm(narrow_AI, down_EDI.mT, offs=ends)
-    place_A = torch.empty_like(order_A)
-    place_A[order_A] = torch.arange(tokens * k, device=x_TD.device)
-    shared_TD = F.linear(layers.silu_mul(F.linear(x_TD, shared_gate_up)), shared_down)
-    return y_AD[place_A].unflatten(0, (tokens, k)).sum(1) + weight_Ts[:, k:].to(x_TD.dtype) * shared_TD
