@@ -65,10 +65,10 @@ def _product(rows: int, swap: bool, gate_up: tuple[int, ...], down: tuple[int, .
 
 def table() -> list[Axis]:
     """Everything that is timed."""
-    registers = tuple((block, warps, evict, None, True) for block, warps, evict in ((32, 1, 0), (64, 2, 0), (64, 2, 1)))
-    staged = tuple(
-        (block, warps, chunks, False, True) for block, warps, chunks in ((128, 4, 2), (128, 4, 4), (64, 2, 1))
+    registers = tuple(
+        (block, warps, evict, None, True) for block, warps, evict in ((32, 1, False), (64, 2, False), (64, 2, True))
     )
+    staged = ((128, 4, 2, False, True), (128, 4, 4, False, True), (64, 2, 1, False, True))
     states = ((64, 128, 64, 3, 4), (64, 128, 128, 3, 8), (64, 128, 64, 3, 4, 4, None, 8, 8, True))
     convs = tuple((64, 128, 64, 3, 4, 4, None, warps, steps) for steps, warps in ((8, 8), (8, 4), (16, 4), (4, 16)))
     tiles = ((64, 8, 3, 1), (32, 4, 3, 1), (32, 4, 4, 1), (16, 2, 3, 4))
