@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from benchmarks import block_size, kernel_figures
 from benchmarks.block_tables import WAYS, measure_table
+from benchmarks.case import Case
 from benchmarks.measure import Bench, Row, failed
 from benchmarks.processes import describe, each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
@@ -85,8 +86,8 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         "tables": (len(_table_points(settings["tables"])), lambda: _tables(settings["tables"], cfg.seed)),
     }
     if device.type == "cuda":
-        timed = list(_timed(settings))
-        phases["time"] = (len(timed), lambda: _times(timed, Setup.on(device, cfg.seed), settings["limit_s"]))
+        timed, limits = _timed(settings), (settings["compile_up_to"], settings["limit_s"])
+        phases["time"] = (len(timed), lambda: _times(timed, Setup.on(device, cfg.seed), *limits))
     rows: list[Row] = []
     with ProgressBar(12) as progress:
         for phase, (total, produce) in phases.items():
@@ -117,9 +118,8 @@ def _check(settings: dict[str, Any]) -> None:
             raise bad("kernel_block_size.blocks", size, "give multiples of 8 tokens")
     for manager, kernel in settings["tables"]["geometries"]:
         if kernel < 1 or manager % kernel:
-            raise bad(
-                "kernel_block_size.tables.geometries", [manager, kernel], "the kernel block must divide the other"
-            )
+            sizes = [manager, kernel]
+            raise bad("kernel_block_size.tables.geometries", sizes, "the kernel block must divide the other")
     for key in ("batches", "lengths"):
         for value in settings["tables"][key]:
             if not isinstance(value, int) or value < 1:
@@ -169,23 +169,17 @@ def _tables(tables: Any, seed: int) -> Rows:
         yield {"strategy": way, "workload": text, **place, "host_s": seconds, "table_bytes": num_bytes}
 
 
-def _timed(settings: dict[str, Any]) -> Iterator[block_size.Timed]:
+def _timed(settings: dict[str, Any]) -> list[Case]:
     shapes = {"paged_decode": settings["decode"], "paged_prefill": settings["prefill"]}
-    for operation in settings["operations"]:
-        rows, tokens = shapes[operation]
-        for size in settings["blocks"]:
-            yield block_size.Timed(operation, rows, tokens, size, size <= settings["compile_up_to"])
+    points = [(name, *shapes[name], size) for name in settings["operations"] for size in settings["blocks"]]
+    return list(itertools.starmap(block_size.timed_case, points))
 
 
-def _times(timed: list[block_size.Timed], setup: Setup, limit_s: float) -> Rows:
+def _times(timed: list[Case], setup: Setup, up_to: int, limit_s: float) -> Rows:
     """In a process of its own: a kernel that crashes costs only its own row. What is timed is compiled before, side by side."""
-    for line in in_parallel(block_size.launch_once, timed):
+    for line in in_parallel(partial(block_size.compile_timed, up_to), timed):
         CONSOLE.print(f"does not compile: {line}", markup=False)
-    bench = Bench(setup, None)
-    rows = isolated(
-        partial(block_size.timed_rows, bench), timed, lambda at, text: failed(at.case, text), limit_s=limit_s
-    )
-    for row in rows:
+    for row in isolated(partial(block_size.timed_rows, Bench(setup, None), up_to), timed, failed, limit_s=limit_s):
         overflow = bool(row["error"]) and any(words in row["error"] for words in block_size.OUT_OF_MEMORY)
         label = f"{row['op']} {row['shape']} kb={row['kernel_block']}"
         yield {"strategy": row["impl"], "workload": label, "operation": row["op"], **row, "overflow": overflow}
