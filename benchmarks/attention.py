@@ -16,7 +16,7 @@ from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
-from hybridcache.kernels.testing import AttentionCase, attention_case, byte_index, normal
+from hybridcache.kernels.testing import attention_case, byte_index, normal
 from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 Operation = Callable[..., Any]
@@ -34,42 +34,38 @@ def _token_bytes(case: Case) -> int:
     return 2 * case.dims.kv_heads * case.dims.head_dim * itemsize(case.dtype)
 
 
-def _cache(case: Case, device: torch.device, generator: torch.Generator, fill: list[int]) -> AttentionCase:
-    """The case's rows in a pool, of which some layers are filled with random values."""
-    assert case.kernel_block
-    assert case.layout
-    return attention_case(
-        generator,
-        lengths=case.lengths,
-        order=case.layout,
-        layers=case.dims.attention_layers,
-        kernel_block_tokens=case.kernel_block,
-        kernel_blocks=case.kernel_blocks,
-        kv_heads=case.dims.kv_heads,
-        k_dim=case.dims.head_dim,
-        v_dim=case.dims.head_dim,
-        dtype=case.dtype,
-        device=device,
-        extra_entries=0,
-        fill=fill,
-    )
-
-
 class _Pool:
-    """A case's pool. Its sets of memory are layers, evenly spread, since a block of the pool holds all of them."""
+    """A case's rows in a pool. Its sets of memory are layers, evenly spread, since a block of the pool holds all of them; they
+    are filled with random values if asked for."""
 
     def __init__(self, case: Case, setup: Setup, footprint: int, lengths: tuple[int, ...] = (), *, fill: bool) -> None:
+        assert case.kernel_block
+        assert case.layout
         dims, sets = case.dims, setup.sets(footprint, 1, case.dims.attention_layers)
-        self.generator = setup.generator()
-        layers = [i * dims.attention_layers // sets for i in range(sets)]
-        built = Case(**{**vars(case), "lengths": lengths or case.lengths})
-        self.at = _cache(built, setup.device, self.generator, layers if fill else [])
-        self.layers = layers
-        self.caches = [AttentionCache(self.at.buffer, self.at.layout, layer) for layer in layers]
-        self.device = self.at.buffer.device
+        self.generator, self.device = setup.generator(), setup.device
+        self.layers = [i * dims.attention_layers // sets for i in range(sets)]
+        self.at = attention_case(
+            self.generator, lengths=lengths or case.lengths, order=case.layout, layers=dims.attention_layers,
+            kernel_block_tokens=case.kernel_block, kernel_blocks=case.kernel_blocks, kv_heads=dims.kv_heads,
+            k_dim=dims.head_dim, v_dim=dims.head_dim, dtype=case.dtype, device=setup.device, extra_entries=0,
+            fill=self.layers if fill else [],
+        )  # fmt: skip
+        self.caches = [AttentionCache(self.at.buffer, self.at.layout, layer) for layer in self.layers]
 
     def draw(self, *shape: int, dtype: str) -> torch.Tensor:
         return normal(self.generator, shape, self.device, dtype)
+
+    def destinations(self, case: Case) -> tuple[torch.Tensor, ...]:
+        """The table, and every new token's row and position: its row's last ones."""
+        rows = torch.arange(len(case.lengths)).repeat_interleave(torch.tensor(case.lengths))
+        parts = [torch.arange(at - new, at) for at, new in zip(self.at.lengths, case.lengths)]
+        return self.at.kv_table_BN, rows.int().to(self.device), torch.cat(parts).to(self.device)
+
+
+def _empty(case: Case, setup: Setup, footprint: int) -> _Pool:
+    """A pool to store into: rows of one token come after 99 others."""
+    lengths = (100,) * len(case.lengths) if max(case.lengths) == 1 else case.lengths
+    return _Pool(case, setup, footprint, lengths, fill=False)
 
 
 def decode(case: Case, setup: Setup, more: Operations = NONE) -> Work:
@@ -149,7 +145,8 @@ def store(case: Case, setup: Setup) -> Work:
     """``kv_store``: K and V of every token to its address. Rows of one token are a decode step, others whole prompts."""
     dims, tokens = case.dims, sum(case.lengths)
     footprint = 2 * tokens * _token_bytes(case)
-    pool, place = _destinations(case, setup, footprint)
+    pool = _empty(case, setup, footprint)
+    place = pool.destinations(case)
     inputs = [pool.draw(tokens, dims.kv_heads, dims.head_dim, dtype=case.dtype) for _ in range(2)]
     buffer, before = pool.at.buffer, pool.at.buffer.clone()
     naive_store.kv_store(pool.caches[0], *inputs, *place)
@@ -169,23 +166,13 @@ def store(case: Case, setup: Setup) -> Work:
     return Work(len(pool.layers), footprint, footprint, 0).offer(case, setup, implementation)
 
 
-def _destinations(case: Case, setup: Setup, footprint: int) -> tuple[_Pool, tuple[torch.Tensor, ...]]:
-    """An empty cache, and its table with each token's row and position: rows of one token come after 99 others."""
-    decoding = max(case.lengths) == 1
-    lengths = tuple(100 for _ in case.lengths) if decoding else case.lengths
-    pool = _Pool(case, setup, footprint, lengths, fill=False)
-    row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(case.lengths)).int()
-    parts = [torch.arange(length) for length in case.lengths]
-    position_T = torch.full((len(lengths),), 99) if decoding else torch.cat(parts)
-    return pool, (pool.at.kv_table_BN, row_T.to(setup.device), position_T.to(setup.device))
-
-
 def fused_store(case: Case, setup: Setup) -> Work:
     """``qk_norm_rope_store``: norms, partial rotary positions and the KV store; q, k and v are slices of one projection."""
     dims, tokens = case.dims, sum(case.lengths)
     heads = (dims.heads, dims.kv_heads, dims.kv_heads)
     footprint = 2 * sum(heads) * dims.head_dim * tokens * itemsize(case.dtype)
-    pool, place = _destinations(case, setup, footprint)
+    pool = _empty(case, setup, footprint)
+    place = pool.destinations(case)
     angle_TP = torch.rand(tokens, dims.head_dim // 8, generator=pool.generator).to(pool.device) * 6.3
     norms = [pool.draw(dims.head_dim, dtype="float32") * 0.1 for _ in range(2)]
     rest: list[Any] = [*norms, 1e-6, angle_TP.cos(), angle_TP.sin(), *place]

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -77,39 +76,29 @@ def resources(kind: str, operation: str, kernel_block: int) -> Resources:
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Both kinds at one operation, shape and kernel block, on CUDA. Plain data, for another process."""
-
-    operation: str
-    rows: int
-    tokens: int
-    kernel_block: int
-    page_tiled: bool
-    """Whether the page-tiled kernel is launched; where not, it would take minutes to compile."""
-
-    @property
-    def case(self) -> Case:
-        at = ("bfloat16", self.kernel_block, 1, "layer_major")
-        return Case(self.operation, (self.tokens,) * self.rows, DIMS, *at, with_torch=False)
-
-    @property
-    def builder(self) -> Callable[[Case, Setup], Work]:
-        from benchmarks import page_tiled
-
-        operation = _split_decode if self.operation == "paged_decode" else page_tiled.paged_prefill
-        return partial(OPERATIONS[self.operation], more={"page_tiled": operation} if self.page_tiled else {})
+def timed_case(operation: str, rows: int, tokens: int, kernel_block: int) -> Case:
+    """Rows of one length in layer-major pages of one kernel block."""
+    return Case(operation, (tokens,) * rows, DIMS, "bfloat16", kernel_block, 1, "layer_major", with_torch=False)
 
 
-def timed_rows(bench: Bench, timed: Timed) -> Iterator[Row]:
+def _builder(page_tiled_up_to: int, case: Case) -> Callable[[Case, Setup], Work]:
+    """Both kinds; page-tiled kernels of larger blocks would take minutes to compile."""
+    from benchmarks import page_tiled
+
+    operation = _split_decode if case.operation == "paged_decode" else page_tiled.paged_prefill
+    more = {"page_tiled": operation} if (case.kernel_block or 0) <= page_tiled_up_to else {}
+    return partial(OPERATIONS[case.operation], more=more)
+
+
+def timed_rows(bench: Bench, page_tiled_up_to: int, case: Case) -> Iterator[Row]:
     """Rows of both kinds (and of Gluon and FlashAttention-3 where they are)."""
-    for row in bench.rows(timed.case, timed.builder):
+    for row in bench.rows(case, _builder(page_tiled_up_to, case)):
         yield {**row, "impl": "independent" if row["impl"] == "triton" else row["impl"]}
 
 
-def launch_once(timed: Timed) -> None:
+def compile_timed(page_tiled_up_to: int, case: Case) -> None:
     """Compile what is timed by launching every implementation once, in a process of its own."""
-    compile_case(timed.case, timed.builder)
+    compile_case(case, _builder(page_tiled_up_to, case))
 
 
 def _split_decode(cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -14,21 +14,20 @@ Shapes: B requests, N manager blocks of the longest, n kernel blocks in one.
 """
 
 from collections.abc import Callable, Iterator
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.case import Case
+from benchmarks.timing import time_host
 from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
 from hybridcache.strategies.shared_pool import SharedPool
 
 Table = npt.NDArray[np.int32]
 
-MIN_REPEATS, MAX_REPEATS, TARGET_S = 3, 50, 0.02
-"""Repeats of one measurement: as many as take about ``TARGET_S`` seconds."""
+TARGET_MS = 20.0
+"""Milliseconds that the repeats of one measurement take together, about."""
 
 
 def loop(ids_BN: Table, n: int, staging_BM: Table) -> None:
@@ -51,26 +50,15 @@ def none(ids_BN: Table, n: int, staging_BN: Table) -> None:
 WAYS: dict[str, Callable[[Table, int, Table], None]] = {"loop": loop, "broadcast": broadcast, "none": none}
 
 
-def table_width(way: str, tokens: int, manager_tokens: int, n: int) -> int:
-    """Entries of one request's row."""
-    blocks = -(-tokens // manager_tokens)
-    return blocks if way == "none" else blocks * n
-
-
 def measure_table(
     way: str, batch: int, tokens: int, manager_tokens: int, kernel_tokens: int, generator: np.random.Generator
 ) -> tuple[float, int]:
     """Median seconds of building one step's table for ``batch`` requests of ``tokens`` tokens, and its bytes."""
     n = manager_tokens // kernel_tokens
-    ids_BN = generator.integers(0, 1 << 20, (batch, -(-tokens // manager_tokens)), dtype=np.int32)
-    staging = np.zeros((batch, table_width(way, tokens, manager_tokens, n)), dtype=np.int32)
-    build = WAYS[way]
-    times: list[float] = []
-    while len(times) < MIN_REPEATS or (len(times) < MAX_REPEATS and sum(times) < TARGET_S):
-        started = perf_counter()
-        build(ids_BN, n, staging)
-        times.append(perf_counter() - started)
-    return median(times[1:]), staging.nbytes
+    blocks = -(-tokens // manager_tokens)
+    ids_BN = generator.integers(0, 1 << 20, (batch, blocks), dtype=np.int32)
+    staging = np.zeros((batch, blocks if way == "none" else blocks * n), dtype=np.int32)
+    return time_host([lambda: WAYS[way](ids_BN, n, staging)], TARGET_MS).median_ms * 1e-3, staging.nbytes
 
 
 # -- expansion -----------------------------------------------------------------------------------------------------------
@@ -105,19 +93,18 @@ def _strategy(case: Case, mode: str) -> SharedPool:
 
 
 def _counted(case: Case, mode: str) -> dict[str, Any]:
+    """Entries that kernels need beyond the manager's while every request grows by one manager block."""
     strategy = _strategy(case, mode)
     steps = strategy.geometry.manager_block_tokens
-    for seq_id, length in enumerate(case.lengths):
-        if not strategy.admit(seq_id, length):
-            raise MemoryError(f"request {seq_id} of {length} tokens does not fit {strategy.budget_bytes} bytes")
+    fits = all(strategy.admit(seq_id, length) for seq_id, length in enumerate(case.lengths))
     before = strategy.table_entries_appended
     for grown in range(1, steps + 1):
-        for seq_id, length in enumerate(case.lengths):
-            if not strategy.grow(seq_id, length + grown):
-                raise MemoryError(f"request {seq_id} does not grow to {length + grown} tokens")
-    appended = strategy.table_entries_appended - before
-    # In so many steps every request reaches exactly one more manager block.
-    beyond = appended - len(case.lengths)
+        fits = fits and all(strategy.grow(seq_id, length + grown) for seq_id, length in enumerate(case.lengths))
+    if not fits:
+        raise MemoryError(
+            f"{len(case.lengths)} requests and a block more of each do not fit {strategy.budget_bytes} bytes"
+        )
+    beyond = strategy.table_entries_appended - before - len(case.lengths)
     strategy.check_integrity()
     return {"bytes": ENTRY_BYTES * beyond / steps, "seconds": None, "rel_error": _table_error(strategy)}
 

@@ -62,9 +62,8 @@ def copy(case: Case, setup: Setup, more: Mapping[str, Any] = NONE) -> Work:
     return work.with_more(more, planned)
 
 
-def swap(case: Case, setup: Setup, more: Mapping[str, Any] = NONE) -> Work:
-    """``swap_out`` and ``swap_in``: blocks to and from scattered slots of pinned memory, through the copy engines. ``more``
-    that is not empty: the copy kernel on pinned memory too, by that name."""
+def swap(case: Case, setup: Setup) -> Work:
+    """``swap_out`` and ``swap_in``: blocks to and from scattered slots of pinned memory, through the copy engines."""
     count, size, out = len(case.lengths), case.dims.block_bytes, case.operation == "swap_out"
     generator = setup.generator()
     buffer, blocks, others = _pool(case, setup, generator)
@@ -72,28 +71,17 @@ def swap(case: Case, setup: Setup, more: Mapping[str, Any] = NONE) -> Work:
     host, engine = HostPool(2 * count, size), HostSwap(buffer)
     rows, host_rows = buffer.view(-1, size), host.buffer.view(-1, size)
 
-    def engines(_: int) -> None:
+    def run(_: int) -> None:
         (engine.swap_out(blocks, host, slots) if out else engine.swap_in(host, slots, others)).wait()
 
-    def implementation(run: Callable[[int], None]) -> Implementation:
-        def error() -> float:
-            rows[others] = 0
-            host_rows[slots] = 0 if out else rows[blocks].to(host_rows.device)
-            run(0)
-            if setup.device.type == "cuda":
-                torch.cuda.synchronize(setup.device)
-            moved = host_rows[slots].to(setup.device) if out else rows[others]
-            return 0.0 if torch.equal(moved, rows[blocks]) else float("inf")
+    def error() -> float:
+        rows[others] = 0
+        host_rows[slots] = 0 if out else rows[blocks].to(host_rows.device)
+        run(0)
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize(setup.device)
+        moved = host_rows[slots].to(setup.device) if out else rows[others]
+        return 0.0 if torch.equal(moved, rows[blocks]) else float("inf")
 
-        return Implementation(run, error, graph=False)
-
-    def kernel(_: Any) -> Implementation:
-        from hybridcache.kernels.block_copy import triton
-
-        ends = (buffer, host.buffer) if out else (host.buffer, buffer)
-        places = zip(blocks, slots) if out else zip(slots, others)
-        batches = triton.plan_between(*ends, [(src * size, dst * size, size) for src, dst in places])
-        return implementation(lambda _: triton.run(*ends, batches))
-
-    link, build = "to_host" if out else "from_host", {"copy_engine": lambda: implementation(engines)}
-    return Work(1, count * size, count * size, 0, build, link).with_more(more, kernel)
+    build = {"copy_engine": lambda: Implementation(run, error, graph=False)}
+    return Work(1, count * size, count * size, 0, build, "to_host" if out else "from_host")

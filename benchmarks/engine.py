@@ -10,33 +10,25 @@ PyTorch's allocator took. Profiles come last, because launches are slower behind
 kernel of steps that decode ``--rows`` rows, and of steps that prefill.
 """
 
-import argparse
-import cProfile
 import json
-import pstats
 import sys
 import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.record import arguments, keep
 from benchmarks.serving_pair import WORKLOADS, submit
 from hybridcache import LLM
-from hybridcache.observe.environment import environment
 from hybridcache.observe.step_profile import summarize
 
 STEPS, CONTEXT, PREFILL = 5, 64, 8192
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which that share of them lies."""
-    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
 def serve(llm: LLM, requests: int, prompt: int, output: int) -> dict[str, Any]:
@@ -60,15 +52,12 @@ def serve(llm: LLM, requests: int, prompt: int, output: int) -> dict[str, Any]:
         "requests": requests,
         "seconds": seconds,
         "output_tokens_per_s": requests * output / seconds,
+        "steps": times.steps - steps,
+        "preemptions": engine.scheduler.num_preemptions - preempted,
     }
-    record |= {"steps": times.steps - steps, "preemptions": engine.scheduler.num_preemptions - preempted}
-    for kind, values in found.items():
-        record |= {
-            f"{kind}_steps": len(values),
-            f"{kind}_host_ms": median(values),
-            f"{kind}_host_mean_ms": mean(values),
-        }
-        record |= {f"{kind}_host_p90_ms": percentile(values, 0.9), f"{kind}_host_max_ms": max(values)}
+    for kind, host in pd.DataFrame([(kind, ms) for kind, each in found.items() for ms in each]).groupby(0)[1]:
+        record |= {f"{kind}_steps": len(host), f"{kind}_host_ms": host.median(), f"{kind}_host_mean_ms": host.mean()}
+        record |= {f"{kind}_host_p90_ms": host.quantile(0.9), f"{kind}_host_max_ms": host.max()}
     return record
 
 
@@ -129,23 +118,14 @@ def profiles(llm: LLM, rows: list[int], top: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def show(name: str, found: dict[str, Any]) -> None:
-    print(f"\n== {name}: {found['step_us']:.0f} us, {found['launches']:.0f} kernels, idle {found['idle']:.1%}")
-    for part, (us, launches) in sorted(found["classes"].items(), key=lambda item: -item[1][0]):
-        print(f"   {us:9.1f} us {launches:6.1f} x  {part}")
-    for kernel, us, launches in found["kernels"]:
-        print(f"      {us:9.1f} us {launches:6.1f} x  {kernel}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--share", type=float, default=0.34)
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--state-dtype", default="float32")
     parser.add_argument("--mode", choices=("exclusive", "carve"), default="exclusive", help="of shared_pool")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 128], help="of profiled decode steps")
     parser.add_argument("--top", type=int, default=24, help="kernels of a profile")
-    parser.add_argument("--host-profile", action="store_true", help="of Python, in a second run of each workload")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -156,25 +136,12 @@ def main() -> None:
     )  # fmt: skip
     for requests, prompt in ((1, 128), (8, 1024), (40, 64), (2, 4096), (4, 2048)):  # untimed: kernels are compiled here
         serve(llm, requests, prompt, 4)
-    record: dict[str, Any] = {
-        "environment": environment(),
-        **vars(args),
-        "out": str(args.out),
-        "waits": waits(llm),
-        "rows": [],
-    }
+    record: dict[str, Any] = {**vars(args), "waits": waits(llm), "rows": []}
     for name in args.workloads:
         requests, prompt, output = WORKLOADS[name]
-        shape = (max(1, round(requests * args.share)), prompt, output)
-        record["rows"].append({"workload": name, **serve(llm, *shape)})
-        print(
-            json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in record["rows"][-1].items()}),
-            flush=True,
-        )
-        if args.host_profile:
-            profiler = cProfile.Profile()
-            profiler.runcall(serve, llm, *shape)
-            pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+        row = {"workload": name, **serve(llm, max(1, round(requests * args.share)), prompt, output)}
+        record["rows"].append(row)
+        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
     stated = llm.engine.memory
     record["memory"] = {"total": stated.total_bytes, "workspace": stated.workspace_bytes, **vars(stated)}
     record["memory"]["peak_allocated"] = torch.cuda.max_memory_allocated()
@@ -183,9 +150,14 @@ def main() -> None:
     record["launches"] = dict(llm.engine.backend.launches)
     record["profiles"] = profiles(llm, args.rows, args.top)
     for name, found in record["profiles"].items():
-        show(name, found)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\n== {name}: {found['step_us']:.0f} us, {found['launches']:.0f} kernels, idle {found['idle']:.1%}")
+        parts = [[f"* {part}", *each] for part, each in sorted(found["classes"].items(), key=lambda item: -item[1][0])]
+        print(
+            pd.DataFrame([*parts, *found["kernels"]], columns=["kernel", "us", "launches"])
+            .round(1)
+            .to_string(index=False)
+        )
+    keep(args.out, **record)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Shapes: T tokens, D hidden, E experts, I expert intermediate, k experts per toke
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import Case
-from benchmarks.work import Implementation, Setup, Work, worst
+from benchmarks.work import Implementation, Setup, Work, loaded, worst
 from hybridcache.kernels.moe import router_rows
 from hybridcache.kernels.testing import normal
 from hybridcache.kernels.torch_ops import layers
@@ -55,20 +55,15 @@ def mixture(case: Case, setup: Setup, more: Mapping[str, Callable[..., torch.Ten
 
         return Implementation(run, lambda: worst([(run(0)[:CHECKED_TOKENS], expected())]), graph)
 
-    def triton() -> Implementation:
-        from hybridcache.kernels.moe import tiled
-
-        return implementation(tiled.mixture)
-
     distinct = sum(expert_Tk.unique().numel() for _, _, expert_Tk in sets) / len(sets)
     element, parameters = matrices[0].element_size(), 3 * dims.hidden * inner
     moved = int((distinct + 1) * parameters + 2 * tokens * dims.hidden) * element
     work = Work(len(sets), moved, moved, 2 * tokens * (dims.top_k + 1) * parameters)
     if device.type == "cuda":
-        work.build.update({"triton": triton})
-        work.build["torch"] = lambda: implementation(with_torch_between)
+        work.build["triton"] = partial(loaded, implementation, "moe.tiled", "mixture", True)
+        work.build["torch"] = partial(implementation, with_torch_between)
     else:
-        work.build["torch"] = lambda: implementation(layers.mixture, False)
+        work.build["torch"] = partial(loaded, implementation, "torch_ops.layers", "mixture", False)
     return work.with_more(more, implementation)
 
 

@@ -4,7 +4,6 @@ Shapes: T tokens, B rows, L layers (here: disjoint sets of memory), C conv chann
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -56,8 +55,8 @@ def _delta_flops(case: Case, tokens: int) -> int:
 
 
 def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
-    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place. ``more``: further cuts of the
-    Triton kernels by name, for CUDA."""
+    """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place. ``more``: further
+    implementations, for CUDA."""
     rows, stored = len(case.lengths), _state(case).stored_bytes
     sets = setup.sets(rows * stored, case.warm_sets, MAX_SETS)
     at = state_case(
@@ -91,11 +90,6 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType(
 
         return Implementation(run, error, graph)
 
-    def cut(tiles: Any) -> Implementation:
-        from hybridcache.kernels.gdn_decode.triton import gdn_decode
-
-        return implementation(partial(gdn_decode, tiles=tiles))
-
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
     ring_bytes = channels * WIDTH * 2  # W - 1 columns read and one written
@@ -109,12 +103,12 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType(
     work.offer(case, setup, implementation)
     if setup.device.type == "cuda" and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_decode(case.dims, rows, sets, case.dtype, setup)
-    return work.with_more(more, cut)
+    return work.with_more(more, implementation)
 
 
 def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
     """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings).
-    ``more``: further tiles by name, for CUDA."""
+    ``more``: further implementations of all of it, or tiles of a part, for CUDA."""
     rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
     channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
     out_channels = v_heads * dim
@@ -152,11 +146,6 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
             return operation(*step(i), **kept[i])
 
         return Implementation(run, lambda: part.error(lambda: run(0)), graph)
-
-    def tiled(tiles: Any) -> Implementation:
-        from hybridcache.kernels.gdn_prefill.triton import gdn_prefill
-
-        return whole(partial(gdn_prefill, tiles=tiles))
 
     def parts(tiles: Any = None) -> Implementation:
         """The launches of one part; those that it needs before it have run once."""
@@ -207,7 +196,7 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
     by_peer = case.operation == "gdn_delta" and not case.checkpoint and setup.device.type == "cuda"
     if by_peer and peers.state("fla") == "installed":
         work.build["fla"] = lambda: peers.fla_prefill(case.dims, rows, case.lengths[0], sets, setup)
-    return work.with_more(more, tiled if case.operation == "gdn_prefill" else parts)
+    return work.with_more(more, whole if case.operation == "gdn_prefill" else parts)
 
 
 class _Part:

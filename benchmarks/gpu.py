@@ -6,19 +6,18 @@ Every stage writes its record and its output under the folder; ``summary.json`` 
 cut short leaves what it has. A stage that fails or takes too long is told, and the others run. Exit status 1 if one did.
 """
 
-import argparse
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybridcache.observe.environment import environment
+from benchmarks.processes import run_limited
+from benchmarks.record import arguments, keep
 
 ROOT = Path(__file__).resolve().parents[1]
+BF16 = ("strategies=[shared_pool_carve]", "state_dtype=bfloat16")
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,7 @@ STAGES: dict[str, Stage] = {
     "kernels": Stage(_experiment("kernels", "kernels")[:1], 400),
     "block_size": Stage(_experiment("kernel_block_size", "kernel_block_size"), 400),
     "serving": Stage(_experiment("serve_throughput", "serve_throughput"), 540),
-    "serving_bf16": Stage(
-        _experiment(
-            "serve_throughput",
-            "serve_throughput-bf16",
-            "strategies=[shared_pool_carve]",
-            "state_dtype=bfloat16",
-        ),
-        300,
-    ),
+    "serving_bf16": Stage(_experiment("serve_throughput", "serve_throughput-bf16", *BF16), 300),
     "shared_pool": Stage(_experiment("shared_pool", "shared_pool"), 400),
     "engine": Stage((_module("engine", "--share", "1", "--mode", "carve", "--out", "{out}/engine.json"),), 300),
     "soak": Stage((_module("checks.soak", "--device", "cuda", "--requests", "500", "--out", "{out}/soak.json"),), 200),
@@ -66,42 +57,31 @@ STAGES: dict[str, Stage] = {
 def run_stage(stage: Stage, name: str, out: Path, limit_s: float) -> dict[str, object]:
     """Status (0 is well) and seconds; its output goes to ``NAME.txt``."""
     started, status = time.perf_counter(), 0
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (out / f"{name}.txt").open("w") as log:
         for command in stage.commands:
             words = [word.format(out=out) for word in command]
-            process = subprocess.Popen(
-                words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
-            )
-            try:
-                status = process.wait(max(min(stage.limit_s, limit_s) - (time.perf_counter() - started), 1.0))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                status = 124
+            left_s = max(min(stage.limit_s, limit_s) - (time.perf_counter() - started), 1.0)
+            status = run_limited(words, left_s, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=env)
             if status:
                 break
     return {"status": status, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
-
 def run_stages(names: list[str], out: Path, limit_s: float) -> dict[str, dict[str, object]]:
     """Every stage of that name, in the table's order."""
-    out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, object]] = {}
-    record = {"environment": environment(), "stages": found}
     for name in (name for name in STAGES if name in names):
         print(f"{name} ...", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
         found[name] = run_stage(STAGES[name], name, out, limit_s)
-        (out / "summary.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(out / "summary.json", stages=found)
         print(f"{name}: status {found[name]['status']} after {found[name]['seconds']} s", flush=True)
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for all records")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES), help="these stages")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="of each stage, if less than its own")

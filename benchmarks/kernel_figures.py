@@ -1,7 +1,7 @@
 """Figures of the kernels' measurements: how close each is to the device's ceiling and how exact it is; and what the size of a
 kernel block costs; and the tables and the page that show them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,20 @@ def row_label(row: pd.Series) -> str:
     return " ".join(parts)
 
 
-def cell(value: Any, form: str = "") -> str:
-    """A table's cell: the value in that format, a dash where there is none."""
-    return "-" if value is None or pd.isna(value) else format(value, form)
+def cell(value: Any) -> str:
+    """A table's cell: a dash where there is no value."""
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value)
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def section(title: str, rows: pd.DataFrame, headings: Mapping[str, str], texts: Sequence[str] = ()) -> Section:
+    """A section with a table of those columns that have a value, under their headings."""
+    shown = rows.filter(list(headings)).dropna(axis=1, how="all").astype(object)
+    cells = [[cell(value) for value in row] for row in shown.itertuples(index=False)]
+    return Section(title, list(texts), headings=[headings[name] for name in shown], rows=cells)
 
 
 def show(console: Console, run_dir: Path, title: str, about: Sequence[str], sections: Sequence[Section]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from benchmarks.block_tables import expansions
 from benchmarks.case import Case
 from benchmarks.processes import Row, describe, isolated
 from benchmarks.timing import Ceilings, Timing, measure_ceilings, time_launches
-from benchmarks.work import Implementation, Setup, Work
+from benchmarks.work import Setup, Work
 
 Builder = Callable[[Case, Setup], Work]
 
@@ -78,7 +79,8 @@ class Bench:
                 if not rel_error <= TOLERANCE:
                     raise ArithmeticError(f"wrong result: relative error {rel_error:.2e}, at most {TOLERANCE:g}")
                 for l2, order in self.orders(case, work):
-                    timing = self._time(implementation, order)
+                    launches = [partial(implementation.run, i) for i in order]
+                    timing = time_launches(launches, self.setup.device, graph=implementation.graph)
                     yield self._row(case, name, work, l2, timing, rel_error)
             except Exception as error:
                 yield failed(case, describe(error), name)
@@ -101,25 +103,11 @@ class Bench:
             launches = max(work.sets, MIN_COLD)
             yield "cold", [i % work.sets for i in range(launches)]
 
-    def _time(self, implementation: Implementation, order: list[int]) -> Timing:
-        launches = [lambda i=i: implementation.run(i) for i in order]
-        return time_launches(launches, self.setup.device, graph=implementation.graph)
-
     def _row(self, case: Case, name: str, work: Work, l2: str | None, timing: Timing, rel_error: float) -> Row:
         seconds = timing.median_ms * 1e-3
-        row = {
-            **blank(case, name),
-            "l2": l2,
-            "median_ms": timing.median_ms,
-            "spread": timing.spread,
-            "launches": timing.launches,
-            "clock": timing.clock,
-            "bytes": work.bytes,
-            "flops": work.flops,
-            "gbps": work.bytes / seconds / 1e9,
-            "tflops": work.flops / seconds / 1e12,
-            "rel_error": rel_error,
-        }
+        rates = {"gbps": work.bytes / seconds / 1e9, "tflops": work.flops / seconds / 1e12}
+        row = {**blank(case, name), "l2": l2, "bytes": work.bytes, "flops": work.flops, **rates, "rel_error": rel_error}
+        row |= {each: getattr(timing, each) for each in ("median_ms", "spread", "launches", "clock")}
         if self.ceilings is not None:
             row["fraction"], row["bound"] = fraction(work, seconds, self.ceilings)
         return row
@@ -152,15 +140,8 @@ def fraction(work: Work, seconds: float, ceilings: Ceilings) -> tuple[float, str
 
 def blank(case: Case, name: str) -> Row:
     """A row that says what was to be measured."""
-    known = {
-        "op": case.operation,
-        "impl": name,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "kernel_block": case.kernel_block,
-        "manager_block": case.manager_block,
-        "layout": case.layout,
-    }
+    known = {"op": case.operation, "impl": name}
+    known |= {each: getattr(case, each) for each in ("shape", "dtype", "kernel_block", "manager_block", "layout")}
     return {column: known.get(column) for column in COLUMNS}
 
 

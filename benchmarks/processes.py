@@ -4,6 +4,8 @@ once, so that kernels are compiled side by side before they are timed one after 
 
 import multiprocessing
 import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
@@ -22,6 +24,18 @@ JOIN_S = 10.0
 def describe(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def run_limited(command: Sequence[str], limit_s: float, **options: Any) -> int:
+    """Exit status of a command, 124 where it took longer and was stopped with the processes that it started. ``options``: of
+    :class:`subprocess.Popen`."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
 
 
 def isolated(work: Work, items: Sequence[Any], failed: Callable[[Any, str], Row], *, limit_s: float) -> Iterator[Row]:

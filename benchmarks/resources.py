@@ -16,13 +16,7 @@ from hybridcache.spec.dtypes import dtype_name
 SHARED_MEMORY_LIMIT = 232_448
 """Bytes that one program may use on Hopper (227 KiB; CUDA C++ Programming Guide, compute capability 9.0)."""
 
-TRITON_TYPE = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float8_e4m3fn": "fp8e4nv",
-    "float8_e5m2": "fp8e5",
-}
+TRITON_TYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -67,22 +61,18 @@ def measure_resources(
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process and cannot be compiled")
-    signature: dict[str, str] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
+    signature, aligned = {}, {}
     for index, param in enumerate(kernel.params):
-        if param.name in constants:
-            signature[param.name] = "constexpr"
-            continue
-        signature[param.name] = types.get(param.name) or param.annotation_type
-        if not signature[param.name]:
+        kind = "constexpr" if param.name in constants else types.get(param.name) or param.annotation_type
+        if not kind:
             raise ValueError(f"{kernel.__name__}: no type for parameter {param.name}")
+        signature[param.name] = kind
         free = not (param.do_not_specialize or param.do_not_specialize_on_alignment)
-        if free and (signature[param.name].startswith("*") or param.annotation_type):
+        if free and kind != "constexpr" and (kind.startswith("*") or param.annotation_type):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
-    registers, spills = _assembler_report(triton, compiled.asm["ptx"])
-    return Resources(compiled.metadata.shared, registers, spills)
+    return Resources(compiled.metadata.shared, *_assembler_report(triton, compiled.asm["ptx"]))
 
 
 def _assembler_report(triton: Any, ptx: str) -> tuple[int | None, int | None]:

@@ -175,9 +175,15 @@ def run_pair(roots: dict[str, Path], rounds: int, tiny: bool, fresh: bool, repor
     with ExitStack() as stack:
         trees: dict[str, Tree] = {}
 
-        def start(name: str) -> Tree:
+        def stop() -> None:
+            for tree in trees.values():
+                tree.close()
+            trees.clear()
+
+        stack.callback(stop)
+
+        def start(name: str) -> None:
             trees[name] = tree = Tree(roots[name], tiny)
-            stack.callback(tree.close)
             source = Path(tree.ask("load", large))
             if not source.is_relative_to(roots[name]):
                 raise RuntimeError(f"tree {name}: hybridcache is that of {source}, not of {roots[name]}")
@@ -186,29 +192,21 @@ def run_pair(roots: dict[str, Path], rounds: int, tiny: bool, fresh: bool, repor
             for shape in workloads.values():
                 tree.ask("serve", *shape)  # untimed: kernels and libraries meet every shape
             report(f"{name}: ready, host {samples['host_ms'][name][-1]:.3f} ms")
-            return tree
 
         for number in range(rounds):
             order = "ab" if number % 2 == 0 else "ba"
-            if fresh:
-                turns = [(tree, name) for tree in order for name in workloads]
-            else:
-                turns = [(tree, name) for name in workloads for tree in order]
-            for tree, name in turns:
+            turns = [(tree, name) for name in workloads for tree in order]
+            for tree, name in sorted(turns, key=lambda turn: order.index(turn[0])) if fresh else turns:
                 if tree not in trees:
                     if fresh:
-                        for other in trees.values():
-                            other.close()
-                        trees.clear()
+                        stop()
                     start(tree)
                 answer = trees[tree].ask("serve", *workloads[name])
                 samples[name][tree].append(answer["tokens_per_s"])
                 hashes[name][tree] = answer["sha256"]
                 report(f"round {number}: {tree} {name} {answer['tokens_per_s']:,.1f} tokens/s")
             if fresh:
-                for other in trees.values():
-                    other.close()
-                trees.clear()
+                stop()
     return {"samples": samples, "equal_tokens": {name: by["a"] == by["b"] for name, by in hashes.items()}}
 
 

@@ -39,12 +39,12 @@ def summary(samples_ms: Sequence[float], launches: int, clock: str) -> Timing:
     return Timing(float(p50) / launches, float((p95 - p5) / p50), launches, len(samples_ms), clock)
 
 
-def time_host(launches: Sequence[Run]) -> Timing:
+def time_host(launches: Sequence[Run], target_ms: float = TARGET_MS) -> Timing:
     """Times launches by the host's clock, after a warm-up."""
     for run in launches:
         run()
     samples: list[float] = []
-    while len(samples) < MIN_REPEATS or (len(samples) < MAX_REPEATS and sum(samples) < TARGET_MS):
+    while len(samples) < MIN_REPEATS or (len(samples) < MAX_REPEATS and sum(samples) < target_ms):
         started = perf_counter()
         for run in launches:
             run()
@@ -65,8 +65,7 @@ def time_events(launches: Sequence[Run], clock: str = "events", count: int | Non
         end.synchronize()
         return start.elapsed_time(end)
 
-    for _ in range(WARM_UP):
-        estimate = once()
+    estimate = [once() for _ in range(WARM_UP)][-1]
     repeats = int(min(max(TARGET_MS / max(estimate, 1e-3), MIN_REPEATS), MAX_REPEATS))
     return summary([once() for _ in range(repeats)], count or len(launches), clock)
 
@@ -116,31 +115,19 @@ class Ceilings:
 
 def measure_ceilings() -> Ceilings:
     """Measures all ceilings of the current CUDA device."""
-    return Ceilings(
-        copy_bytes=measure_copy(),
-        matmul_flops=_matmul(),
-        to_host_bytes=_transfer(to_host=True),
-        from_host_bytes=_transfer(to_host=False),
-    )
+    copy = measure_copy()
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").bfloat16() for _ in range(2))
+    matmul = 2 * MATMUL_SIZE**3 / time_events([lambda: a @ b] * 4).median_ms * 1e3
+    host = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+    return Ceilings(copy, matmul, _copy_rate(host, host.to("cuda")), _copy_rate(host.to("cuda"), host))
 
 
 def measure_copy() -> float:
     """Bytes per second of a device-to-device copy of 4 GiB, read plus written."""
     source = torch.empty(COPY_ELEMENTS, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    timing = time_events([lambda: target.copy_(source)])
-    return 2 * source.nbytes / timing.median_ms * 1e3
+    return 2 * _copy_rate(torch.empty_like(source), source)
 
 
-def _matmul() -> float:
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").bfloat16() for _ in range(2))
-    timing = time_events([lambda: a @ b] * 4)
-    return 2 * MATMUL_SIZE**3 / timing.median_ms * 1e3
-
-
-def _transfer(*, to_host: bool) -> float:
-    host = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=True)
-    on_device = torch.empty(HOST_BYTES, dtype=torch.uint8, device="cuda")
-    source, target = (on_device, host) if to_host else (host, on_device)
-    timing = time_events([lambda: target.copy_(source, non_blocking=True)])
-    return HOST_BYTES / timing.median_ms * 1e3
+def _copy_rate(target: torch.Tensor, source: torch.Tensor) -> float:
+    """Bytes copied per second."""
+    return source.nbytes / time_events([lambda: target.copy_(source, non_blocking=True)]).median_ms * 1e3

@@ -96,7 +96,7 @@ class Work:
         if on_cuda and "fa3" in OPERATIONS[operation].others and attention_backends()["fa3"] == "installed":
             modules["fa3"] = OPERATIONS[operation].others["fa3"]
         for name, module in modules.items():
-            self.build[name] = partial(_loaded, implementation, module, operation, name != "torch")
+            self.build[name] = partial(loaded, implementation, module, operation, name != "torch")
         return self.with_more(more, implementation)
 
     def with_more(self, more: Mapping[str, Any], implementation: Callable[[Any], Implementation]) -> "Work":
@@ -114,7 +114,8 @@ class Work:
                     torch.cuda.synchronize()
 
 
-def _loaded(make: Callable[..., Implementation], module: str, operation: str, graph: bool) -> Implementation:
+def loaded(make: Callable[..., Implementation], module: str, operation: str, graph: bool) -> Implementation:
+    """An implementation of a function of one of the library's kernel modules."""
     return make(load(module, operation), graph)
 
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from benchmarks import block_size, kernel_figures
 from benchmarks.block_tables import WAYS, measure_table
-from benchmarks.kernel_figures import cell
+from benchmarks.case import Case
 from benchmarks.measure import Bench, Row, failed
 from benchmarks.processes import describe, each_in_parallel, in_parallel, isolated
 from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
@@ -29,8 +29,8 @@ from experiments.lib.settings import Common
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
-from hybridcache.observe.report.page import Section, save_picture
-from hybridcache.observe.report.units import bytes_text, seconds_text
+from hybridcache.observe.report.page import save_picture
+from hybridcache.observe.report.style import Drawn
 
 Rows = Iterator[Row]
 
@@ -86,8 +86,8 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         "tables": (len(_table_points(settings["tables"])), lambda: _tables(settings["tables"], cfg.seed)),
     }
     if device.type == "cuda":
-        timed = list(_timed(settings))
-        phases["time"] = (len(timed), lambda: _times(timed, Setup.on(device, cfg.seed), settings["limit_s"]))
+        timed, limits = _timed(settings), (settings["compile_up_to"], settings["limit_s"])
+        phases["time"] = (len(timed), lambda: _times(timed, Setup.on(device, cfg.seed), *limits))
     rows: list[Row] = []
     with ProgressBar(12) as progress:
         for phase, (total, produce) in phases.items():
@@ -118,9 +118,8 @@ def _check(settings: dict[str, Any]) -> None:
             raise bad("kernel_block_size.blocks", size, "give multiples of 8 tokens")
     for manager, kernel in settings["tables"]["geometries"]:
         if kernel < 1 or manager % kernel:
-            raise bad(
-                "kernel_block_size.tables.geometries", [manager, kernel], "the kernel block must divide the other"
-            )
+            sizes = [manager, kernel]
+            raise bad("kernel_block_size.tables.geometries", sizes, "the kernel block must divide the other")
     for key in ("batches", "lengths"):
         for value in settings["tables"][key]:
             if not isinstance(value, int) or value < 1:
@@ -170,23 +169,17 @@ def _tables(tables: Any, seed: int) -> Rows:
         yield {"strategy": way, "workload": text, **place, "host_s": seconds, "table_bytes": num_bytes}
 
 
-def _timed(settings: dict[str, Any]) -> Iterator[block_size.Timed]:
+def _timed(settings: dict[str, Any]) -> list[Case]:
     shapes = {"paged_decode": settings["decode"], "paged_prefill": settings["prefill"]}
-    for operation in settings["operations"]:
-        rows, tokens = shapes[operation]
-        for size in settings["blocks"]:
-            yield block_size.Timed(operation, rows, tokens, size, size <= settings["compile_up_to"])
+    points = [(name, *shapes[name], size) for name in settings["operations"] for size in settings["blocks"]]
+    return list(itertools.starmap(block_size.timed_case, points))
 
 
-def _times(timed: list[block_size.Timed], setup: Setup, limit_s: float) -> Rows:
+def _times(timed: list[Case], setup: Setup, up_to: int, limit_s: float) -> Rows:
     """In a process of its own: a kernel that crashes costs only its own row. What is timed is compiled before, side by side."""
-    for line in in_parallel(block_size.launch_once, timed):
+    for line in in_parallel(partial(block_size.compile_timed, up_to), timed):
         CONSOLE.print(f"does not compile: {line}", markup=False)
-    bench = Bench(setup, None)
-    rows = isolated(
-        partial(block_size.timed_rows, bench), timed, lambda at, text: failed(at.case, text), limit_s=limit_s
-    )
-    for row in rows:
+    for row in isolated(partial(block_size.timed_rows, Bench(setup, None), up_to), timed, failed, limit_s=limit_s):
         overflow = bool(row["error"]) and any(words in row["error"] for words in block_size.OUT_OF_MEMORY)
         label = f"{row['op']} {row['shape']} kb={row['kernel_block']}"
         yield {"strategy": row["impl"], "workload": label, "operation": row["op"], **row, "overflow": overflow}
@@ -212,58 +205,38 @@ WAYS_TEXT = (
 )
 
 
+SECTIONS: dict[str, tuple[str, str, Callable[[pd.DataFrame], Drawn], dict[str, str]]] = {
+    "resources": (
+        "Resources of a program (sm_90)", "shared_bytes", kernel_figures.shared_memory,
+        {"operation": "operation", "strategy": "kernel", "kernel_block": "block", "compiled": "compiled", "shared_bytes":
+         "shared memory, B", "overflow": "overflow", "registers": "registers", "spill_bytes": "spills, B", "error": "error"},
+    ),
+    "time": (
+        "Time", "median_ms", kernel_figures.time,
+        {"workload": "operation", "strategy": "kernel", "l2": "L2", "median_ms": "ms", "spread": "±", "gbps": "GB/s",
+         "tflops": "TFLOP/s", "rel_error": "rel error", "overflow": "overflow", "error": "error"},
+    ),
+    "tables": (
+        "Tables of a step", "host_s", kernel_figures.table_cost,
+        {"strategy": "way", "manager_block": "manager", "kernel_block": "kernel", "batch": "requests", "length": "tokens",
+         "host_us": "host time, µs", "table_bytes": "table, B"},
+    ),
+}  # fmt: skip
+"""By phase: title, the value without which there is nothing to draw, the figure, and headings by column."""
+
+
 def _show(results: pd.DataFrame, run_dir: Path) -> None:
-    """Print, draw and write what every phase found: its section, and the figure of its rows that have a value."""
     sections = []
-    for phase, make, value, draw in (
-        ("resources", _resource_section, "shared_bytes", kernel_figures.shared_memory),
-        ("time", _time_section, "median_ms", kernel_figures.time),
-        ("tables", _table_section, "host_s", kernel_figures.table_cost),
-    ):
-        rows = results[results["phase"] == phase]
+    for phase, (title, value, draw, headings) in SECTIONS.items():
+        rows = shown = results[results["phase"] == phase].dropna(axis=1, how="all")
         if rows.empty:
             continue
-        sections.append(section := make(rows))
-        if rows.get(value, pd.Series(dtype=float)).notna().any():
+        if phase == "tables":
+            ends = [rows[name].isin([rows[name].min(), rows[name].max()]) for name in ("batch", "length")]
+            shown = rows.assign(host_us=rows["host_s"] * 1e6)[ends[0] & ends[1]]
+        sections.append(kernel_figures.section(title, shown, headings, [WAYS_TEXT] if phase == "tables" else []))
+        if value in rows:
             figure, data = draw(rows.dropna(subset=value) if phase == "resources" else rows)
             name = draw.__name__
-            section.figures.append(save_picture(run_dir / "figures", name, figure, data, CAPTIONS[name]))
+            sections[-1].figures.append(save_picture(run_dir / "figures", name, figure, data, CAPTIONS[name]))
     kernel_figures.show(CONSOLE, run_dir, "Kernel block size", [ABOUT], sections)
-
-
-def _resource_section(rows: pd.DataFrame) -> Section:
-    headings = ("operation", "kernel", "block", "shared memory, B", "of the limit", "registers", "spills, B")
-    section = Section("Resources of a program (sm_90)", headings=headings)
-    for _, row in rows.iterrows():
-        start = [row["operation"], row["strategy"], f"{row['kernel_block']:,.0f}"]
-        if pd.isna(row.get("shared_bytes")):
-            section.rows.append([*start, str(row["error"]), *"---"])
-            continue
-        shared = f"{'' if row['compiled'] else 'at least '}{row['shared_bytes']:,.0f}"
-        share = f"{row['shared_bytes'] / SHARED_MEMORY_LIMIT:.0%}{' overflow' if row['overflow'] else ''}"
-        counts = [cell(row.get(name), ",.0f") for name in ("registers", "spill_bytes")]
-        section.rows.append([*start, shared, share, *counts])
-    return section
-
-
-def _time_section(rows: pd.DataFrame) -> Section:
-    forms = {"L2": ("l2", ""), "ms": ("median_ms", ".4f"), "±": ("spread", ".0%"), "GB/s": ("gbps", ",.0f")}
-    forms |= {"TFLOP/s": ("tflops", ",.1f"), "rel error": ("rel_error", ".1e")}
-    section = Section("Time", headings=("operation", "kernel", "block", *forms, "note"))
-    for _, row in rows.iterrows():
-        note = "needs too much shared memory" if row["overflow"] else cell(row.get("error"))
-        cells = [cell(row.get(name), form) for name, form in forms.values()]
-        section.rows.append([row["workload"], row["strategy"], f"{row['kernel_block']:.0f}", *cells, note])
-    return section
-
-
-def _table_section(rows: pd.DataFrame) -> Section:
-    headings = ("way", "manager / kernel", "requests", "tokens", "host time", "table")
-    section = Section("Tables of a step", [WAYS_TEXT], headings=headings)
-    ends = {name: [rows[name].min(), rows[name].max()] for name in ("batch", "length")}
-    for _, row in rows[rows["batch"].isin(ends["batch"]) & rows["length"].isin(ends["length"])].iterrows():
-        geometry = f"{row['manager_block']:.0f} / {row['kernel_block']:.0f}"
-        sizes = [f"{row['batch']:,.0f}", f"{row['length']:,.0f}"]
-        cost = [seconds_text(row["host_s"]), bytes_text(row["table_bytes"])]
-        section.rows.append([row["strategy"], geometry, *sizes, *cost])
-    return section

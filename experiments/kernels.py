@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from benchmarks import kernel_figures, peers
 from benchmarks.case import OPERATIONS, Case, cpu_cases, cuda_cases, fast_cuda_cases, select
-from benchmarks.kernel_figures import cell, row_label
+from benchmarks.kernel_figures import row_label
 from benchmarks.measure import Bench, Row, compile_case, failed, isolated_ceilings
 from benchmarks.processes import in_parallel, isolated
 from benchmarks.work import Setup
@@ -25,10 +25,13 @@ from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name, environment
 from hybridcache.observe.report.page import Section, save_picture
-from hybridcache.observe.report.units import bytes_text, number_text
 
 FUNCTIONAL = "functional, not a timing claim"
-HEADINGS = ("shape", "impl", "L2", "ms", "±", "bytes", "GB/s", "TFLOP/s", "of ceiling", "rel error")
+HEADINGS = {
+    "label": "shape", "impl": "impl", "l2": "L2", "median_ms": "ms", "spread": "±", "bytes": "bytes", "gbps": "GB/s",
+    "tflops": "TFLOP/s", "fraction": "of ceiling", "bound": "bound", "rel_error": "rel error", "error": "error",
+}  # fmt: skip
+"""Of the tables, by column."""
 CASE = ("op", "shape", "dtype", "kernel_block", "manager_block", "layout")
 """What tells the rows of one case from those of others."""
 
@@ -142,20 +145,10 @@ def _show(record: dict[str, Any], results: pd.DataFrame, run_dir: Path) -> None:
         lines = wrong["op"] + " " + wrong["shape"] + " " + wrong["impl"] + ": " + wrong["error"]
         sections.append(Section("Failures", lines.tolist()))
     for operation, rows in results.groupby("op", sort=False):
-        cells = [_cells(row) for _, row in rows.iterrows()]
-        sections.append(Section(str(operation), headings=HEADINGS, rows=cells))
+        labels = [row_label(row) for _, row in rows.iterrows()]
+        sections.append(kernel_figures.section(str(operation), rows.assign(label=labels), HEADINGS))
     CONSOLE.print(f"kernels, {record['device']}: {record['claim']}; {'; '.join(overview.texts)}", markup=False)
     kernel_figures.show(CONSOLE, run_dir, "Kernels", _about(record), sections)
-
-
-def _cells(row: pd.Series) -> list[str]:
-    """A row's line of its operation's table."""
-    if pd.notna(row["error"]):
-        return [row_label(row), row["impl"], "-", "failed", *["-"] * (len(HEADINGS) - 4)]
-    rates = ["-" if pd.isna(row[name]) else number_text(row[name]) for name in ("gbps", "tflops")]
-    times = [cell(row["l2"]), cell(row["median_ms"], ".4f"), cell(row["spread"], ".0%"), bytes_text(row["bytes"])]
-    ceiling = "-" if pd.isna(row["fraction"]) else f"{row['fraction']:.0%} {row['bound']}"
-    return [row_label(row), row["impl"], *times, *rates, ceiling, f"{row['rel_error']:.1e}"]
 
 
 def _about(record: dict[str, Any]) -> list[str]:

@@ -11,9 +11,7 @@ Variants replace one part at a time by a more precise form: the residual stream 
 experts in PyTorch with float32 inside. What a variant gains is what that part's rounding costs.
 """
 
-import argparse
 import gc
-import json
 import random
 import sys
 import time
@@ -21,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
@@ -29,9 +28,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import real_width  # noqa: E402
 
+from benchmarks.record import arguments, keep  # noqa: E402
 from hybridcache.kernels.backend import Backend, Caches  # noqa: E402
 from hybridcache.memory.layout import Layout  # noqa: E402
-from hybridcache.observe.environment import environment  # noqa: E402
 
 # -- variants ------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +91,7 @@ def variants(device: str) -> dict[str, Backend]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", type=int, default=2, help="how many random models")
     parser.add_argument("--experts", type=int, help="fewer than the real 512, for a small machine")
@@ -129,23 +128,14 @@ def main() -> None:
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    record: dict[str, Any] = {"environment": environment(), "seed": args.seed, "lengths": args.lengths, "cosines": {}}
-    record["embedding_std"] = args.embedding_std or config.initializer_range
+    cosines = {}
     for name, parts in found.items():
-        cosine = torch.cat(parts)
-        record["cosines"][name] = row = {
-            "lowest": float(cosine.min()),
-            "percentile_1": float(cosine.quantile(0.01)),
-            "median": float(cosine.median()),
-            "positions": cosine.numel(),
-        }
-        print(
-            f"{name:44} lowest {row['lowest']:.5f}  1 % {row['percentile_1']:.5f}  median {row['median']:.5f}",
-            flush=True,
-        )
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        cosine = pd.Series(torch.cat(parts).double().cpu().numpy())
+        cosines[name] = {"lowest": cosine.min(), "percentile_1": cosine.quantile(0.01), "median": cosine.median()}
+        cosines[name]["positions"] = len(cosine)
+    print(pd.DataFrame(cosines).T.round(5).to_string())
+    std = args.embedding_std or config.initializer_range
+    keep(args.out, seed=args.seed, lengths=args.lengths, embedding_std=std, cosines=cosines)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import argparse
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from dispatch_proof import unordered  # noqa: E402
 from kernels_once import PLANTED, here, launch  # noqa: E402
 
-from benchmarks.processes import describe, in_parallel  # noqa: E402
+from benchmarks.processes import describe, in_parallel, run_limited  # noqa: E402
 from benchmarks.record import arguments, keep  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
@@ -202,21 +202,6 @@ def find_sanitizer() -> str:
     sys.exit("error: compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin; install the CUDA toolkit")
 
 
-def run_limited(command: list[str], limit_s: float, env: dict[str, str]) -> tuple[str, str | None]:
-    """Output (both streams in order), and why the command did not end well, None where it did. A command that takes longer
-    is stopped with the processes that it started."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-    )
-    try:
-        text, _ = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        return text, f"stopped after {limit_s:.0f} s"
-    return text, None if process.returncode == 0 else f"exit status {process.returncode}"
-
-
 def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tuple[dict[str, Found], str]:
     """Findings of one tool by kernel, and its whole report."""
     env = dict(os.environ)
@@ -225,7 +210,12 @@ def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tup
         names = [*names, PLANTED]
     options = ["--print-limit", "1000", "--report-api-errors", "no", "--target-processes", "application-only"]
     child = [sys.executable, "-m", "benchmarks.checks.sanitize", "--launch", *names]
-    text, failure = run_limited([sanitizer, "--tool", tool, *options, *child], limit_s, env)
+    with tempfile.TemporaryFile("w+") as report:
+        command = [sanitizer, "--tool", tool, *options, *child]
+        status = run_limited(command, limit_s, stdout=report, stderr=subprocess.STDOUT, env=env)
+        report.seek(0)
+        text = report.read()
+    failure = {0: None, 124: f"stopped after {limit_s:.0f} s"}.get(status, f"exit status {status}")
     found = parse(text)
     for name in names:
         at = found.setdefault(name, Found(failure="not reached"))

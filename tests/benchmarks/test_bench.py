@@ -16,7 +16,7 @@ from isolated_deeds import deeds, refuse_odd
 from limits import SUBPROCESS_S
 
 from benchmarks import measure, peers
-from benchmarks.block_tables import WAYS, measure_table, table_width
+from benchmarks.block_tables import WAYS, measure_table
 from benchmarks.case import OPERATIONS, QWEN3_NEXT_80B, TINY, Case, cpu_cases, cuda_cases, fast_cuda_cases
 from benchmarks.measure import BUILDERS, COLUMNS, HOST_OPERATION, Bench, fraction
 from benchmarks.processes import in_parallel, isolated
@@ -301,7 +301,7 @@ def test_bytes_of_a_table():
         seconds, num_bytes = measure_table(way, 3, 1057, 1056, 16, generator)
         assert seconds > 0
         assert num_bytes == 3 * (2 if way == "none" else 132) * 4
-    assert table_width("none", 88, 88, 11) == 1
+    assert measure_table("none", 1, 88, 88, 8, generator)[1] == 4
 
 
 # -- on a GPU -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks.engine import percentile, serve
+from benchmarks.engine import serve
 from benchmarks.host import decode_step, measure
 from hybridcache import LLM
 from hybridcache.kernels.testing import attention_case, state_case
@@ -34,14 +34,8 @@ def test_steps_in_which_all_decode_are_told_from_others():
     assert found["output_tokens_per_s"] == pytest.approx(40 / found["seconds"])
     assert found["decode_steps"] + found["other_steps"] == found["steps"]
     assert found["decode_steps"] >= 8
-    assert found["decode_host_ms"] <= found["decode_host_max_ms"]
+    assert 0 < found["decode_host_ms"] <= found["decode_host_p90_ms"] <= found["decode_host_max_ms"]
     assert not llm.engine.has_work
-
-
-def test_percentiles():
-    assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 3.0
-    assert percentile(list(range(10)), 0.9) == 9
-    assert percentile([7.0], 0.9) == 7.0
 
 
 def test_a_step_is_timed_by_one_command(tmp_path):

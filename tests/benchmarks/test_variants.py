@@ -25,24 +25,25 @@ def bench() -> Bench:
 
 def test_the_table_names_cases_and_variants_once():
     pytest.importorskip("triton")
-    from benchmarks.variants import TABLE, items
+    from benchmarks.variants import BUILD, cases, table, variants
 
-    found = items([])
-    assert {item.operation for item in found} == set(TABLE)
-    keys = [(item.operation, case.operation, case.label) for item in found for case, *_ in [item.entry()]]
+    found = cases([])
+    assert {case.operation for case in found} == {axis.operation for axis in table()} <= set(BUILD)
+    keys = [(case.operation, case.label) for case in found]
     assert len(set(keys)) == len(keys)
-    assert sum(len(item.entry()[2]) for item in found) > 200
-    for item in found:
-        assert pickle.loads(pickle.dumps(item)).entry()[0] == item.entry()[0]
+    for operation in {axis.operation for axis in table()}:
+        assert len(variants(operation, "")) == sum(len(a.values) for a in table() if a.operation == operation) > 0
+    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_variants_are_chosen_by_name():
     pytest.importorskip("triton")
-    from benchmarks.variants import items
+    from benchmarks.variants import cases, variants
 
-    names = {name for item in items(["paged_prefill"], only="gluon") for name in item.entry()[2]}
+    names = variants("paged_prefill", "Ring")
     assert names
-    assert all("gluon" in name for name in names)
+    assert all("Ring" in name for name in names)
+    assert {case.operation for case in cases(["experts"])} == {"experts"}
 
 
 @pytest.mark.parametrize("queries", [0, 1, 33])
