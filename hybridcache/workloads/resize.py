@@ -7,9 +7,8 @@ from fractions import Fraction
 from importlib.resources import files
 from typing import Protocol
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import whole
 
 ARRIVALS = ("at_once", "scaled")
 
