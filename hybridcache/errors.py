@@ -22,9 +22,9 @@ def whole(field: str, value: object, least: int = 1, fix: str = "") -> int:
     return value
 
 
-def number(field: str, value: object, least: float = 0.0, *, above: bool = False) -> float:
-    """``value`` as a finite float of at least (or, with ``above``, greater than) ``least``."""
+def number(field: str, value: object, least: float = 0.0, *, above: bool = False, fix: str = "") -> float:
+    """``value`` as a finite float of at least (or, with ``above``, greater than) ``least``; ``fix`` as in :func:`whole`."""
     wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
     if wrong_type or not math.isfinite(value) or value < least or (above and value == least):  # type: ignore[operator,arg-type]
-        raise bad(field, value, f"give a finite number {'above' if above else 'of at least'} {least:g}")
+        raise bad(field, value, fix or f"give a finite number {'above' if above else 'of at least'} {least:g}")
     return float(value)  # type: ignore[arg-type]
