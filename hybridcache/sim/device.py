@@ -52,6 +52,7 @@ class DeviceSpec:
         for field in fields(self):
             key, value = f"device.{field.name}", getattr(self, field.name)
             if field.name != "name":
-                number(key, value, above=not field.name.endswith("_s"))
+                positive = not field.name.endswith("_s")
+                number(key, value, above=positive, fix="give a positive number" if positive else "")
             if field.name.endswith("efficiency") and value > 1:
                 raise bad(key, value, "give a fraction of the rate, above 0 and at most 1")
