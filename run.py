@@ -9,6 +9,7 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 from typing import NoReturn
 
 import hydra
@@ -56,7 +57,9 @@ def main() -> None:
     except USER_ERRORS as error:
         _fail(_line(error))
     except OSError as error:
-        if error.filename is None or any(file.startswith(str(EXPERIMENTS)) for file in _files(error)):
+        if error.filename is None or any(
+            call.filename.startswith(str(EXPERIMENTS)) for call in extract_tb(error.__traceback__)
+        ):
             raise
         from experiments.lib.harness import unwritable  # Hydra could not make the run directory
 
@@ -69,15 +72,6 @@ def main() -> None:
 def _fail(line: str) -> NoReturn:
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
-
-
-def _files(error: BaseException) -> list[str]:
-    """Source files of the calls that the error came through."""
-    files, trace = [], error.__traceback__
-    while trace is not None:
-        files.append(trace.tb_frame.f_code.co_filename)
-        trace = trace.tb_next
-    return files
 
 
 # -- one line for each error ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from experiments.lib import settings
 from experiments.lib.harness import CONSOLE, write_results
 from experiments.lib.settings import resolve_model, spec_of
 from experiments.lib.strategy_choices import cache_columns
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.memory.geometry import KERNEL_BLOCK_TOKENS, Geometry, plan
 from hybridcache.observe.report import style
 from hybridcache.observe.report.page import save_picture
@@ -67,10 +67,10 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     Raises:
         UserError: the model is not hybrid or unknown, or a key of ``cfg.geometry`` is impossible.
     """
-    lengths = _lengths(cfg)
-    top = cfg.geometry.top
-    if not isinstance(top, int) or top < 1:
-        raise bad("geometry.top", top, "give the number of candidates to print, 1 or more")
+    top, lengths = cfg.geometry.top, list(cfg.geometry.lengths)
+    whole("geometry.top", top, fix="give the number of candidates to print, 1 or more")
+    if not lengths or len(set(lengths)) < len(lengths) or not all(isinstance(n, int) and n >= 1 for n in lengths):
+        raise bad("geometry.lengths", lengths, "give at least one length, each once, of 1 token or more")
     spec = spec_of(cfg)
     rows = [_row(cfg, spec, found, rank, lengths) for rank, found in enumerate(plan(spec), start=1)]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -80,16 +80,6 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     save_picture(run_dir / "figures", "geometry_padding", figure, shown, caption="")
     CONSOLE.print(_table(results.head(top), spec, lengths))
     return results
-
-
-def _lengths(cfg: DictConfig) -> list[int]:
-    lengths = list(cfg.geometry.lengths)
-    if not lengths or len(set(lengths)) < len(lengths):
-        raise bad("geometry.lengths", lengths, "give at least one length, each once")
-    for length in lengths:
-        if not isinstance(length, int) or length < 1:
-            raise bad("geometry.lengths", lengths, "give lengths of 1 token or more")
-    return lengths
 
 
 def _row(cfg: DictConfig, spec: CacheSpec, found: Geometry, rank: int, lengths: list[int]) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib import settings
-from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, collect
 from experiments.lib.phases.serving import ServingPhase, resolve_serving
 from experiments.lib.printed_tables import print_throughput
 from experiments.lib.settings import model_chosen, scheduler_config
 from experiments.lib.strategy_choices import choose_strategies
 from hybridcache.errors import bad
-from hybridcache.observe.events import EventWriter
-from hybridcache.observe.report import write_report
 
 
 @dataclass
@@ -75,14 +73,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     if virtual:
         raise bad("strategies", virtual, "have no physical memory to serve from; leave them out")
     phase = ServingPhase(cfg, choices)
-    rows: list[dict[str, Any]] = []
-    with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(32) as progress:
-        task = progress.add_task("serve", total=len(phase))
-        for row in phase.rows(events, run_dir if cfg.serve_trace else None):
-            rows.append({"experiment": cfg.experiment_name, **row})
-            write_results(rows, run_dir)  # after every row: what is measured is not lost
-            progress.update(task, advance=1, description=f"{row['strategy']}, {row['workload']}")
-    results = write_results(rows, run_dir)
-    write_report(run_dir)
+    trace_dir = run_dir if cfg.serve_trace else None
+    results = collect(cfg, run_dir, [("serve", len(phase), lambda events: phase.rows(events, trace_dir))])
     print_throughput(CONSOLE, results)
     return results

@@ -4,8 +4,6 @@ Three phases: *capacity* and *simulation* at the geometry of the model (the 80B 
 this device; where no model was chosen, a small one stands in there.
 """
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib import settings
-from experiments.lib.harness import CONSOLE, ProgressBar, write_results
+from experiments.lib.harness import CONSOLE, Rows, collect
 from experiments.lib.phases.capacity import capacity_rows
 from experiments.lib.phases.simulation import SimulationPhase
 from experiments.lib.printed_tables import print_capacity, print_runs
@@ -22,9 +20,7 @@ from experiments.lib.settings import container, model_chosen, resolve_model, sch
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, choose_strategies
 from experiments.lib.streams import make_streams, workload_target
-from hybridcache.errors import bad
-from hybridcache.observe.events import EventWriter
-from hybridcache.observe.report import write_report
+from hybridcache.errors import bad, number, whole
 from hybridcache.sim.cost_model import CostModel, DeviceSpec, least_ranks
 from hybridcache.workloads import Workload, takes_seed
 
@@ -33,8 +29,6 @@ MODEL = "qwen3_next_80b_a3b"
 """What capacity and simulation are about where no model was chosen."""
 MAX_TOKENS_PER_STEP = 8192
 GIB = 1 << 30
-
-Rows = Callable[[EventWriter], Iterator[dict[str, Any]]]
 
 
 @dataclass
@@ -144,9 +138,7 @@ def _resolve_geometry(cfg: DictConfig) -> None:
 
 def _check_numbers(cfg: DictConfig) -> None:
     for section in ("capacity", "simulation"):
-        budget = cfg[section].budget_gib
-        if not (math.isfinite(budget) and budget > 0):
-            raise bad(f"{section}.budget_gib", budget, "give a positive number of GiB")
+        number(f"{section}.budget_gib", cfg[section].budget_gib, above=True, fix="give a positive number of GiB")
     if not cfg.capacity.lengths:
         raise bad("capacity.lengths", [], "give at least one length in tokens")
     for length in cfg.capacity.lengths:
@@ -154,8 +146,8 @@ def _check_numbers(cfg: DictConfig) -> None:
             raise bad("capacity.lengths", length, "give lengths of 1 token or more, each once")
     for name in ("repetitions", "num_requests"):
         value = cfg.simulation[name]
-        if value is not None and value < 1:
-            raise bad(f"simulation.{name}", value, "give a positive whole number")
+        if value is not None:
+            whole(f"simulation.{name}", value, fix="give a positive whole number")
 
 
 def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
@@ -169,17 +161,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     producers = {"capacity": _capacity, "simulation": _simulation, "inference": _inference}
     tuned = _tuned(cfg, choices)
     prepared = [(phase, *producers[phase](cfg, choices if phase == "inference" else tuned)) for phase in cfg.phases]
-    name = cfg.model.name if "model" in cfg else None
-    rows: list[dict[str, Any]] = []
-    with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(12) as progress:
-        for phase, total, produce in prepared:
-            task = progress.add_task(phase, total=total)
-            for row in produce(events):
-                rows.append({"experiment": cfg.experiment_name, "model": name, **row})
-                write_results(rows, run_dir)  # after every row: what is measured is not lost
-                progress.advance(task)
-    results = write_results(rows, run_dir)
-    write_report(run_dir)
+    results = collect(cfg, run_dir, prepared)
     print_capacity(CONSOLE, results)
     print_runs(CONSOLE, results, "simulation")
     print_runs(CONSOLE, results, "inference")

@@ -1,4 +1,6 @@
-"""Errors a user can cause and mend."""
+"""Errors a user can cause and mend, and the checks of numbers that raise them."""
+
+import math
 
 
 class UserError(ValueError):
@@ -11,3 +13,18 @@ class UserError(ValueError):
 def bad(field: str, value: object, fix: str) -> UserError:
     """A :class:`UserError` in the project's one form: ``field=value: fix``."""
     return UserError(f"{field}={value!r}: {fix}")
+
+
+def whole(field: str, value: object, least: int = 1, fix: str = "") -> int:
+    """``value`` as a whole number of at least ``least`` (a boolean is none); ``fix`` replaces what the error says to do."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise bad(field, value, fix or f"give a whole number of at least {least}")
+    return value
+
+
+def number(field: str, value: object, least: float = 0.0, *, above: bool = False, fix: str = "") -> float:
+    """``value`` as a finite float of at least (or, with ``above``, greater than) ``least``; ``fix`` as in :func:`whole`."""
+    wrong_type = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong_type or not math.isfinite(value) or value < least or (above and value == least):  # type: ignore[operator,arg-type]
+        raise bad(field, value, fix or f"give a finite number {'above' if above else 'of at least'} {least:g}")
+    return float(value)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.step_output import StepOutput
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import UserError, bad, whole
 from hybridcache.kernels.backend import make_backend
 from hybridcache.outputs import RequestOutput, StreamedToken, TokenStream, interrupts_held
 from hybridcache.prompts import EncodedPrompt, Prompt, encode, read_params, read_prompts
@@ -80,8 +80,7 @@ class LLM:
         seed: int = 0,
         **scheduler: Any,
     ) -> None:
-        if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 1:
-            raise bad("cache_bytes", cache_bytes, "give a positive whole number of bytes")
+        whole("cache_bytes", cache_bytes, fix="give a positive whole number of bytes")
         scheduler_config = _scheduler_config(scheduler)
         settle_heap()  # before there is anything of this LLM, so that it is freed when its user drops it
         self.model, self.tokenizer = load_for_inference(model, dtype=dtype, device=device, seed=seed)

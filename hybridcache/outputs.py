@@ -3,19 +3,15 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+from hybridcache.workloads.byte_tokenizer import Tokenizer
 
 INCOMPLETE = "\ufffd"
 """A tokenizer decodes the first bytes of a character to this while the character's other bytes have not come."""
-
-
-class Decoder(Protocol):
-    """What a stream needs of a tokenizer."""
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class StreamedToken(NamedTuple):
 class TextPieces:
     """Turns tokens into pieces of text that together are the text."""
 
-    def __init__(self, tokenizer: Decoder | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._begin = 0
@@ -109,7 +105,7 @@ class TokenStream(Iterator[StreamOutput]):
         abort: Callable[[int], object],
         output: Callable[[int], RequestOutput],
         drop: Callable[[], object],
-        tokenizer: Decoder | None,
+        tokenizer: Tokenizer | None,
     ) -> None:
         """
         Args:

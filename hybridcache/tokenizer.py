@@ -2,26 +2,15 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hybridcache.errors import bad
-from hybridcache.workloads.byte_tokenizer import ByteTokenizer
+from hybridcache.workloads.byte_tokenizer import ByteTokenizer, Tokenizer
 
 _LOG = logging.getLogger(__name__)
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-
-
-class Tokenizer(Protocol):
-    """What the LLM needs of a tokenizer; those of Transformers have it."""
-
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 def read_tokenizer(folder: Path | None, vocabulary: int) -> Tokenizer | None:

@@ -7,7 +7,7 @@ that this run does not read.
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -30,11 +30,17 @@ from experiments.lib.settings import (
 from experiments.lib.strategy_choices import CONF
 from hybridcache.errors import UserError, bad
 from hybridcache.observe.environment import environment
+from hybridcache.observe.events import EventWriter
+from hybridcache.observe.report import write_report
 from hybridcache.observe.report.units import seconds_text
 from hybridcache.observe.tracking import make_tracker
 
 CONSOLE = Console(highlight=False)
 """As wide as the terminal, or as COLUMNS says, or 80."""
+
+
+Rows = Callable[[EventWriter], Iterator[dict[str, Any]]]
+"""Makes the rows of a phase, and writes its events."""
 
 
 class ProgressBar(Progress):
@@ -114,9 +120,8 @@ def run_experiment(cfg: DictConfig, run_dir: Path, overrides: Sequence[str] = ()
     started = time.perf_counter()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "events.jsonl").unlink(
-            missing_ok=True
-        )  # it is appended to; an older run's would mix with this one's
+        # It is appended to: an older run's would mix with this one's.
+        (run_dir / "events.jsonl").unlink(missing_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
         env = environment()
         write_json(run_dir / "environment.json", env)
@@ -143,6 +148,22 @@ def unwritable(error: OSError, run_dir: Path | None = None) -> UserError:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def collect(cfg: DictConfig, run_dir: Path, phases: Iterable[tuple[str, int, Rows]]) -> pd.DataFrame:
+    """Run phases in turn: each a name, a number of rows, and what makes them. Writes the events, and ``results.parquet``
+    after every row so that what is measured is not lost; then figures and the report."""
+    model = (cfg.get("model") or {}).get("name")
+    rows: list[dict[str, Any]] = []
+    with EventWriter(run_dir / "events.jsonl") as events, ProgressBar(32) as progress:
+        for phase, total, produce in phases:
+            task = progress.add_task(phase, total=total)
+            for row in produce(events):
+                rows.append({"experiment": cfg.experiment_name, "model": model, **row})
+                results = write_results(rows, run_dir)
+                progress.update(task, advance=1, description=f"{phase}: {row['strategy']}")
+    write_report(run_dir)
+    return results
 
 
 def write_results(rows: Iterable[dict[str, Any]], run_dir: Path) -> pd.DataFrame:

@@ -15,7 +15,30 @@ MIB = 1 << 20
 WIDE = 118
 """Columns from which the memory and the speed of a run share one table."""
 
-Cell = Callable[[pd.Series], str]
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _seconds(value: float) -> str:
+    return "-" if math.isnan(value) else seconds_text(value)
+
+
+MEMORY: dict[str, tuple[str, Callable[[float], str]]] = {
+    "served": ("requests_served", _count),
+    "re-\nfused": ("requests_refused", _count),
+    "resi-\ndents": ("residents_peak", _count),
+    "useful": ("utilization_mean", _share),
+    "held": ("held_share", _share),
+    "pre-\nempted": ("preemptions", _count),
+    "recom-\nputed": ("recomputed", _count),
+}
+"""Columns about memory: heading, column of the means, and how a value reads."""
+TIMES = {"TTFT\np50": "ttft_p50_s", "TTFT\np99": "ttft_p99_s", "TPOT\np50": "tpot_p50_s"}
 
 
 def print_capacity(console: Console, results: pd.DataFrame) -> None:
@@ -57,47 +80,30 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
 
 def _print_run(console: Console, rows: pd.DataFrame, title: str, source: str) -> None:
     repetitions = rows["repetition"].nunique()
-    memory: dict[str, Cell] = {
-        "served": lambda row: f"{row['requests_served']:,.0f}",
-        "re-\nfused": lambda row: f"{row['requests_refused']:,.0f}",
-        "resi-\ndents": lambda row: f"{row['residents_peak']:,.0f}",
-        "useful": lambda row: f"{100 * row['utilization_mean']:.1f} %",
-        "held": lambda row: f"{100 * row['held_bytes_mean'] / row['budget_bytes']:.1f} %",
-        "pre-\nempted": lambda row: f"{row['preemptions']:,.0f}",
-        "recom-\nputed": lambda row: f"{row['recomputed_tokens_preemption'] + row['recomputed_tokens_failure']:,.0f}",
-    }
     means = rows.groupby("strategy", sort=False).mean(numeric_only=True)
+    means["held_share"] = means["held_bytes_mean"] / means["budget_bytes"]
+    means["recomputed"] = means["recomputed_tokens_preemption"] + means["recomputed_tokens_failure"]
+    memory = {heading: means[column].map(text) for heading, (column, text) in MEMORY.items()}
+    rates = means["output_tokens_per_s"]
     ranked = means["requests_served"] == means["requests_served"].max()
     ranked &= means.index.isin(competitors(list(means.index)))  # the bound is no competitor
-    best = means.loc[ranked, "output_tokens_per_s"].max()
-
-    def rate(row: pd.Series) -> str:
-        value = row["output_tokens_per_s"]
-        return f"[bold]{value:,.0f}[/]" if value == best and ranked[row.name] else f"{value:,.0f}"
-
-    speed: dict[str, Cell] = {"tok/s": rate}
+    shown = rates.map(_count)
+    speed = {"tok/s": shown.mask(ranked & (rates == rates[ranked].max()), "[bold]" + shown + "[/]")}
     if repetitions > 1:
         base = rows["strategy"].iloc[0]
         same = rows["requests_served"] == rows["requests_served"].max()
         intervals = paired_differences(rows[same], base)
-        speed[f"against\n{base}"] = lambda row: intervals.get(str(row.name), "-")
-    speed |= {
-        f"{name.upper()}\n{point}": lambda row, key=f"{name}_{point}_s": (
-            "-" if math.isnan(row[key]) else seconds_text(row[key])
-        )  # type: ignore[misc]
-        for name, point in (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"))
-    }
+        speed[f"against\n{base}"] = pd.Series({name: intervals.get(str(name), "-") for name in means.index})
+    speed |= {heading: means[column].map(_seconds) for heading, column in TIMES.items()}
     if rows["tokens_sha256"].notna().any():
-        hashes = rows.groupby("strategy", sort=False)["tokens_sha256"].first()
-        speed["tokens"] = lambda row: str(hashes[row.name])[:8]
-    parts = [memory | speed] if console.width >= WIDE else [memory, speed]
+        speed["tokens"] = rows.groupby("strategy", sort=False)["tokens_sha256"].first().astype(str).str[:8]
     _title(console, title)
-    for columns in parts:
+    for columns in [memory | speed] if console.width >= WIDE else [memory, speed]:
         table = _table()
         for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
-        for _, row in means.iterrows():
-            table.add_row(str(row.name), *(cell(row) for cell in columns.values()))
+        for strategy in means.index:
+            table.add_row(str(strategy), *(cells[strategy] for cells in columns.values()))
         console.print(table)
     console.print(f"[dim]{source}[/]")
     if rows["requests_refused"].any():

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.lib.settings import container
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import UserError, bad, whole
 from hybridcache.workloads import Workload, build_workload, takes_seed
 
 COMMON = " (common requests)"
@@ -44,9 +44,7 @@ def make_streams(cfg: DictConfig, repetitions: int, field: str) -> list[tuple[in
         if repetitions > 1:
             raise bad(field, repetitions, f"workload {target} has no seed: every repetition would be the same; give 1")
         return [(cfg.get("seed", 0), _named(cfg, build_workload(target, **options)))]
-    seed: Any = options.pop("seed", cfg.get("seed", 0))
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise bad("workload.seed", seed, "give a whole number of at least 0")
+    seed = whole("workload.seed", options.pop("seed", cfg.get("seed", 0)), 0)
     seeds = range(seed, seed + repetitions)
     return [(each, _named(cfg, build_workload(target, seed=each, **options))) for each in seeds]
 

@@ -177,13 +177,11 @@ class CostModel:
             step: as the scheduler returned it, before ``complete``.
             bytes_moved: what compaction relocated for it.
         """
-        return sum(self._terms(StepWork.of(step.items), bytes_moved).values())
+        return sum(self.explain(step, bytes_moved).values())
 
     def explain(self, step: Step, bytes_moved: int = 0) -> dict[str, float]:
         """Seconds by term; they add up to :meth:`step_s`."""
-        return self._terms(StepWork.of(step.items), bytes_moved)
-
-    def _terms(self, work: StepWork, bytes_moved: int) -> dict[str, float]:
+        work = StepWork.of(step.items)
         p, d, r = self.parameters, self.device, self._rates
         tokens = work.tokens
         expert_bytes = self.experts_touched(tokens) * p.expert_layers * p.expert * self.weight_bytes

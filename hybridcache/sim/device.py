@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, number
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,9 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "name":
-                continue
-            may_be_zero = field.name.endswith("_s")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise bad(
-                    f"device.{field.name}",
-                    value,
-                    "give a finite number, 0 or more" if may_be_zero else "give a positive number",
-                )
-            if value == 0 and not may_be_zero:
-                raise bad(f"device.{field.name}", value, "give a positive number")
+            key, value = f"device.{field.name}", getattr(self, field.name)
+            if field.name != "name":
+                positive = not field.name.endswith("_s")
+                number(key, value, above=positive, fix="give a positive number" if positive else "")
             if field.name.endswith("efficiency") and value > 1:
-                raise bad(f"device.{field.name}", value, "give a fraction of the rate, above 0 and at most 1")
+                raise bad(key, value, "give a fraction of the rate, above 0 and at most 1")

@@ -1,6 +1,5 @@
 """simulate: a request stream through the real scheduler and a real strategy, on a clock that a cost model advances."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
@@ -9,9 +8,6 @@ from hybridcache.observe.metrics import Recorder
 from hybridcache.sim.cost_model import CostModel
 from hybridcache.strategies.base import Strategy
 from hybridcache.workloads.base import Request, Workload
-
-PROGRESS_STEPS = 256
-"""Steps between two reports of progress."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,6 @@ def simulate(
     scheduler_config: SchedulerConfig | None,
     cost_model: CostModel,
     recorder: Recorder | None = None,
-    progress: Callable[[int, int], None] | None = None,
 ) -> SimulationResult:
     """Run a stream to its end. Deterministic: the same inputs give the same result.
 
@@ -54,14 +49,12 @@ def simulate(
         scheduler_config: policies; None for the defaults.
         cost_model: of the model that ``strategy.spec`` describes.
         recorder: observes every step; the caller finishes it.
-        progress: called with (finished or refused requests, all requests) every few hundred steps and at the end.
 
     Raises:
         RuntimeError: no request can advance although none is too long (a defect of the strategy).
     """
     scheduler = Scheduler(strategy, scheduler_config)
     accepted, refused = _accept(workload, strategy)
-    total, done = len(workload.requests), len(refused)
     now = first_arrival = accepted[0].arrival_s if accepted else 0.0
     next_arrival, steps, moved = 0, 0, strategy.bytes_moved
     while next_arrival < len(accepted) or scheduler.has_work:
@@ -78,12 +71,8 @@ def simulate(
         if recorder is not None:
             recorder.step(now, duration_s, strategy, len(scheduler.running), len(scheduler.waiting))
         now += duration_s
-        done += len(scheduler.complete(step, now))
+        scheduler.complete(step, now)
         steps += 1
-        if progress is not None and steps % PROGRESS_STEPS == 0:
-            progress(done, total)
-    if progress is not None:
-        progress(done, total)
     return SimulationResult(accepted, now - first_arrival, steps, tuple(refused))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.spec.dtypes import dtype_name, itemsize
 from hybridcache.spec.hf_config import Fields, given_fields, known_to_transformers, transformers_config
 from hybridcache.spec.layers import AttentionKV, LayerSpec, RecurrentState
@@ -55,18 +55,17 @@ class Caches:
 
 def read_layers(
     hf_config: Any,
-    kv_dtype: "str | torch.dtype" = "bfloat16",
-    state_dtype: "str | torch.dtype" = "float32",
-    tp_size: int = 1,
-    conv_dtype: "str | torch.dtype | None" = None,
+    kv_dtype: "str | torch.dtype",
+    state_dtype: "str | torch.dtype",
+    tp_size: int,
+    conv_dtype: "str | torch.dtype | None",
 ) -> tuple[str, tuple[LayerSpec, ...]]:
     """Read the model type and the caches of every layer; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
     kv = dtype_name(kv_dtype, "kv_dtype")
     conv = kv if itemsize(kv) > 1 else "bfloat16"
     if conv_dtype is not None:
         conv = dtype_name(conv_dtype, "conv_dtype")
-    if isinstance(tp_size, bool) or not isinstance(tp_size, int) or tp_size < 1:
-        raise bad("tp_size", tp_size, "give the number of tensor-parallel ranks, 1 or more")
+    whole("tp_size", tp_size, fix="give the number of tensor-parallel ranks, 1 or more")
     config = text_config(hf_config)
     dtypes = Dtypes(kv=kv, recurrent=dtype_name(state_dtype, "state_dtype"), conv=conv)
     fields = Fields(config, given_fields(hf_config, config))
@@ -119,10 +118,7 @@ def _require_supported(model_type: str | None) -> None:
 
 
 def _positive(config: Fields, field: str) -> int:
-    value = getattr(config, field, None)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad(field, value, f"{config.model_type} needs a positive integer")
-    return value
+    return whole(field, getattr(config, field, None), fix=f"{config.model_type} needs a positive integer")
 
 
 def _divide(field: str, value: int, tp_size: int) -> int:

@@ -13,11 +13,7 @@ RELATIVE = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
 
 
 def azure(
-    *,
-    path: str | Path | None = None,
-    max_requests: int | None = None,
-    start_s: float = 0.0,
-    time_scale: float = 1.0,
+    *, path: str | Path | None = None, max_requests: int | None = None, start_s: float = 0.0, time_scale: float = 1.0
 ) -> Workload:
     """Read an Azure LLM inference trace (CSV), in its published or its preprocessed form; the header tells which.
 

@@ -14,11 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def burstgpt(
-    *,
-    path: str | Path | None = None,
-    max_requests: int | None = None,
-    start_s: float = 0.0,
-    time_scale: float = 1.0,
+    *, path: str | Path | None = None, max_requests: int | None = None, start_s: float = 0.0, time_scale: float = 1.0
 ) -> Workload:
     """Read a BurstGPT trace (CSV, times in seconds). Rows with 0 response tokens are failed requests, as the trace's
     authors say: they are skipped, and their number is logged once and told in ``Workload.source``.

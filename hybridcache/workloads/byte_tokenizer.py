@@ -5,8 +5,19 @@ encodes and comes back unchanged.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from hybridcache.errors import bad
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; those of Transformers have it."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 class ByteTokenizer:

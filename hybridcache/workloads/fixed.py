@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import whole
 
 
 def fixed_lengths(

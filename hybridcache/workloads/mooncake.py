@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridcache.errors import UserError
+from hybridcache.errors import UserError, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import whole
 from hybridcache.workloads.trace_file import Line, Row, Window, open_text, trace_path
 
 BLOCK_TOKENS = 512

@@ -5,22 +5,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from importlib.resources import files
-from typing import Protocol
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import whole
+from hybridcache.workloads.byte_tokenizer import Tokenizer
 
 ARRIVALS = ("at_once", "scaled")
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; Transformers' have it."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 def cut_to_size(

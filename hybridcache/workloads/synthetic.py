@@ -3,8 +3,8 @@
 import math
 import random
 
+from hybridcache.errors import number, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import number, whole
 
 
 def synthetic_chat(

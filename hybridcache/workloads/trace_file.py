@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import UserError, bad, number, whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.options import number, whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, cache_columns
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sequence import Sequence as EngineSequence
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference, random_for_inference
 from hybridcache.observe.environment import device_name
@@ -69,10 +69,8 @@ def resolve_section(
     for key in ("kv_dtype", "state_dtype"):
         values[key] = dtype_name(values[key], key)
     for key in (*COUNTS, *counts):
-        count = values[key]
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            name = "engine.max_tokens_per_step" if key == "max_tokens_per_step" else f"{section}.{key}"
-            raise bad(name, count, "give a positive whole number" + (", or auto" if key in auto else ""))
+        name = "engine.max_tokens_per_step" if key == "max_tokens_per_step" else f"{section}.{key}"
+        whole(name, values[key], fix="give a positive whole number" + (", or auto" if key in auto else ""))
     # What is not installed is said before the model is loaded.
     values |= make_backend(values["backend"], device, values["attention_backend"]).choice
     cfg[section] = values

@@ -129,14 +129,12 @@ def step_profile(run: Run, phase: str) -> Drawn:
 
 
 def _percentiles(events: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for strategy, group in events.groupby("strategy", sort=False):
-        for metric in ("ttft_s", "tpot_s"):
-            values = pd.to_numeric(group[metric]).dropna()
-            if len(values):
-                found = {name: values.quantile(q) for name, q in QUANTILES.items()}
-                rows.append({"strategy": strategy, "metric": metric, "requests": len(values), **found})
-    return pd.DataFrame(rows, columns=["strategy", "metric", "requests", *QUANTILES])
+    times = ["ttft_s", "tpot_s"]
+    values = events.melt("strategy", times, var_name="metric", value_name="seconds").dropna()
+    groups = values.astype({"seconds": float}).groupby(["strategy", "metric"], sort=False)["seconds"]
+    found = groups.quantile(list(QUANTILES.values())).unstack().set_axis(list(QUANTILES), axis=1)
+    found.insert(0, "requests", groups.size())
+    return found.reset_index()
 
 
 def _bars(axes: Axes, values: Sequence[pd.Series], names: Sequence[str], run: Run) -> None:
