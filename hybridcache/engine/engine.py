@@ -1,4 +1,4 @@
-"""Engine: requests in, tokens out. Continuous batching of one model over one strategy's memory."""
+"""Engine: takes requests and gives tokens, by continuous batching of one model over one strategy's memory."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,11 +29,11 @@ class _Launched(NamedTuple):
     flight: Flight
     step: Step
     sampled: list[Request]
-    """Those of its requests that sample a token, in their order."""
+    """The step's requests that sample a token, in its order."""
     started_s: float
     """When its scheduling began."""
     seen: Observation | None
-    """The memory that it runs in."""
+    """Memory while the step runs; None where nobody records."""
 
 
 class Engine:
@@ -53,12 +53,12 @@ class Engine:
         strategy: built with ``physical=True``.
         scheduler_config: policies; None for the defaults.
         backend: runs the cache operations.
-        recorder: observes every step. Without overlap the time it takes is not counted (it depends on the strategy); with
-            overlap it is, for the device works meanwhile.
-        seed: of requests that have none of their own.
+        recorder: observes every step. Without overlap the clock stands still while it records (how long that takes depends
+            on the strategy); with overlap the clock runs on, since the device works meanwhile.
+        seed: seeds the requests that have no seed of their own.
         eos_token_ids: tokens that end a request unless it ignores them.
-        cuda_graphs: decode under CUDA graphs, captured at once: ``true``, ``false``, or ``auto``: wherever it can be.
-        overlap: ``true``, ``false``, or ``auto``: on CUDA.
+        cuda_graphs: whether steps run as CUDA graphs, captured here: ``true``, ``false``, or ``auto``, wherever they can.
+        overlap: ``true``, ``false``, or ``auto``, which overlaps on CUDA.
         poison: fill the pool, and memory before its release, with NaN patterns (tests).
         max_retries: how often a request that failed alone is tried again.
         clock: seconds, monotonic.
@@ -109,7 +109,7 @@ class Engine:
         )
         self.runner.prepare()
         self.memory = self.runner.memory
-        """What this takes of its device at most."""
+        """The most that the engine takes of its device."""
         self.seed = seed
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = HostTimes()
@@ -121,7 +121,7 @@ class Engine:
         self._clock = clock
         self._origin: float | None = None
         self._ended_s = 0.0
-        """When the last step ended."""
+        """Time at which the last step ended."""
 
     def _before_release(self, seq_id: int) -> None:
         if self._poison:
@@ -133,7 +133,7 @@ class Engine:
     def add_request(
         self, prompt_ids: npt.ArrayLike, params: SamplingParams | None = None, *, arrival_s: float | None = None
     ) -> Request:
-        """Queue a request. ``arrival_s`` (of :meth:`now`) counts its waiting from an earlier moment; None is now.
+        """Queue a request. Its waiting counts from ``arrival_s`` on the clock of :meth:`now`; None is this moment.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
@@ -156,7 +156,7 @@ class Engine:
         return request
 
     def abort(self, seq_id: int) -> None:
-        """End a request now; its memory is free at once. A finished one stays as it is.
+        """End a request now and free its memory at once. A finished request stays as it is.
 
         Raises:
             UserError: no request of that id is known.
@@ -164,7 +164,7 @@ class Engine:
         self.scheduler.abort(self._request(seq_id), self.now())
 
     def forget(self, seq_id: int) -> None:
-        """Drop what is kept of a finished request.
+        """Drop the engine's record of a finished request.
 
         Raises:
             UserError: it has not finished, or is not known.
@@ -182,7 +182,7 @@ class Engine:
         return self._request(seq_id)
 
     def error(self, seq_id: int) -> str | None:
-        """Why a request ended with ``error``; None where it did not."""
+        """The reason why a request ended with ``error``; None where it did not."""
         return self._request(seq_id).error
 
     def _request(self, seq_id: int) -> Request:
@@ -224,7 +224,7 @@ class Engine:
         return self.now() - started
 
     def step(self) -> StepOutput:
-        """Schedule and launch a step, and account for it; with overlap, for the one before it instead.
+        """Schedule and launch a step, then settle it; with overlap, settle the step before it instead.
 
         Whatever is raised here, an interrupt at any line too, leaves all requests that have not ended waiting, to be recomputed
         from their tokens, and the memory empty. The tokens that had arrived are in ``output_ids``.
@@ -252,7 +252,7 @@ class Engine:
         else:
             launched = self._launch(step, started) if step else None
             if not self._settle(before, output) and launched is not None:
-                # What the step before left is void, and with it what this one makes of it.
+                # The step before failed: what it left is void, and so is this step, which reads that.
                 self.scheduler.void(launched.step)
                 self.scheduler.requeue(launched.step.seqs)
                 launched = None
@@ -265,7 +265,7 @@ class Engine:
         return output
 
     def _step_apart(self, groups: list[Step], started: float, output: StepOutput) -> None:
-        """Requests under suspicion in batches of their own: one at a time, each with all tokens known."""
+        """Run each group in a batch of its own and wait for it, so that a failure names one request."""
         if not self._relocate():
             self._requeue_everybody(*groups)
             return
@@ -279,7 +279,7 @@ class Engine:
         self.scheduler.requeue([*self.scheduler.running, *self.scheduler.ending])
 
     def _relocate(self) -> bool:
-        """Execute pending moves. False where they failed: any request's bytes may be lost, so all are to be recomputed."""
+        """Execute pending moves. False where they failed: any request may have lost bytes, so the caller recomputes all."""
         try:
             self.runner.relocate()
         except Exception as error:
@@ -289,7 +289,7 @@ class Engine:
         return True
 
     def _launch(self, step: Step, started: float) -> _Launched | None:
-        """Launch a batch and count its tokens as known. None where that failed, or nobody in it is running any more."""
+        """Launch a batch and count its tokens as known. None where the launch failed or nobody in the batch still runs."""
         if not self.scheduler.runs_again(step):
             items = [item for item in step.items if item.seq.status is Status.RUNNING]
             if len(items) < len(step.items):
@@ -316,7 +316,7 @@ class Engine:
         return _Launched(flight, step, sampled, started, seen)
 
     def _settle(self, launched: _Launched | None, output: StepOutput) -> bool:
-        """Wait for a step, append its tokens and end what they end. False where the step turned out to have failed."""
+        """Wait for a step, append its tokens and end the requests that they end. False where the step had failed."""
         if launched is None:
             return True
         try:
@@ -358,7 +358,7 @@ class Engine:
             self.times.wait_s += self._clock() - before
 
     def _answer_for_failures(self, output: StepOutput) -> None:
-        """Send the requests of failed batches back to be recomputed; end those that failed alone too often."""
+        """Requeue the requests of failed batches, and end those that failed alone too often."""
         again, ended = self._failures.judge()
         for seq in ended:
             self.scheduler.abort(seq, self.now(), "error")
@@ -366,7 +366,7 @@ class Engine:
         self.scheduler.requeue(again)
 
     def _abandon(self) -> None:
-        """Forget what is on its way, and recompute every request that has not ended."""
+        """Forget the step on its way and let every request that has not ended wait for recomputation."""
         self._launched = None
         self._failures.forget()
         self.runner.reset()
@@ -376,8 +376,8 @@ class Engine:
         self.scheduler.restart(self._requests.values())
 
     def _record(self, started_s: float, seen: Observation | None) -> None:
-        """Observe a step that has ended, for its own time: since its scheduling began or the step before it ended, whichever
-        was later (with overlap, the device works on the one before until then)."""
+        """Record a step that has ended. Its duration runs from the start of its scheduling, or from the end of the step before
+        where that is later: until then the device worked on that one."""
         now = self.now()
         begin = max(started_s, self._ended_s)
         self._ended_s = now
@@ -387,7 +387,7 @@ class Engine:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Without overlap, the time that recording takes does not count: it depends on the strategy, and the device waits."""
+        """Stop the clock while recording without overlap: the device waits, and how long depends on the strategy."""
         before = self._clock()
         yield
         if not self.overlap:

@@ -1,4 +1,4 @@
-"""Failures: steps that raised, which of their requests is to blame, and who is computed alone to find out."""
+"""Failures: keeps the steps that raised and finds the request to blame by computing suspects alone."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Failures:
-    """What has failed in one engine.
+    """The failures of one engine.
 
     States are updated in place, so after a step that raised every request in it has lost its memory. They are recomputed
     alone, to tell which one fails; one that keeps failing alone ends, and one that only ever fails in company stays alone.
@@ -28,12 +28,12 @@ class Failures:
         self.steps = 0
         """Batches that raised."""
         self.relocations = 0
-        """Times in a row that moves of memory have failed."""
+        """Failed moves of memory in a row."""
         self.unjudged: list[tuple[list[ScheduledTokens], Exception]] = []
         """Batches that have failed since :meth:`judge`."""
 
     def add(self, items: list[ScheduledTokens], error: Exception) -> None:
-        """A batch raised."""
+        """Note a batch that raised."""
         self.unjudged.append((items, error))
 
     def forget(self) -> None:
@@ -75,7 +75,7 @@ class Failures:
         return again, ended
 
     def not_moved(self, error: Exception) -> None:
-        """They raised: any request's bytes may be lost, so all are to be recomputed. Raised again after too many times."""
+        """Note moves that raised: the caller recomputes all requests. Re-raises the error after too many in a row."""
         self.relocations += 1
         if self.relocations > self.max_retries:
             raise error

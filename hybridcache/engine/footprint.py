@@ -1,4 +1,4 @@
-"""Memory: what an engine takes of its device, stated before anything is allotted.
+"""Memory: states what an engine takes of its device before anything is allotted.
 
 Peak memory is weights + cache + workspace. The workspace is everything else: the inputs of steps and the logits that graphs
 leave, both at addresses that never change; what graphs compute in, kept for all of them; and what a step that is no
@@ -13,12 +13,12 @@ from hybridcache.device import room_on
 from hybridcache.errors import bad
 
 RESERVE_BYTES = 256 << 20
-"""Of libraries (cuBLAS takes 32 MiB a stream), partial results of split attention, and the allocator's rounding."""
+"""Set aside for libraries (cuBLAS takes 32 MiB a stream), partial results of split attention and the allocator's rounding."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. Workspace is an upper bound, not a measurement."""
+    """Bytes by purpose. The workspace is an upper bound, not a measurement."""
 
     weight_bytes: int
     cache_bytes: int
@@ -26,21 +26,21 @@ class Memory:
     input_bytes: int
     """Static inputs of steps and tables of rows, those for warm-ups of graphs too."""
     logits_bytes: int
-    """Logits of the most rows, where graphs leave them."""
+    """Logits of ``max_rows`` rows, which graphs write to a static address."""
     graph_bytes: int
-    """What the largest decode graph computes in; the others share it."""
+    """Scratch memory of the largest graph; the other graphs share it."""
     step_bytes: int
-    """What the largest step computes in, whether it prefills or samples."""
+    """Scratch memory of the largest step, whether it prefills or samples."""
     reserve_bytes: int = RESERVE_BYTES
 
     @property
     def workspace_bytes(self) -> int:
-        """Beside weights and cache."""
+        """Everything beside weights and cache."""
         return self.input_bytes + self.logits_bytes + self.graph_bytes + self.step_bytes + self.reserve_bytes
 
     @property
     def total_bytes(self) -> int:
-        """Most that the engine takes of its device."""
+        """The most that the engine takes of its device."""
         return self.weight_bytes + self.cache_bytes + self.workspace_bytes
 
     def require(self, budget_bytes: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Heap: Python's garbage collector, kept from looking through everything in the middle of serving."""
+"""Garbage: keeps Python's collector from walking every object in the middle of serving."""
 
 import gc
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """StepGraphs: steps as CUDA graphs, one for each of a few shapes.
 
 A step replays the smallest graph that holds it; rows and tokens beyond its own are padding, which the kernels skip. Steps that
-only decode have graphs for any number of rows. Of steps that prefill too, those of few tokens have some: the device is done
-with them sooner than the host would be with launching them one by one; larger ones have none, and keep the device busy.
+only decode have graphs for any number of rows. Steps that prefill have graphs up to a few thousand tokens: the device finishes
+those before the host could launch their kernels one by one. Larger prefills keep the device busy and have none.
 
 All graphs share one memory pool, and the largest is captured first, so that the others fit into what it left. Before a
 capture the same step runs once on inputs that are all padding: kernels are compiled and libraries are initialised there, and
@@ -28,14 +28,14 @@ _LOG = logging.getLogger(__name__)
 CHOICES = ("auto", "true", "false")
 SMALL = (1, 2, 4, 8)
 STEP = 8
-"""Beyond the small numbers of decoding rows, every multiple of this."""
+"""Beyond the sizes in ``SMALL``, every multiple of this number of decoding rows has a graph."""
 
 
 PREFILL_TOKENS = (64, 256, 512, 1024, 2048, 4096)
 PREFILL_ROWS = (4, 16)
-"""Of prefilling rows at least one is padding: tokens of nobody belong to it."""
+"""At least one prefilling row is padding: it owns the padding tokens."""
 BESIDE_PREFILL = (0, 16, 64)
-"""Decoding rows beside them; beyond these every multiple of the last."""
+"""Decoding rows beside prefilling ones; larger graphs take every multiple of the last."""
 
 
 class Replayable(Protocol):
@@ -79,11 +79,11 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, wai
     """Whether decode runs under CUDA graphs.
 
     Args:
-        choice: ``true``, ``false``, or ``auto``: wherever it can.
+        choice: ``true``, ``false``, or ``auto``, which takes graphs wherever it can.
         waits: why the model's forward pass waits for the device; None where it does not.
 
     Raises:
-        UserError: an unknown choice, or ``true`` where it cannot be.
+        UserError: the choice is unknown, or it is ``true`` where no graph can hold a step.
     """
     name = str(choice).lower()
     if name not in CHOICES:
@@ -101,13 +101,13 @@ def wants_graphs(choice: str | bool, backend: Backend, device: torch.device, wai
 
 
 class StepGraphs:
-    """See the module.
+    """The graphs of one runner; see the module.
 
     Args:
-        shapes: in any order.
-        step: runs a step of that shape on the static inputs.
-        warm_up: runs a step of that shape that is all padding, on other inputs.
-        capture: how a step is recorded.
+        shapes: the shapes to offer, in any order.
+        step: runs a step of a shape on the static inputs.
+        warm_up: runs a step of a shape that is all padding, on other inputs.
+        capture: records a step as a graph.
         launches: the backend's counter. A replay adds what its capture launched; captures and warm-ups add nothing.
     """
 
@@ -120,7 +120,7 @@ class StepGraphs:
         launches: Counter[str],
     ) -> None:
         self.shapes = sorted(shapes, key=lambda shape: (shape.total_tokens, shape.rows))
-        """The largest last."""
+        """Sorted by size, the largest last."""
         self._step, self._warm_up, self._capture = step, warm_up, capture
         self._launches = launches
         self._graphs: dict[Shape, tuple[Replayable, Counter[str]]] = {}
@@ -131,7 +131,7 @@ class StepGraphs:
         return next((shape for shape in self.shapes if shape.holds(decode, tokens, prefill)), None)
 
     def replay(self, shape: Shape) -> None:
-        """Run the step of one of ``shapes``; it is captured now if it was not yet."""
+        """Run the step of one of ``shapes``, and capture it first where that has not been done."""
         self.make(shape)
         graph, counts = self._graphs[shape]
         graph.replay()
@@ -139,13 +139,13 @@ class StepGraphs:
         self.replays += 1
 
     def make(self, shape: Shape) -> None:
-        """Capture the graph of one of ``shapes`` if that has not been done (the largest first: the others fit into its
-        memory)."""
+        """Capture the graph of one of ``shapes`` if that has not been done. The largest is captured first, because the others
+        fit into its memory."""
         if shape not in self._graphs:
             self.capture([self.shapes[-1], shape])
 
     def capture(self, shapes: Sequence[Shape] | None = None) -> None:
-        """Capture these shapes, all by default, those that exist excepted."""
+        """Capture those of ``shapes`` (None: all) that have no graph yet."""
         asked = {*(self.shapes if shapes is None else shapes)} - self._graphs.keys()
         wanted = [shape for shape in reversed(self.shapes) if shape in asked]
         if not wanted:

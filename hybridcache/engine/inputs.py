@@ -1,4 +1,4 @@
-"""StepInputs: what a step hands to the device, at addresses that never change, and how its rows are packed for that.
+"""StepInputs: packs a step's rows on the host and hands them to the device at addresses that never change.
 
 All host arrays of a step travel in one copy from pinned memory: the fields of :class:`StepFields`, then the rows of the table
 that changed. Two staging buffers take turns, so that one can be packed while the other is still being copied.
@@ -23,33 +23,33 @@ from hybridcache.kernels.batch import StepBatch
 
 ALIGNMENT = 16
 TOKEN_BYTES = 28
-"""Id, index into feed, position (int64) and row (int32)."""
+"""Bytes that one token packs: id, index into feed, position (int64) and row (int32)."""
 ROW_BYTES = 32
-"""Context length, offset, start (int32), index of logits, number of a changed row (int64), and room for alignment."""
+"""Bytes that one row packs: context length, offset, start (int32), index of logits, changed row (int64), alignment."""
 INLINE_ENTRIES = 1 << 18
-"""Table entries that travel with the other inputs; more (1 MB) go in a copy of their own."""
+"""Up to so many table entries (1 MB) travel with the other inputs; more go in a copy of their own."""
 
 
 class StepFields(NamedTuple):
-    """What a step reads beside tables, each packed at a place that follows from its shape: host arrays, or what they are on the
-    device."""
+    """A packed step, but for its tables: arrays on the host, or tensors at the same places on the device. The places follow
+    from the step's shape."""
 
     token: Any
-    """int64 ``[T]``; first of all, because ``feed`` ends with it."""
+    """int64 ``[T]``; token ids. This field comes first, because ``feed`` ends with it."""
     index: Any
-    """int64 ``[T]``; where in ``feed`` each token is."""
+    """int64 ``[T]``; each token's place in ``feed``."""
     position: Any
-    """int64 ``[T]``."""
+    """int64 ``[T]``; each token's position in its request."""
     row: Any
-    """int32 ``[T]``."""
+    """int32 ``[T]``; each token's table row."""
     context: Any
-    """int32 ``[B]``."""
+    """int32 ``[B]``; each row's tokens after the step."""
     cu_seqlens: Any
-    """int32 ``[P + 1]``, of the prefilling rows, from 0."""
+    """int32 ``[P + 1]``; offsets of the prefilling rows' tokens, from 0."""
     start: Any
-    """int32 ``[P]``."""
+    """int32 ``[P]``; position of each prefilling row's first token."""
     logit: Any
-    """int64 ``[B]``; every row's last token."""
+    """int64 ``[B]``; index of each row's last token."""
 
     @classmethod
     def cut(cls, packed: Any, shape: Shape, kinds: Any) -> "StepFields":
@@ -59,7 +59,7 @@ class StepFields(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _places(shape: Shape) -> list[tuple[str, int, int]]:
-    """Type, first byte and end of each of :class:`StepFields`, and of what comes behind them."""
+    """Type, first byte and end of each field of :class:`StepFields`; the last entry is where they end."""
     tokens, rows, prefill = shape.total_tokens, shape.rows, shape.prefill
     counts = [("int64", tokens)] * 3 + [("int32", tokens), ("int32", rows), ("int32", prefill + 1), ("int32", prefill)]
     found, cursor = [], 0
@@ -72,8 +72,8 @@ def _places(shape: Shape) -> list[tuple[str, int, int]]:
 
 @lru_cache(maxsize=256)
 def _padding(shape: Shape, feed_rows: int) -> np.ndarray:
-    """The bytes of a step that is nothing but padding: rows that have no tokens and do not decode, and tokens of the last row,
-    all of them the same, so that together they hit no more experts than one of them."""
+    """The bytes of a step that is nothing but padding. Its tokens belong to the last row and are all the same, so that together
+    they hit no more experts than one does."""
     packed, decode = np.zeros(_places(shape)[-1][1], dtype=np.uint8), shape.decode
     fields = StepFields.cut(packed, shape, np)
     fields.index[:] = np.arange(feed_rows, feed_rows + shape.total_tokens)
@@ -96,11 +96,11 @@ def pack(
 
     Args:
         fields: padding, for a step of ``shape``.
-        items: those that decode, then those that prefill, whose tokens follow one another.
-        places: the table row of each; prefilling rows follow at ``shape.decode``.
-        shape: as large as the step, or larger; where there are more tokens in prefilling rows, there is one more such row.
-        sampled: where in ``feed`` the token is that the last step sampled, by request.
-        feed_rows: places in ``feed`` before the tokens that come with the step.
+        items: decodes first, then prefills, whose tokens follow one another.
+        places: table row of each item; prefilling rows begin at ``shape.decode``.
+        shape: the step's or a larger one. A shape with more prefill tokens than the step has one more prefilling row too.
+        sampled: place in ``feed`` of the token that the last step sampled, by request.
+        feed_rows: places in ``feed`` in front of the tokens that come with the step.
     """
     decode = shape.decode
     n = sum(place < decode for place in places)
@@ -133,7 +133,7 @@ def pack(
 
 
 def _known(item: ScheduledTokens) -> np.ndarray:
-    """int64; the item's token ids, which the host knows."""
+    """The item's token ids (int64), all of which have arrived at the host."""
     request, start, count = item
     assert isinstance(request, Request)
     assert start + count <= request.prompt_len + request.num_settled, f"request {request.seq_id}: a token is on its way"
@@ -154,7 +154,7 @@ def keep_sampling(fields: StepFields, samples: Sequence[bool], places: Sequence[
     """Move the logits' indices of rows that sample to the front.
 
     Returns:
-        How many there are, and where among them the id of each row will be (of no meaning where it samples none).
+        The number of rows that sample, and each row's place among them (meaningless for a row that does not sample).
     """
     by_place = np.zeros(len(places), dtype=bool)
     by_place[places] = samples
@@ -164,14 +164,14 @@ def keep_sampling(fields: StepFields, samples: Sequence[bool], places: Sequence[
 
 
 class StepInputs:
-    """See the module.
+    """Static inputs of one runner's steps; see the module.
 
     Args:
         max_rows: R.
         max_tokens: most tokens of a step.
         state_width: L.
         max_entries: N, KV entries of the longest request.
-        device: where the model is.
+        device: the model's device.
     """
 
     def __init__(
@@ -183,11 +183,11 @@ class StepInputs:
         width = 2 * state_width + max_entries
         packed = packed_bytes(max_rows, max_tokens, width)
         self.feed = torch.zeros(max_rows + packed // 8, dtype=torch.int64, device=device)
-        """Ids sampled last (0 for one that is not a token), then the packed inputs, whose token ids come first."""
+        """Ids that the last step sampled (0 where an id is no token), then the packed inputs, which begin with token ids."""
         self.table = torch.full((max_rows, width), -1, dtype=torch.int32, device=device)
-        """Of every row the entries that its states are written to, those that they are read from, then its KV entries."""
+        """int32 ``[R, 2 L + N]``; a row holds its states' write entries, their read entries, then its KV entries."""
         self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        """Ids that the step samples."""
+        """int64 ``[R]``; ids that the step samples."""
         self._packed = self.feed[max_rows:].view(torch.uint8)
         pinned = device.type == "cuda"
         self._staging = [torch.empty(self._packed.numel(), dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
@@ -202,7 +202,7 @@ class StepInputs:
     # -- from the host to the device -------------------------------------------------------------------------------
 
     def begin(self, shape: Shape) -> StepFields:
-        """Start packing a step of that shape. Its fields hold padding."""
+        """Start packing a step of that shape. The fields returned hold padding."""
         self._turn ^= 1
         self._updates = []
         padding = _padding(shape, self.max_rows)
@@ -211,14 +211,14 @@ class StepInputs:
         return self._cut(self._turn, shape)
 
     def put(self, array: np.ndarray) -> torch.Tensor:
-        """Pack one array. Returns where it will be on the device once :meth:`send` has run; the next step overwrites it."""
+        """Pack one array. Returns the tensor that holds it once :meth:`send` has run; the next step overwrites it."""
         start, end = self._cursor, self._cursor + array.nbytes
         self._arrays[self._turn][start:end].view(array.dtype)[:] = array.ravel()
         self._cursor = _aligned(end)
         return self._packed[start:end].view(getattr(torch, array.dtype.name)).view(array.shape)
 
     def put_rows(self, changed: Sequence[int], entries_BN: np.ndarray) -> None:
-        """Rows of the table to be rewritten, from the host's copy of it (``entries_BN``, cut to the width that matters)."""
+        """Pack the table's changed rows, from the host's copy of it (``entries_BN``, cut to the width that matters)."""
         if not changed:
             return
         rows = self.put(np.array(changed, dtype=np.int64))
@@ -238,8 +238,8 @@ class StepInputs:
 
     @contextmanager
     def all_padding(self, shape: Shape) -> Iterator[torch.Tensor]:
-        """For a step of that shape that is nothing but padding (a warm-up): its table, with its other inputs in place. Staging
-        buffers, table and sampled ids are as before at the end."""
+        """Put a step of that shape that is nothing but padding in place for a warm-up, and give its table. Staging buffers,
+        table and sampled ids are unchanged at the end."""
         kept = self.sampled.clone(), self.feed[: self.max_rows].clone()
         padding = torch.from_numpy(_padding(shape, self.max_rows))
         self._packed[: padding.numel()].copy_(padding)
@@ -258,9 +258,9 @@ class StepInputs:
         max_context_len: int = 0,
         table: torch.Tensor | None = None,
     ) -> StepBatch:
-        """A step of that shape from static memory, with as many entries of every row's KV table and as many logits, or all
-        (None). ``max_prefill_len`` may be more than the longest row's; nothing in a graph reads the longest context.
-        ``table`` stands in for the own one (warm-ups)."""
+        """The step of that shape in static memory, as the model reads it. ``num_entries`` cuts the KV tables and ``num_logits``
+        the logits (None: all). ``max_prefill_len`` may exceed the longest row's; no graph reads ``max_context_len``. ``table``
+        replaces the static table (warm-ups)."""
         fields = self._cut_on_device(shape)
         table, width = (self.table if table is None else table)[: shape.rows], self.state_width
         first = 2 * width
@@ -282,14 +282,14 @@ class StepInputs:
         )
 
     def feed_sampled(self, count: int) -> None:
-        """Let the next step read the first sampled ids, which have changed."""
+        """Copy the first sampled ids, which have changed, to where the next step reads them."""
         torch.clamp_min(self.sampled[:count], 0, out=self.feed[:count])
 
     # -- from the device to the host -------------------------------------------------------------------------------
 
     def fetch(self, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Start copying the first sampled ids to the host. What is returned is valid after the event, until the step after
-        the next one is packed."""
+        """Start copying the first sampled ids to the host. The tensor returned is valid from the event until the step after the
+        next one is packed."""
         result = self._results[self._turn][:count]
         result.copy_(self.sampled[:count], non_blocking=True)
         if self.device.type != "cuda":
@@ -300,7 +300,7 @@ class StepInputs:
 
 
 def padding_batch(rows: int, tokens: int, table_RN: torch.Tensor) -> StepBatch:
-    """A step that prefills ``tokens`` tokens in ``rows`` rows, all of them padding: no byte of the cache is read or written.
+    """A step that prefills ``tokens`` tokens in ``rows`` rows of padding, so that it reads and writes no byte of the cache.
     ``table_RN`` gives device and width of a table."""
     device, rows = table_RN.device, min(rows, tokens)
     ends = np.linspace(0, tokens, rows + 1).astype(np.int32)
@@ -326,13 +326,13 @@ def padding_batch(rows: int, tokens: int, table_RN: torch.Tensor) -> StepBatch:
 
 
 def packed_bytes(max_rows: int, max_tokens: int, width: int) -> int:
-    """Room for everything that one step packs; a row of the table is ``width`` entries."""
+    """Bytes that suffice for everything one step packs; a row of the table has ``width`` entries."""
     room = max_tokens * TOKEN_BYTES + (max_rows + 1) * ROW_BYTES + 16 * ALIGNMENT
     return _aligned(room + 4 * min(max_rows * width, INLINE_ENTRIES))
 
 
 def input_bytes(max_rows: int, max_tokens: int, width: int) -> int:
-    """What a :class:`StepInputs` takes of the device."""
+    """Bytes that a :class:`StepInputs` takes of the device."""
     return packed_bytes(max_rows, max_tokens, width) + max_rows * (4 * width + 3 * 8)
 
 

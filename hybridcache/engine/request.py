@@ -1,4 +1,4 @@
-"""Request: a sequence of the engine, with its tokens and how they are sampled."""
+"""Request: a sequence of the engine that also keeps its tokens and sampling parameters."""
 
 from dataclasses import dataclass, field
 
@@ -14,19 +14,19 @@ NO_TOKENS = np.empty(0, dtype=np.int64)
 
 @dataclass(eq=False, slots=True)
 class Request(Sequence):
-    """What the engine keeps of a request beyond its progress. Build it with :meth:`of`."""
+    """A sequence with tokens, sampling and failures. Build it with :meth:`of`."""
 
     params: SamplingParams = field(default_factory=SamplingParams)
     key: tuple[int, int] = (0, 0)
     stop_ids: frozenset[int] = frozenset()
     error: str | None = None
-    """Why it ended with ``error``."""
+    """Reason why the request ended with ``error``."""
     failures_together: int = 0
     failures_alone: int = 0
     alone_until: float = 0
-    """Positions below this are computed in a batch of its own: a step of several requests failed there."""
+    """The request is computed alone below this position: a step of several requests failed there."""
     _tokens: np.ndarray = field(default_factory=lambda: NO_TOKENS)
-    """int64; prompt, then those sampled tokens that were asked for."""
+    """int64; the prompt, then sampled tokens, filled in as :meth:`tokens` needs them."""
 
     @classmethod
     def of(
@@ -39,7 +39,7 @@ class Request(Sequence):
         eos_token_ids: frozenset[int] = frozenset(),
         arrival_s: float = 0.0,
     ) -> "Request":
-        """A new request; ``seed`` is the engine's, for one that has none of its own."""
+        """Make a request; the engine's ``seed`` counts where ``params`` has none."""
         ids = np.asarray(prompt, dtype=np.int64)
         tokens = np.empty(len(ids) + params.max_tokens, dtype=np.int64)
         tokens[: len(ids)] = ids
@@ -55,14 +55,14 @@ class Request(Sequence):
         )
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """int64; tokens ``start .. end - 1`` of the prompt and the sampled ids that have arrived."""
+        """Tokens ``start .. end - 1`` (int64) of the prompt followed by the sampled ids that have arrived."""
         first, last = max(start, self.prompt_len), min(end, self.prompt_len + len(self.output_ids))
         if last > first:
             self._tokens[first:last] = self.output_ids[first - self.prompt_len : last - self.prompt_len]
         return self._tokens[start:end]
 
     def end_if_complete(self, now_s: float) -> None:
-        """After an interrupt: count the tokens that have arrived, and end where the last one was."""
+        """After an interrupt: count the tokens that have arrived, and end the request where the last one ends it."""
         self.num_settled = self.num_output = len(self.output_ids)
         if self.status is Status.FINISHED or not self.output_ids:
             return
@@ -72,25 +72,25 @@ class Request(Sequence):
 
     @property
     def prompt_ids(self) -> np.ndarray:
-        """int64; the prompt."""
+        """The prompt (int64)."""
         return self._tokens[: self.prompt_len]
 
     def sampling(self) -> SamplingRow:
-        """How its next output token is sampled."""
+        """Parameters, key and position of the next output token."""
         if self.params.temperature == 0.0:
             return GREEDY
         return SamplingRow(self.params, self.key, self.num_output)
 
 
 def checked_prompt(prompt_ids: npt.ArrayLike, vocabulary: int) -> np.ndarray:
-    """A prompt as an array of whole numbers.
+    """The prompt as an array of whole numbers.
 
     Raises:
-        UserError: it is empty, no flat list of whole numbers, or has a token outside the vocabulary.
+        UserError: the prompt is empty, is no flat list of whole numbers, or has a token outside the vocabulary.
     """
     try:
         prompt = np.asarray(prompt_ids)
-    except ValueError:  # numpy's word for a ragged list
+    except ValueError:  # numpy raises it for a ragged list
         raise bad("prompt_ids", prompt_ids, "give token ids as a flat list") from None
     if prompt.ndim != 1 or prompt.size == 0:
         raise bad("prompt_ids", prompt_ids, "give at least one token id, as a flat list")

@@ -1,4 +1,4 @@
-"""RowTable: which request is in which row of a step, and the block tables of all rows, mirrored on the host.
+"""RowTable: keeps which request is in which row of a step, and the host's copy of all rows' block tables.
 
 Rows ``0 .. n - 1`` of a step decode; the prefilling rows follow at once, or, in a graph, behind padding. A request that
 decodes keeps its row from step to step as long as the step is that long, so that only rows that changed are sent to the
@@ -16,20 +16,20 @@ from hybridcache.strategies.base import Strategy
 NOBODY = -1
 """Owner of a row that is padding on the device."""
 STALE = -2
-"""Owner of a row whose table on the device is no longer anybody's."""
+"""Owner of a row whose table on the device belongs to nobody any more."""
 
 
 class RowTable:
-    """See the module.
+    """The rows of one runner; see the module.
 
     A row of ``entries`` holds the entries that the request's states are written to, those that they are read from, its KV
     entries, then -1. A padding row is all -1.
 
     Args:
-        strategy: built with ``physical=True``. It tells whose tables change (``drain_changed``, which nobody else drains);
-            where memory is moved (``drain_moves``), all may have.
+        strategy: built with ``physical=True``. Its ``drain_changed``, which nobody else drains, names the requests whose
+            tables changed; where memory was moved (``drain_moves``), any table may have.
         max_rows: R.
-        max_entries: N, of the longest request.
+        max_entries: N, KV entries of the longest request.
     """
 
     def __init__(self, strategy: Strategy, max_rows: int, max_entries: int) -> None:
@@ -41,7 +41,7 @@ class RowTable:
         self.num_entries = [0] * max_rows
         """KV entries of each row."""
         self.num_rows = 0
-        """Rows of the last step; all rows behind them are padding."""
+        """Number of rows of the last step; the rows behind them are padding."""
         self._sent = [0] * max_rows
         """KV entries of each row when it was last sent."""
         self._owner = [NOBODY] * max_rows
@@ -49,17 +49,17 @@ class RowTable:
         self._moved = False
 
     def forget(self, seq_id: int) -> None:
-        """The request's memory is returned: what its row holds is void."""
+        """Void a request's row: its memory is returned."""
         row = self._row.pop(seq_id, None)
         if row is not None:
             self._owner[row] = STALE
 
     def moved(self) -> None:
-        """Memory was moved: every table is to be read again."""
+        """Read every table again at the next step: memory was moved."""
         self._moved = True
 
     def reset(self) -> None:
-        """What the device holds is unknown: all rows are to be sent again, at their full width."""
+        """Send all rows again, at their full width: nobody knows what the device holds."""
         self._row.clear()
         self._owner = [STALE] * len(self._owner)
         self._sent = [self.entries.shape[1] - self.first_kv] * len(self._owner)
@@ -72,7 +72,7 @@ class RowTable:
 
         Args:
             decode, prefill: ids of resident requests.
-            first_prefill: row of the first that prefills; None right behind those that decode.
+            first_prefill: row of the first request that prefills; None puts it right behind those that decode.
 
         Returns:
             The rows of ``decode`` and then ``prefill`` (which are in order), and the rows whose entries changed.
@@ -99,11 +99,11 @@ class RowTable:
         return rows, self._refresh(owner, total)
 
     def again(self) -> list[int]:
-        """The last step's requests in the same rows; those whose entries changed."""
+        """Keep the last step's requests in their rows. Returns the rows whose entries changed."""
         return self._refresh(self._owner[: self.num_rows], self.num_rows)
 
     def sent_width(self, changed: Sequence[int]) -> int:
-        """KV entries that must be sent of every changed row: its own, or those that it held before. They count as sent."""
+        """KV entries to send of every changed row: as many as any of them holds or held when last sent. Counts them as sent."""
         width = max(max(self._sent[row], self.num_entries[row]) for row in changed)
         for row in changed:
             self._sent[row] = self.num_entries[row]

@@ -1,7 +1,7 @@
-"""ModelRunner: one step's rows as a batch on the device, through the model, to sampled token ids.
+"""ModelRunner: packs a step's rows, runs them through the model and samples token ids.
 
-A step is launched, and its ids are fetched later: on CUDA nothing here waits for the device. Steps run as a CUDA graph where
-there is one that holds them.
+:meth:`ModelRunner.launch` returns at once and the ids are fetched later: on CUDA nothing here waits for the device. A step
+replays a CUDA graph where one holds it.
 
 Shapes: T tokens of the step, B rows, R rows that sample.
 """
@@ -42,14 +42,14 @@ class Model(Protocol):
 
     @property
     def waits(self) -> str | None:
-        """Why a forward pass waits for the device, so that no CUDA graph can hold it; None where it does not."""
+        """The reason why a forward pass waits for the device, so that no CUDA graph can hold it; None where it does not."""
         ...
 
     @property
     def weight_bytes(self) -> int: ...
 
     def scratch_bytes(self, tokens: int, rows: int, prefilling: int) -> int:
-        """Upper bound of what a forward pass of that many tokens in that many rows holds at once, where all rows sample and
+        """Most bytes that a forward pass of ``tokens`` tokens in ``rows`` rows holds at once, if all rows sample and
         ``prefilling`` of them prefill."""
         ...
 
@@ -75,26 +75,26 @@ class Flight:
 
 
 class Packed(NamedTuple):
-    """How a step of a cohort was packed, for the next one to be the same a token further: every row decodes greedily."""
+    """A packed step whose rows all decode greedily, kept so that the next one only advances positions."""
 
     shape: Shape
-    """Of the graph, or the exact one."""
+    """Shape of the graph to replay, or the step's own without graphs."""
     places: list[int]
     """Table row of each request, in the cohort's order."""
     position_B: np.ndarray
-    """int64; by table row."""
+    """int64; last position, by table row."""
 
 
 class ModelRunner:
-    """Owns the pool; runs rows through the model.
+    """Owns the pool and runs rows through the model.
 
     Args:
         model: see :class:`Model`.
-        strategy: built with ``physical=True``; whoever schedules has taken the memory that the rows need.
+        strategy: built with ``physical=True``; the scheduler has taken the memory that the rows need.
         backend: runs the cache operations.
         max_rows: most rows of a step.
         max_tokens: most tokens of a step.
-        capture: records decode steps as graphs; None runs them as all others.
+        capture: records steps as graphs; None launches every step kernel by kernel.
         poison: fill the pool with NaN patterns first (tests).
 
     Raises:
@@ -122,7 +122,7 @@ class ModelRunner:
         decode = [Shape(size) for size in graph_sizes(self.max_rows)]
         self._shapes = [*decode, *prefill_shapes(self.max_rows, max_tokens)]
         self.memory = self._plan_memory(graphs=capture is not None)
-        """What this takes of the device at most."""
+        """The most that the runner takes of its device."""
         self.memory.require(strategy.budget_bytes, model.device)
         self.pool = CachePool(self.layout, model.device, poison=poison)
         self.caches = backend.bind(self.pool.buffer, self.layout)
@@ -134,7 +134,7 @@ class ModelRunner:
         if capture is not None:
             self.graphs = self._make_graphs(capture)
         self._sampled: dict[int, int] = {}
-        """Where in ``feed`` the token is that the step launched last samples, by request."""
+        """Place in ``feed`` of the token that the last launched step samples, by request."""
 
     def _plan_memory(self, graphs: bool) -> Memory:
         rows, tokens, vocabulary = self.max_rows, max(self.max_tokens, self.max_rows), self.model.config.vocab_size
@@ -157,19 +157,19 @@ class ModelRunner:
         return StepGraphs(self._shapes, self._compute, self._warm_up, capture, self.backend.launches)
 
     def _compute(self, shape: Shape, table: torch.Tensor | None = None) -> None:
-        """A step from static memory to static memory."""
+        """Run a step from static inputs to static logits and ids."""
         with torch.inference_mode():
             logits_RV = self._forward(self.inputs.batch(shape, max_prefill_len=shape.tokens, table=table))
             self._logits[: shape.rows] = logits_RV
             self._greedy(logits_RV)
 
     def _warm_up(self, shape: Shape) -> None:
-        """The step of that shape on nothing but padding. What the last step sampled stays."""
+        """Run a step of that shape on nothing but padding. Sampled ids stay as they are."""
         with self.inputs.all_padding(shape) as table:
             self._compute(shape, table)
 
     def _greedy(self, logits_RV: torch.Tensor) -> None:
-        """Each row's most likely token, kept for the next step and for the host."""
+        """Choose each row's most likely token, for the next step and for the host."""
         count = logits_RV.shape[0]
         self.backend.greedy(logits_RV, self.inputs.sampled[:count], self.inputs.feed[:count])
 
@@ -177,9 +177,9 @@ class ModelRunner:
         return self.model.forward(batch, self.caches)
 
     def prepare(self) -> None:
-        """Capture all graphs now, rather than each at its first use, and run the largest steps on padding: kernels are
-        compiled, libraries initialised and the memory of steps is taken before the first request. Does nothing without
-        graphs."""
+        """Capture all graphs now, not each at its first use, and run the largest steps on padding, so that kernels are
+        compiled, libraries initialised and the memory of steps is taken before the first request. Without graphs this does
+        nothing."""
         if self.graphs is not None:
             with torch.inference_mode(), self._on_device():
                 self.graphs.capture()
@@ -190,7 +190,7 @@ class ModelRunner:
                 self.backend.launches.update(before)
 
     def _on_device(self) -> AbstractContextManager[object]:
-        """Kernels and graphs go to the current device: make it the pool's."""
+        """Make the pool's device the current one, to which kernels and graphs go."""
         device = self.pool.buffer.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -220,7 +220,7 @@ class ModelRunner:
             return Flight(result, samples, event)
 
     def _launch_again(self, packed: Packed) -> list[int]:
-        """The last step again: nothing but positions, and tables that have changed, is new."""
+        """Fast path of :meth:`_launch_anew` for a cohort: only positions and changed tables are sent."""
         shape, places, position_B = packed
         changed = self.rows.again()
         position_B += 1
@@ -234,8 +234,8 @@ class ModelRunner:
         return places
 
     def _launch_anew(self, step: Step) -> tuple[list[int], list[int], int]:
-        """Returns where each item's id will be (of no meaning where it samples none), those of the items that sample, and how
-        many ids there are."""
+        """Pack and launch a step. Returns the place of each item's id (meaningless where it samples none), the places of the
+        items that sample, and the number of ids."""
         items, exact = step.items, step.shape
         kept = checkpoint_table(step.checkpoints, items[exact.decode :], self.strategy, exact.prefill)
         graph = None if self.graphs is None or kept is not None else self.graphs.shape_for(*exact)
@@ -271,7 +271,7 @@ class ModelRunner:
         max_context_len: int,
         checkpoint_table_PNL: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Any step, launched operation by operation, without padding."""
+        """Launch a step operation by operation, without padding."""
         batch = self.inputs.batch(
             shape,
             num_entries=max(1, *self.rows.num_entries[: shape.rows]),
@@ -287,7 +287,7 @@ class ModelRunner:
         return logits_RV
 
     def _draw(self, logits_RV: torch.Tensor, sampling: Sequence[SamplingRow | None], slots: list[int]) -> None:
-        """Replace the greedy ids of rows that are to be drawn."""
+        """Replace the greedy ids of rows that have a temperature."""
         if all(row is None or row is GREEDY for row in sampling):
             return
         by_slot: list[SamplingRow | None] = [None] * logits_RV.shape[0]
@@ -298,18 +298,18 @@ class ModelRunner:
         self.inputs.feed_sampled(len(by_slot))
 
     def _put_rows(self, changed: list[int]) -> None:
-        """Pack the rows that changed, no wider than what they hold and what the device may still hold of them."""
+        """Pack the changed rows, as wide as the entries that they hold or that the device may still hold of them."""
         if changed:
             width = self.rows.first_kv + self.rows.sent_width(changed)
             self.inputs.put_rows(changed, self.rows.entries[:, :width])
 
     def forget(self, seq_id: int) -> None:
-        """The request's memory is about to be returned."""
+        """Forget a request whose memory is about to be returned."""
         self._sampled.pop(seq_id, None)
         self.rows.forget(seq_id)
 
     def reset(self) -> None:
-        """After a launch that failed or was interrupted, at whatever point: nothing that the device was told counts."""
+        """Forget everything that was sent, after a launch that failed or was interrupted at whatever point."""
         self._sampled = {}
         self.rows.reset()
         if self.pool.buffer.device.type == "cuda":

@@ -36,7 +36,7 @@ def _is_int(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled, and where it ends.
+    """Says how one request is sampled and where it ends.
 
     Args:
         max_tokens: most output tokens.
@@ -44,12 +44,12 @@ class SamplingParams:
         top_k: sample among the ``top_k`` most likely tokens; 0 for all.
         top_p: sample among the most likely tokens whose probability together reaches ``top_p``.
         min_p: sample among tokens at least ``min_p`` times as likely as the most likely one; 0 for all.
-        seed: of this request's randomness. None derives one from the engine's seed and the request's id.
+        seed: seeds this request's randomness. None derives a seed from the engine's and the request's id.
         stop_token_ids: output ends after any of these; the token is part of the output.
         ignore_eos: do not end at the model's end-of-sequence token.
+        checkpoint_at: positions at which to keep the prompt's states (:mod:`hybridcache.prefix.checkpoints`).
 
-    Raises:
-        UserError: a value out of range.
+    Raises: UserError where a value is out of range.
     """
 
     max_tokens: int = 16
@@ -99,11 +99,11 @@ class SamplingRow(NamedTuple):
 
 
 GREEDY = SamplingRow(SamplingParams(), (0, 0), 0)
-"""How every row with temperature 0 is sampled."""
+"""The sampling of every row with temperature 0."""
 
 
 def request_key(params: SamplingParams, engine_seed: int, seq_id: int) -> tuple[int, int]:
-    """The 128-bit key of a request's randomness: of its own seed, or of the engine's seed and the request's id."""
+    """The 128-bit key of a request's randomness, made of its own seed or of the engine's seed and the request's id."""
     return (params.seed, 0) if params.seed is not None else (engine_seed, 1 + seq_id)
 
 
@@ -135,7 +135,7 @@ def _multiply(a: np.uint64, b_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sampling_bytes(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Most that :func:`draw` holds at once for that many rows, their logits included."""
+    """Most bytes that :func:`draw` holds at once for that many rows, their logits included."""
     return rows * vocabulary * itemsize + min(rows, _ROWS_AT_ONCE) * vocabulary * 8 * _COPIES
 
 
@@ -151,14 +151,14 @@ def draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow | None], ids_R: tor
     """Replace greedy ids by sampled ones in place, for rows whose temperature is above 0. Nothing waits for the device.
 
     Args:
-        logits_RV: of all rows.
-        rows: how each is sampled; None leaves its id as it is.
-        ids_R: what :func:`greedy` gave; :data:`NOT_FINITE` stays.
+        logits_RV: logits of all rows.
+        rows: sampling of each row; None leaves the row's id as it is.
+        ids_R: the ids that :func:`greedy` chose; :data:`NOT_FINITE` stays.
     """
     drawn = [i for i, row in enumerate(rows) if row is not None and row.params.temperature > 0.0]
     if not drawn:
         return
-    # Rows that are sorted and rows that are not sum in different orders: which a row is must not depend on the others.
+    # Sorting changes the order of summation, so whether a row is sorted must not depend on the other rows.
     for restricted in (False, True):
         alike = [i for i in drawn if _params(rows, i).restricted == restricted]
         for first in range(0, len(alike), _ROWS_AT_ONCE):
@@ -175,7 +175,7 @@ def _params(rows: Sequence[SamplingRow | None], i: int) -> SamplingParams:
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that nothing waits for."""
+    """Copy the tensor to the device without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -191,11 +191,11 @@ def _draw(logits_RV: torch.Tensor, rows: Sequence[SamplingRow], restricted: bool
     ]
     packed = _to_device(torch.from_numpy(np.array([target, *columns])), logits_RV.device)
     target_R1, temperature_R1, min_p_R1, top_k_R1, top_p_R1 = packed.unsqueeze(2)
-    # Below the highest logit, so that no quotient overflows: a temperature of 1e-300 is greedy, not NaN.
+    # The highest logit is subtracted so that no quotient overflows: a temperature of 1e-300 is greedy, not NaN.
     scaled = (logits_RV.double() - logits_RV.amax(dim=-1, keepdim=True)) / temperature_R1
     if not restricted:
         return _pick(_likely_enough(torch.softmax(scaled, dim=-1), min_p_R1), target_R1)
-    # Stable, so that equal logits keep their order.
+    # A stable sort keeps the order of equal logits.
     scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
     weights = _likely_enough(torch.softmax(scaled, dim=-1), min_p_R1)
     weights = weights * (torch.arange(vocabulary, device=weights.device) < top_k_R1)

@@ -1,9 +1,9 @@
-"""Scheduler: which tokens of which requests run in the next step. One scheduler for every strategy, real or simulated.
+"""Scheduler: chooses the tokens of the next step, for every strategy, in real inference and in simulation.
 
 Continuous batching with chunked prefill under one token budget per step. Running requests go first, in order of
 admission; then waiting ones are admitted first come, first served. A running request that finds no memory preempts
-another (or itself): all its memory is released, and it is recomputed from its tokens when it is admitted again, from the
-front of the queue. Prompts are cut only at multiples of ``chunk_multiple`` or at their end, so that a recurrent state
+another one (or itself): the victim's memory is released, and it is recomputed from its tokens when it is admitted again, from
+the front of the queue. Prompts are cut only at multiples of ``chunk_multiple`` or at their end, so that a recurrent state
 exists at those positions.
 """
 
@@ -29,8 +29,8 @@ class Scheduler:
     once a step is launched, so that the next one can be scheduled, and :meth:`settle` when its tokens have arrived.
 
     Args:
-        strategy: the memory.
-        config: the policies.
+        strategy: owns the memory.
+        config: the policies; None for the defaults.
         before_release: called with a request's id before its memory is returned (tests poison it there).
         checkpoints: what prompts may resume from; None for none yet.
     """
@@ -49,15 +49,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.ending: list[Sequence] = []
-        """Requests that will not run again, whose last token is still on its way."""
+        """Requests that will not run again; their last token is still on its way."""
         self.num_preemptions = 0
         self._decoding: list[Sequence] = []
-        """All running requests of a step in which all decoded."""
+        """The running requests of the last step, if all of them decoded."""
         self._cohort: Cohort | None = None
         """The requests of the step scheduled last, as long as nobody joins, leaves or falls back."""
         self._behind: Sequence | None = None
-        """A request that the last step had no tokens left for. The next one sets a chunk aside for it: without, prompts would
-        wait for as long as the others decode."""
+        """A request for which the last step had no tokens left. The next step sets a chunk aside for it; otherwise prompts
+        would wait as long as the others decode."""
 
     @property
     def has_work(self) -> bool:
@@ -70,10 +70,10 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> Step:
-        """Choose the next step and take memory for it. Empty only where there is no work."""
+        """Choose the next step and take memory for it. The step is empty only where there is no work."""
         step = self._schedule_again() or self._schedule_anew([])
         while not step and step.preempted and self.running:
-            # The one that tokens were set aside for lost its memory: the others go on.
+            # The request for which tokens were set aside lost its memory; the others go on.
             step = self._schedule_anew(step.preempted)
         if not step and self.has_work:
             counts = f"{len(self.running)} running, {len(self.waiting)} waiting"
@@ -83,8 +83,8 @@ class Scheduler:
         return step
 
     def _schedule_again(self) -> Step | None:
-        """The step before again, a token further for each; None where there is no such step, or one finds no memory (what
-        was taken for the others stays taken)."""
+        """Repeat the cohort's step, a token further for each. None where there is no cohort or a request finds no memory (the
+        others keep what they took)."""
         cohort, self._cohort = self._cohort, None
         if cohort is None or cohort.pending or self._behind is not None:
             return None
@@ -113,12 +113,12 @@ class Scheduler:
             budget = self._admit_waiting(chosen, budget)
         items = list(chosen.values())
         if self.config.max_tokens_per_step - budget > len(items):
-            # Some rows prefill: decodes come first. Where each row has one token, they do already: a prompt of one token was
-            # admitted just now and stands behind those that decode.
+            # Some rows prefill: order decodes first. Rows of one token each are ordered already: a prompt of one token was
+            # admitted just now and stands behind the decodes.
             items = [i for i in items if i.is_decode] + [i for i in items if not i.is_decode]
         elif items and len(items) == running == len(self.running):
-            # One token each. The second such step in a row is worth arrays, if every row samples: a prompt that was cut
-            # to one token does not.
+            # Each row has one token. A second such step in a row makes a cohort, if every row samples: a prompt that was
+            # cut to one token does not.
             if self._decoding == self.running and all(item.start and item.samples for item in items):
                 cohort = Cohort(self._decoding, self.strategy.room)
                 cohort.advance()
@@ -128,12 +128,12 @@ class Scheduler:
         return Step(items, preempted, cohort)
 
     def _cut(self, start: int, budget: int) -> int:
-        """Tokens from ``start`` of a prompt longer than the budget that fit it, cut only where a prompt may be cut."""
+        """Tokens from ``start`` that fit the budget, for a prompt that is longer and may be cut only at multiples."""
         multiple = self.config.chunk_multiple
         return max((start + budget) // multiple * multiple - start, 0)
 
     def _set_aside(self) -> int:
-        """Tokens to keep for the request that was left behind, if it still runs or is next to be admitted."""
+        """Tokens to set aside for the request left behind, if it still runs or is next to be admitted."""
         seq = self._behind
         if seq is None or not (seq.status is Status.RUNNING or (self.waiting and self.waiting[0] is seq)):
             self._behind = None
@@ -153,7 +153,7 @@ class Scheduler:
         budget -= aside
         early = tuple(chosen)
         within: dict[int, int] = {}
-        """Tokens in all of those that decode in the memory that they have."""
+        """Tokens after this step, of requests that decode within the memory that they hold."""
         for seq in tuple(self.running):
             if seq.status is not running or seq.seq_id in chosen:
                 continue
@@ -172,7 +172,7 @@ class Scheduler:
                 if tokens == 0:
                     self._left_behind(seq)
                     continue
-            # More is held already where a step was scheduled and not run.
+            # A request holds more already where a step was scheduled and not run.
             while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
                 if self.checkpoints.drop_oldest():
                     continue
@@ -188,18 +188,18 @@ class Scheduler:
                 chosen[seq.seq_id] = ScheduledTokens(seq, start, tokens)
                 budget -= tokens
         self.strategy.fill(within)
-        for seq_id in early:  # behind those that decode
+        for seq_id in early:  # admitted early: order them behind the decodes
             if seq_id in chosen:
                 chosen[seq_id] = chosen.pop(seq_id)
         return budget + aside
 
     def _left_behind(self, seq: Sequence) -> None:
-        """The token budget had nothing for this request; of several, the one with the fewest computed tokens is next."""
+        """Note a request that the token budget left out; of several, the one with the fewest computed tokens is next."""
         if self._behind is None or seq.num_computed < self._behind.num_computed:
             self._behind = seq
 
     def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int, most: int | None = None) -> int:
-        """Admit waiting requests, ``most`` of them at most. Returns what is left of the token budget."""
+        """Admit waiting requests, at most ``most``. Returns what is left of the token budget."""
         while self.waiting and len(self.running) < self.config.max_running and most != 0:
             seq = self.waiting[0]
             found = self.checkpoints.find(cast(Any, seq))
@@ -227,7 +227,7 @@ class Scheduler:
         return budget
 
     def _admit(self, seq: Sequence, tokens: int, found: Checkpoint | None) -> bool:
-        """Take memory for the first ``tokens`` tokens, those of the checkpoint ``found`` shared with it."""
+        """Take memory for the first ``tokens`` tokens; those of the checkpoint ``found`` are shared with it."""
         whole = seq.num_known if self.config.admission == "whole_prompt" else None
         if found is None:
             admitted = self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
@@ -247,9 +247,9 @@ class Scheduler:
         self.num_preemptions += 1
 
     def requeue(self, seqs: Collection[Sequence]) -> None:
-        """After a step that failed: drop the memory of these requests, and their tokens that are still on their way. They are
-        recomputed from the others, from the front of the queue, in the order in which they were admitted. Not counted as
-        preemptions."""
+        """After a step that failed: drop these requests' memory and their tokens that are still on the way. They wait at the
+        front of the queue, in the order of their admission, and are recomputed from the tokens that arrived. This does not
+        count as preemption."""
         for seq in seqs:
             if seq.status is Status.WAITING:
                 seq.num_output = seq.num_settled
@@ -260,8 +260,8 @@ class Scheduler:
                 seq.num_output = seq.num_settled
 
     def restart(self, seqs: Iterable[Sequence]) -> None:
-        """After an interrupt at whatever line: nothing that was known of queue, running set and memory counts. The strategy is
-        emptied, and the requests that have not finished wait, in the order given."""
+        """After an interrupt at whatever line: forget queue, running set and cohort, empty the strategy and drop all
+        checkpoints. The requests that have not finished wait, in the order given."""
         self.strategy.reset()
         self.checkpoints.clear()
         self._cohort, self._behind, self._decoding = None, None, []
@@ -298,16 +298,16 @@ class Scheduler:
         self.strategy.release(seq.seq_id)
 
     def complete(self, step: Step, now_s: float, stopped: Collection[int] = ()) -> list[Sequence]:
-        """Account for a step that ran. ``stopped``: ids whose newly sampled token ended them. Returns the finished."""
+        """Account for a step that ran; the new token of the ids in ``stopped`` ended them. Returns the finished requests."""
         return self.settle(self.advance(step), now_s, stopped)
 
     def runs_again(self, step: Step) -> bool:
-        """Whether a step is the last one again and all its requests still run."""
+        """Whether a step repeats the last one and all its requests still run."""
         return step.cohort is not None and step.cohort is self._cohort
 
     def advance(self, step: Step) -> list[Sequence]:
         """Count a step's tokens as computed. Returns the requests that sampled, in the step's order: each has one more known
-        token, whichever it turns out to be. One that has ``max_tokens`` now will not run again and returns its memory."""
+        token, whichever it turns out to be. A request that reaches ``max_tokens`` runs no more and returns its memory."""
         if step.cohort is not None and step.cohort is self._cohort:
             return self._advance_all(step.cohort)
         self.strategy.settle_states(item.seq.seq_id for item in step.items)
@@ -324,14 +324,14 @@ class Scheduler:
         return sampled
 
     def _keep(self, step: Step) -> None:
-        """Make the checkpoints of a step that was launched. Whose states are shared by one writes its next ones elsewhere, so
-        the next step is not the same again."""
+        """Make the checkpoints of a launched step. A request that shares its states with one writes the next ones elsewhere, so
+        the step cannot repeat."""
         if step.checkpoints:
             self.checkpoints.keep(step.checkpoints)
             self._cohort = None
 
     def void(self, step: Step) -> None:
-        """A step failed: nobody may resume from the checkpoints that it made."""
+        """Discard the checkpoints of a step that failed: nobody may resume from them."""
         self.checkpoints.discard(step.checkpoints)
 
     def _advance_all(self, cohort: Cohort) -> list[Sequence]:
@@ -348,7 +348,7 @@ class Scheduler:
         return cohort.seqs
 
     def _end(self, seq: Sequence) -> None:
-        """Its last token is on its way."""
+        """Retire a request whose last token is on its way."""
         self._leave(seq)
         seq.status = Status.ENDING
         self.ending.append(seq)
@@ -363,10 +363,10 @@ class Scheduler:
         """Account for the tokens of a step that has ended.
 
         Args:
-            sampled: what :meth:`advance` returned for it; those that have finished meanwhile are passed over.
+            sampled: the requests that :meth:`advance` returned; those that have finished meanwhile are passed over.
             now_s: the time at which the tokens arrived.
-            stopped: ids whose token ended them. Tokens that a later step sampled for them are forgotten.
-            token_ids: the token of each, appended to its ``output_ids``; None where there are none (simulation).
+            stopped: ids of requests that their token ended. Tokens that a later step sampled for them are forgotten.
+            token_ids: a token for each request, appended to its ``output_ids``; None in simulation.
 
         Returns:
             The requests that finished.

@@ -8,7 +8,7 @@ class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     ENDING = "ending"
-    """Its last token is on its way; its memory is returned already."""
+    """The last token is on its way; the memory is returned already."""
     FINISHED = "finished"
 
 
@@ -39,7 +39,7 @@ class Sequence:
     recomputed_tokens: int = 0
     """Tokens whose cache was dropped at a preemption and had to be computed again."""
     hit_tokens: int = 0
-    """Tokens that it did not have to compute: it resumed from a checkpoint of them."""
+    """Tokens that the request did not compute, because it resumed from a checkpoint of them."""
     recomputed_after_failure: int = 0
     """Tokens whose cache was dropped because a step failed or was interrupted, and had to be computed again."""
     first_token_s: float | None = None

@@ -1,7 +1,7 @@
-"""Step: which tokens of which requests run together. Cohort: the requests of a step in which all decode, again and again.
+"""Step: the tokens of requests that run together. Cohort: requests that decode together, step after step.
 
-A step changes its form twice on its way: the scheduler makes a :class:`Step`, the runner packs it into host arrays
-(``StepFields``), and the device reads those as a ``StepBatch``.
+A step has three forms: the scheduler makes a :class:`Step`, the runner packs it into host arrays (``StepFields``), and the
+model reads those on the device as a ``StepBatch``.
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from hybridcache.engine.sequence import Sequence
 
 
 class Shape(NamedTuple):
-    """Rows and tokens of a step, or of a graph that holds one."""
+    """Rows and tokens of a step, or of a graph that can hold it."""
 
     decode: int
-    """Rows of one token each."""
+    """Number of decoding rows, which have one token each."""
     tokens: int = 0
-    """Tokens of the prefilling rows."""
+    """Number of tokens in prefilling rows."""
     prefill: int = 0
-    """Prefilling rows; they stand behind those that decode."""
+    """Number of prefilling rows; they stand behind those that decode."""
 
     @property
     def rows(self) -> int:
@@ -31,14 +31,14 @@ class Shape(NamedTuple):
         return self.decode + self.tokens
 
     def holds(self, decode: int, tokens: int, prefill: int) -> bool:
-        """Whether a step fits. One that prefills nothing takes only a graph for such steps."""
+        """Whether a step of that shape fits. A step without prefill fits only shapes without prefill."""
         if prefill == 0 or self.prefill == 0:
             return prefill == self.prefill and decode <= self.decode
         return decode <= self.decode and tokens <= self.tokens and prefill < self.prefill
 
 
 class ScheduledTokens(NamedTuple):
-    """Tokens ``start .. start + num_tokens - 1`` of one request. (A tuple: every step makes one for every request.)"""
+    """Tokens ``start .. start + num_tokens - 1`` of one request. A tuple, since every step makes one per request."""
 
     seq: Sequence
     start: int
@@ -50,52 +50,51 @@ class ScheduledTokens(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """One token on top of a cache that exists."""
+        """Whether this is one token behind a cache that exists."""
         return self.num_tokens == 1 and self.start > 0
 
     @property
     def samples(self) -> bool:
-        """Whether this computes the last known token, so that the next one is sampled."""
+        """Whether this computes the last known token, so that the step samples the next one."""
         return self.end == self.seq.num_known
 
 
 class Cohort:
-    """Requests that decode one token each in every step, nobody else running: "the same step again" as one object.
+    """Requests that each decode one token in every step while nobody else runs: "the same step again" as one object.
 
-    The scheduler makes it, keeps its progress as arrays, and drops it as soon as anybody joins, leaves, falls back or
-    shares its states. What engine and runner find out about the step, they keep here too, so that nothing of it has a life
-    of its own to be ended.
+    The scheduler makes a cohort, keeps its progress as arrays, and drops it as soon as a request joins, leaves, falls back or
+    shares its states. Engine and runner keep here what they know of the step, so that all of it ends with the cohort.
 
     Args:
-        seqs: all running requests, none of which prefills, in order.
-        room: to how many tokens each can grow in the memory that it holds.
+        seqs: all running requests in order; none of them prefills.
+        room: tokens to which each can grow in the memory that it holds, by id.
     """
 
     def __init__(self, seqs: list[Sequence], room: Mapping[int, int]) -> None:
         self.seqs = seqs
         self.ids = [seq.seq_id for seq in seqs]
         self.totals = np.array([seq.num_computed for seq in seqs])
-        """Tokens that each has computed once the step scheduled last has run."""
+        """Computed tokens of each request once the last scheduled step has run."""
         self.room = np.array([room[seq_id] for seq_id in self.ids])
         self.steps_left = min(seq.max_tokens - seq.num_output for seq in seqs)
-        """Until one of them has all its tokens."""
+        """Steps until one of the requests has all its tokens."""
         self.pending = False
-        """Whether a step is scheduled that has not been counted."""
+        """Whether a scheduled step has not been counted yet."""
         self.stopping: list[tuple[int, frozenset[int]]] | None = None
-        """Places of the requests that a token can end, and which tokens; the engine's."""
+        """Places of the requests that a token can end, with those tokens; set by the engine."""
         self.packed: Any = None
-        """How the runner packed the step that it launched last, if it can launch it again one token further."""
+        """The last step as the runner packed it, where it can be launched again one token further."""
 
     def advance(self) -> None:
-        """Schedule one token more of each."""
+        """Schedule one more token of each request."""
         self.totals += 1
         self.pending = True
 
 
 class Step:
-    """One step: decodes first, then prefill chunks. ``preempted`` lost their memory to make it possible.
+    """One step: decodes first, then prefill chunks. The requests in ``preempted`` lost their memory to make it possible.
 
-    ``cohort`` is set where the step is the last one again, a token further for each.
+    ``cohort`` is set where the step repeats the last one, a token further for each request.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Step:
 
     @property
     def items(self) -> list[ScheduledTokens]:
-        """Made when asked for: launching a cohort again takes none of them."""
+        """The scheduled tokens of each request, made on demand: a cohort is launched again without them."""
         if self._items is None:
             assert self.cohort is not None
             assert self._starts is not None
@@ -127,7 +126,7 @@ class Step:
         return self.cohort.seqs if self._items is None and self.cohort is not None else [i.seq for i in self.items]
 
     def only(self, items: list[ScheduledTokens]) -> "Step":
-        """A step of some of the items, with their checkpoints."""
+        """A step of only these items, with their checkpoints."""
         part, ids = Step(items), {item.seq.seq_id for item in items}
         part.checkpoints = [plan for plan in self.checkpoints if plan.request.seq_id in ids]
         return part
@@ -142,7 +141,7 @@ class Step:
 
     @property
     def shape(self) -> Shape:
-        """Its rows and tokens, without padding."""
+        """Rows and tokens of the step, without padding."""
         decode = self.num_decode
         return Shape(decode, sum(item.num_tokens for item in self.items[decode:]), len(self.items) - decode)
 

@@ -1,4 +1,4 @@
-"""What an engine tells of its steps."""
+"""StepOutput and HostTimes: what an engine reports of its steps."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from hybridcache.engine.sequence import Sequence
 
 @dataclass
 class StepOutput:
-    """What one step gave: the new token of every request that sampled, and the requests that ended."""
+    """The new token of every request that sampled in a step, by id, and the requests that ended."""
 
     new_tokens: dict[int, int] = field(default_factory=dict)
     finished: list[Sequence] = field(default_factory=list)
@@ -20,7 +20,7 @@ class HostTimes:
     steps: int = 0
     total_s: float = 0.0
     wait_s: float = 0.0
-    """Of ``total_s``, waiting for the device."""
+    """Part of ``total_s`` in which the host waited for the device."""
 
     @property
     def work_ms_per_step(self) -> float:

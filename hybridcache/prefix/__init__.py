@@ -1,1 +1,1 @@
-"""What can be used again: checkpoints of prompts, and who resumes from them."""
+"""Prefix reuse: checkpoints of prompts, and the requests that resume from them."""

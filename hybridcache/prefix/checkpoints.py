@@ -1,4 +1,4 @@
-"""Checkpoints: states kept at positions of prompts, and the requests that resume from them.
+"""Checkpoints: keeps states at positions of prompts, so that later requests resume from them.
 
 A recurrent state cannot be cut, so a prompt can only go on from a position at which its states were kept. A checkpoint is
 an owner of blocks beside the running requests: the states at its position, and the KV up to there. Where the position is the
@@ -7,7 +7,7 @@ prefill chunk, the prefill kernel writes them to blocks of the checkpoint's own.
 tokens shares the KV, reads the states from the checkpoint and writes its own.
 
 Checkpoints are made where a request asks for them (``SamplingParams.checkpoint_at``) and never cost a running request memory:
-when blocks are short, the one used longest ago goes first.
+when blocks are short, the checkpoint used longest ago is dropped first.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from hybridcache.errors import bad
 from hybridcache.strategies.base import Strategy
 
 POSITION_MULTIPLE = 64
-"""A prefill kernel can keep the states at multiples of this position (and a step leaves those at its end)."""
+"""A prefill kernel can keep the states at multiples of this position. (A step leaves those at its end, wherever that is.)"""
 
 
 class Request(Protocol):
-    """What is needed of an engine's request."""
+    """The part of an engine's request that checkpoints read."""
 
     seq_id: int
     params: Any
-    """``checkpoint_at``: the positions at which to keep a checkpoint."""
+    """Its ``checkpoint_at`` gives the positions at which to keep a checkpoint."""
 
     @property
     def num_known(self) -> int: ...
@@ -38,7 +38,7 @@ class Request(Protocol):
 
 
 class Scheduled(Protocol):
-    """Tokens ``start .. end - 1`` of a request, computed in one step."""
+    """Tokens ``start .. end - 1`` of a request, which one step computes."""
 
     @property
     def seq(self) -> Any: ...
@@ -51,12 +51,12 @@ class Scheduled(Protocol):
 
 
 class Checkpoint(NamedTuple):
-    """Blocks of ``key`` hold what follows from the first ``position`` tokens of a prompt."""
+    """The blocks owned by ``key`` hold the states and KV of a prompt's first ``position`` tokens."""
 
     key: int
     position: int
     tokens: bytes
-    """The tokens themselves (int64): equal hashes are not taken for equal prompts."""
+    """The tokens' own bytes (int64), compared on a hit: equal hashes are not taken for equal prompts."""
 
 
 class Planned(NamedTuple):
@@ -66,14 +66,14 @@ class Planned(NamedTuple):
     request: Request
     position: int
     inside: bool
-    """Whether the prefill kernel writes it; otherwise it is what the step leaves."""
+    """Whether the prefill kernel writes it inside a chunk; otherwise it shares the states that the step leaves."""
 
 
 def check_positions(positions: Iterable[int], prompt_len: int) -> None:
     """Refuse positions that no step can keep.
 
     Raises:
-        UserError: a position beyond the prompt, or inside it and no multiple of 64.
+        UserError: a position lies beyond the prompt, or inside it at no multiple of 64.
     """
     for position in positions:
         if not 1 <= position <= prompt_len:
@@ -85,10 +85,10 @@ def check_positions(positions: Iterable[int], prompt_len: int) -> None:
 
 
 class Checkpoints:
-    """All checkpoints of one engine. See the module.
+    """All checkpoints of one engine; see the module.
 
     Args:
-        strategy: owns their blocks; nobody else makes cached owners in it.
+        strategy: holds their blocks; nobody else makes cached owners in it.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -98,16 +98,16 @@ class Checkpoints:
         self.asked = False
         """Whether any request has asked for a checkpoint."""
         self._known: OrderedDict[tuple[int, bytes], Checkpoint] = OrderedDict()
-        """By position and hash of the tokens; the one used longest ago first."""
+        """Checkpoints by position and hash of the tokens; the one used longest ago comes first."""
         self._lengths: dict[int, int] = {}
-        """How many checkpoints there are at each position."""
+        """Number of checkpoints at each position."""
         self._next_key = 0
 
     def __len__(self) -> int:
         return len(self._known)
 
     def find(self, request: Request) -> Checkpoint | None:
-        """The longest checkpoint that the request's known tokens begin with and go beyond."""
+        """The longest checkpoint whose tokens the request begins with and goes beyond; None where there is none."""
         if not self._known:
             return None
         tokens = request.tokens(0, request.num_known - 1)
@@ -119,13 +119,13 @@ class Checkpoints:
         return None
 
     def used(self, checkpoint: Checkpoint) -> None:
-        """A request resumed from it."""
+        """Count a hit: a request resumed from the checkpoint."""
         self.hit_tokens += checkpoint.position
         self._known.move_to_end((checkpoint.position, _hash(checkpoint.tokens)))
 
     def plan(self, items: Iterable[Scheduled]) -> list[Planned]:
-        """The checkpoints that a step is to make, those inside a chunk with blocks of their own. One for which there is no
-        memory is not made."""
+        """The checkpoints that a step is to make; those inside a chunk take blocks of their own, and are not made where there
+        is no memory."""
         planned = []
         for item in items:
             request: Request = item.seq
@@ -138,7 +138,7 @@ class Checkpoints:
         return planned
 
     def keep(self, planned: Iterable[Planned]) -> None:
-        """Their step was launched: what comes behind it may resume from them."""
+        """Make the checkpoints of a step that was launched: requests admitted after it may resume from them."""
         for key, request, position, inside in planned:
             if not inside:
                 self.strategy.checkpoint(request.seq_id, key)
@@ -150,7 +150,7 @@ class Checkpoints:
             self._lengths[position] = self._lengths.get(position, 0) + 1
 
     def discard(self, planned: Iterable[Planned]) -> None:
-        """Their step failed: what they hold is void."""
+        """Drop the checkpoints of a step that failed: what they hold is void."""
         keys = {plan.key for plan in planned}
         for name in [name for name, checkpoint in self._known.items() if checkpoint.key in keys]:
             self._forget(name)
@@ -158,7 +158,7 @@ class Checkpoints:
             self.strategy.drop(key)
 
     def drop_oldest(self) -> bool:
-        """Give up the checkpoint used longest ago. False where there is none."""
+        """Drop the checkpoint used longest ago. False where there is none."""
         if not self._known:
             return False
         self._forget(next(iter(self._known)))
@@ -185,8 +185,8 @@ class Checkpoints:
 def checkpoint_table(
     planned: Iterable[Planned], prefilling: Sequence[Scheduled], strategy: Strategy, prefill_rows: int
 ) -> np.ndarray | None:
-    """int32 ``[P, N, L]``: the entries that a prefill kernel writes the states at the ``n``-th multiple of 64 behind each row's
-    start to, -1 for none. None where nothing is kept inside a chunk."""
+    """Entries (int32 ``[P, N, L]``) to which a prefill kernel writes the states at the ``n``-th multiple of 64 behind each
+    row's start; -1 keeps none. None where no checkpoint lies inside a chunk."""
     inside = {(plan.request.seq_id, plan.position): plan.key for plan in planned if plan.inside}
     if not inside:
         return None
