@@ -460,3 +460,32 @@ def test_the_tokens_of_a_preempted_request_go_to_the_others():
     step = scheduler.schedule()
     assert [seq.seq_id for seq in step.preempted] == [0]
     assert shape(step) == [(1, 48, 1), (2, 32, 16)]
+
+
+def test_who_lost_its_memory_is_not_admitted_in_the_same_step():
+    """Requests of 48 and 160 tokens fill 17 blocks. The first needs one more; the first chunk of the second would fit again."""
+    blocks = {"kernel_block_tokens": 8, "kernel_blocks_per_manager_block": 2, "states_per_manager_block": 4}
+    strategy = build("shared_pool", spec=SPEC, budget_bytes=17 * 3072, **blocks)
+    scheduler = Scheduler(strategy, SchedulerConfig(max_tokens_per_step=64, chunk_multiple=8, admission="chunk"))
+    for seq_id, prompt in enumerate((48, 160)):
+        assert strategy.admit(seq_id, prompt)
+        seq = Sequence(seq_id, prompt, 9, status=Status.RUNNING, num_computed=prompt, num_output=1)
+        scheduler.running.append(seq)
+    assert strategy.usage().free == 0
+    step = scheduler.schedule()
+    assert [seq.seq_id for seq in step.preempted] == [1]
+    assert shape(step) == [(0, 48, 1)]
+    scheduler.complete(step, 1.0)
+    assert shape(scheduler.schedule()) == [(0, 49, 1), (1, 0, 56)]
+
+
+def test_tokens_on_their_way_are_forgotten_where_a_request_ends():
+    scheduler = scheduler_for(200)
+    stopped, aborted = submit(scheduler, (10, 20), (12, 20))
+    sampled = scheduler.advance(scheduler.schedule())
+    scheduler.advance(scheduler.schedule())
+    assert (stopped.num_output, stopped.num_settled) == (2, 0)
+    assert scheduler.settle(sampled, 1.0, stopped={0}) == [stopped]
+    scheduler.abort(aborted, 1.0)
+    for seq in (stopped, aborted):
+        assert (seq.num_output, seq.num_settled, seq.num_computed) == (1, 1, seq.prompt_len + 1)
