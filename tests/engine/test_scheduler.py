@@ -489,3 +489,40 @@ def test_tokens_on_their_way_are_forgotten_where_a_request_ends():
     scheduler.abort(aborted, 1.0)
     for seq in (stopped, aborted):
         assert (seq.num_output, seq.num_settled, seq.num_computed) == (1, 1, seq.prompt_len + 1)
+
+
+def repeating(*shapes: tuple[int, int]) -> tuple[Clock, list[Sequence]]:
+    """Requests that have decoded so often that their step is the last one again. Blocks of 16 tokens; steps of 64."""
+    scheduler = scheduler_for(400, max_tokens_per_step=64, chunk_multiple=8)
+    seqs, clock = submit(scheduler, *shapes), Clock(scheduler)
+    while clock.step().cohort is None:
+        assert clock.now < 9, "no step is ever the last one again"
+    return clock, seqs
+
+
+def test_a_repeated_step_takes_memory_and_ends_with_its_shortest_request():
+    clock, seqs = repeating((10, 40), (14, 60))
+    while not clock.finished:
+        step = clock.step()
+        computed = [seq.num_computed for seq in seqs]
+        assert shape(step) == [(0, computed[0] - 1, 1), (1, computed[1] - 1, 1)]
+        clock.scheduler.strategy.check_integrity()
+    assert [(seq.seq_id, seq.num_output) for seq in clock.finished] == [(0, 40)]
+    assert seqs[1].num_output == 40
+    assert shape(clock.step()) == [(1, 14 + 39, 1)]
+
+
+def test_a_repeated_step_admits_within_the_token_budget():
+    """62 tokens are left beside two that decode: a prompt of 100 is cut at 56."""
+    clock, seqs = repeating((10, 40), (14, 60))
+    late = Sequence(2, 100, 2)
+    clock.scheduler.submit(late)
+    at = [seq.num_computed for seq in seqs]
+    assert shape(clock.step()) == [(0, at[0], 1), (1, at[1], 1), (2, 0, 56)]
+
+
+def test_a_repeated_step_ends_where_one_leaves():
+    clock, seqs = repeating((10, 40), (14, 60))
+    clock.scheduler.abort(seqs[0], clock.now)
+    at = seqs[1].num_computed
+    assert shape(clock.step()) == [(1, at, 1)]
