@@ -526,3 +526,13 @@ def test_a_repeated_step_ends_where_one_leaves():
     clock.scheduler.abort(seqs[0], clock.now)
     at = seqs[1].num_computed
     assert shape(clock.step()) == [(1, at, 1)]
+
+
+def test_a_repeated_step_counts_the_last_token_before_it_arrives():
+    """With overlap tokens arrive late: a request that has its last one on the way returns its memory and does not run again."""
+    clock, seqs = repeating((10, 40), (14, 60))
+    scheduler = clock.scheduler
+    while seqs[0].num_output < 40:
+        scheduler.advance(scheduler.schedule())
+    assert (seqs[0].status, seqs[1].status) == (Status.ENDING, Status.RUNNING)
+    assert list(scheduler.strategy.residents) == [1]
