@@ -16,6 +16,7 @@ are killed, or one is stale.
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -32,14 +33,16 @@ from queue import SimpleQueue
 
 import yaml
 
-from hybridcache.observe.environment import environment
-
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("planted_faults.yaml")
 SHARE = 0.9
 """Of the faults that must be killed."""
 LIMIT_S = 300.0
 """Seconds that the tests of one fault may take."""
+PRELOADED = ("torch", "transformers", "pandas", "matplotlib.figure", "hydra", "hypothesis", "pytest")
+"""Imported once, for every process that runs tests is forked from one that has them."""
+OWN = ("hybridcache", "models", "experiments", "benchmarks", "tests")
+"""Packages of the tree, which every such process imports anew."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,37 @@ def copy_tree(root: Path, to: Path) -> None:
 
 def run_tests(tree: Path, tests: Iterable[str], *options: str, limit_s: float = LIMIT_S) -> tuple[int | None, str]:
     """Pytest's exit status in a tree (None where it did not end in time), and what it printed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
+        arguments = ["-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *options, *tests]
+        process = context.Process(target=_pytest, args=(str(tree), arguments, log.name))
+        process.start()
+        process.join(limit_s)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return None, f"no end within {limit_s:.0f} s"
+        return process.exitcode, log.read()
+
+
+def _pytest(tree: str, arguments: list[str], log: str) -> None:
+    """In a process forked from one that has imported what takes seconds, but nothing of the tree."""
+    import pytest
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
+        del sys.modules[name]
+    sys.path[:] = [tree, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
     # Bytecode is told from its source by size and second: a fault that was planted fast would not be seen.
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *options, *tests]
-    try:
-        run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return None, f"no end within {limit_s:.0f} s"
-    return run.returncode, run.stdout + run.stderr
+    sys.dont_write_bytecode = True
+    os.environ.update(PYTHONPATH=tree, PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+    os.chdir(tree)
+    with open(log, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        status = int(pytest.main(arguments))
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def failed(text: str) -> list[str]:
@@ -199,6 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     counts = Counter(each.outcome for each in outcomes)
     if args.out is not None:
+        from hybridcache.observe.environment import environment
+
         record = {
             "environment": environment(),
             "seconds": round(seconds, 1),

@@ -460,3 +460,79 @@ def test_the_tokens_of_a_preempted_request_go_to_the_others():
     step = scheduler.schedule()
     assert [seq.seq_id for seq in step.preempted] == [0]
     assert shape(step) == [(1, 48, 1), (2, 32, 16)]
+
+
+def test_who_lost_its_memory_is_not_admitted_in_the_same_step():
+    """Requests of 48 and 160 tokens fill 17 blocks. The first needs one more; the first chunk of the second would fit again."""
+    blocks = {"kernel_block_tokens": 8, "kernel_blocks_per_manager_block": 2, "states_per_manager_block": 4}
+    strategy = build("shared_pool", spec=SPEC, budget_bytes=17 * 3072, **blocks)
+    scheduler = Scheduler(strategy, SchedulerConfig(max_tokens_per_step=64, chunk_multiple=8, admission="chunk"))
+    for seq_id, prompt in enumerate((48, 160)):
+        assert strategy.admit(seq_id, prompt)
+        seq = Sequence(seq_id, prompt, 9, status=Status.RUNNING, num_computed=prompt, num_output=1)
+        scheduler.running.append(seq)
+    assert strategy.usage().free == 0
+    step = scheduler.schedule()
+    assert [seq.seq_id for seq in step.preempted] == [1]
+    assert shape(step) == [(0, 48, 1)]
+    scheduler.complete(step, 1.0)
+    assert shape(scheduler.schedule()) == [(0, 49, 1), (1, 0, 56)]
+
+
+def test_tokens_on_their_way_are_forgotten_where_a_request_ends():
+    scheduler = scheduler_for(200)
+    stopped, aborted = submit(scheduler, (10, 20), (12, 20))
+    sampled = scheduler.advance(scheduler.schedule())
+    scheduler.advance(scheduler.schedule())
+    assert (stopped.num_output, stopped.num_settled) == (2, 0)
+    assert scheduler.settle(sampled, 1.0, stopped={0}) == [stopped]
+    scheduler.abort(aborted, 1.0)
+    for seq in (stopped, aborted):
+        assert (seq.num_output, seq.num_settled, seq.num_computed) == (1, 1, seq.prompt_len + 1)
+
+
+def repeating(*shapes: tuple[int, int]) -> tuple[Clock, list[Sequence]]:
+    """Requests that have decoded so often that their step is the last one again. Blocks of 16 tokens; steps of 64."""
+    scheduler = scheduler_for(400, max_tokens_per_step=64, chunk_multiple=8)
+    seqs, clock = submit(scheduler, *shapes), Clock(scheduler)
+    while clock.step().cohort is None:
+        assert clock.now < 9, "no step is ever the last one again"
+    return clock, seqs
+
+
+def test_a_repeated_step_takes_memory_and_ends_with_its_shortest_request():
+    clock, seqs = repeating((10, 40), (14, 60))
+    while not clock.finished:
+        step = clock.step()
+        computed = [seq.num_computed for seq in seqs]
+        assert shape(step) == [(0, computed[0] - 1, 1), (1, computed[1] - 1, 1)]
+        clock.scheduler.strategy.check_integrity()
+    assert [(seq.seq_id, seq.num_output) for seq in clock.finished] == [(0, 40)]
+    assert seqs[1].num_output == 40
+    assert shape(clock.step()) == [(1, 14 + 39, 1)]
+
+
+def test_a_repeated_step_admits_within_the_token_budget():
+    """62 tokens are left beside two that decode: a prompt of 100 is cut at 56."""
+    clock, seqs = repeating((10, 40), (14, 60))
+    late = Sequence(2, 100, 2)
+    clock.scheduler.submit(late)
+    at = [seq.num_computed for seq in seqs]
+    assert shape(clock.step()) == [(0, at[0], 1), (1, at[1], 1), (2, 0, 56)]
+
+
+def test_a_repeated_step_ends_where_one_leaves():
+    clock, seqs = repeating((10, 40), (14, 60))
+    clock.scheduler.abort(seqs[0], clock.now)
+    at = seqs[1].num_computed
+    assert shape(clock.step()) == [(1, at, 1)]
+
+
+def test_a_repeated_step_counts_the_last_token_before_it_arrives():
+    """With overlap tokens arrive late: a request that has its last one on the way returns its memory and does not run again."""
+    clock, seqs = repeating((10, 40), (14, 60))
+    scheduler = clock.scheduler
+    while seqs[0].num_output < 40:
+        scheduler.advance(scheduler.schedule())
+    assert (seqs[0].status, seqs[1].status) == (Status.ENDING, Status.RUNNING)
+    assert list(scheduler.strategy.residents) == [1]

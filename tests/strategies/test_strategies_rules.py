@@ -214,6 +214,21 @@ def test_two_ended_compacts_slots_for_a_page() -> None:
     pool.check_integrity()
 
 
+def test_two_ended_compacts_the_slot_of_a_checkpoint() -> None:
+    pool = make("two_ended", 8, page_size=16)
+    for seq_id in range(3):
+        assert pool.admit(seq_id, 16)
+    pool.checkpoint(2, 9)
+    pool.release(2)  # slot 2 and page 5 are the key's
+    pool.release(0)
+    assert pool.grow(1, 64)  # closes the gap
+    assert pool.grow(1, 80)  # slot 2 goes to slot 0
+    assert pool.bytes_moved == UNIT
+    assert list(pool._checkpoints[9].states.units) == [0]
+    assert pool.kv_table(1).tolist() == [6, 7, 4, 3, 2]
+    pool.check_integrity()
+
+
 def test_two_ended_compacts_where_a_byte_is_missing() -> None:
     pool = build("two_ended", spec=SPEC, budget_bytes=8 * UNIT - 1, page_size=16)
     for seq_id in range(3):
