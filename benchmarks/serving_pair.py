@@ -51,7 +51,7 @@ def load(tiny: bool, cache_bytes: int, rows: int) -> Any:
     if tiny:
         return LLM("tiny", **SERVING, cache_bytes=cache_bytes, device="cpu", max_running=rows, max_tokens_per_step=256)
     # Where block tables are charged to the cache: as long as in the measurements of vLLM.
-    limit = {"max_model_len": 40_960} if "max_model_len" in signature(LLM.__init__).parameters else {}
+    limit: dict[str, Any] = {"max_model_len": 40_960} if "max_model_len" in signature(LLM.__init__).parameters else {}
     return LLM("qwen3_next_8l", **SERVING, cache_bytes=cache_bytes, max_running=rows, max_tokens_per_step=8192, **limit)
 
 
