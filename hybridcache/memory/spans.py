@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ class Units:
     bases: tuple[int, ...]
     stride: int
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of one unit."""
         return len(self.bases) * self.stride

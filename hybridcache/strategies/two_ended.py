@@ -81,17 +81,21 @@ class TwoEnded(Strategy):
     def _take_kv(self, entries: int, held: array) -> Sequence[int]:
         if self._pages.growth(entries) * self.page_bytes > self._gap():
             self._compact_slots()
-        return [self._flipped(page) for page in self._pages.take(entries)]
+        return self._all_flipped(self._pages.take(entries))
 
     def _give_states(self, units: Sequence[int]) -> None:
         self._slots.give(units)
 
     def _give_kv(self, units: Sequence[int]) -> None:
-        self._pages.give([self._flipped(entry) for entry in units])
+        self._pages.give(self._all_flipped(units))
 
     def _flipped(self, page: int) -> int:
         """Number from the lowest address of a page numbered from the far end, and the other way round."""
         return self._num_pages - 1 - page
+
+    def _all_flipped(self, pages: Sequence[int]) -> list[int]:
+        last = self._num_pages - 1
+        return [last - page for page in pages]
 
     def _compact_pages(self) -> None:
         moves = {self._flipped(src): self._flipped(dst) for src, dst in self._pages.compact()}
@@ -133,7 +137,7 @@ class TwoEnded(Strategy):
     def _check(self, states: Sequence[int], kv: Sequence[int]) -> None:
         assert self._gap() >= 0, "the two sides overlap"
         self._slots.check(states)
-        self._pages.check([self._flipped(entry) for entry in kv])
+        self._pages.check(self._all_flipped(kv))
 
     # -- physical memory -------------------------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class _Side:
     def take(self, count: int) -> list[int]:
         """``count`` units: the holes nearest to the end first, then units beyond the reach."""
         grown = self.growth(count)
-        taken = [self._hole() for _ in range(count - grown)]
+        taken = self._take_holes(count - grown)
         taken.extend(range(self.reach, self.reach + grown))
         self._held.extend(b"\1" * grown)
         self.used += count
@@ -197,29 +201,33 @@ class _Side:
             self._holes.clear()
         return taken
 
-    def _hole(self) -> int:
-        """Take the hole nearest to the end; the caller knows that there is one."""
-        while True:
-            unit = heappop(self._holes)
-            if unit < self.reach and not self._held[unit]:
-                self._held[unit] = 1
-                return unit
+    def _take_holes(self, count: int) -> list[int]:
+        """The ``count`` holes nearest to the end; the caller knows that there are as many."""
+        holes, held, reach, taken = self._holes, self._held, self.reach, list[int]()
+        while len(taken) < count:
+            unit = heappop(holes)
+            if unit < reach and not held[unit]:
+                held[unit] = 1
+                taken.append(unit)
+        return taken
 
     def give(self, units: Sequence[int]) -> None:
         """Take units back."""
+        held, holes = self._held, self._holes
         for unit in units:
-            self._held[unit] = 0
+            held[unit] = 0
         self.used -= len(units)
         self._trim()
+        reach = self.reach
         for unit in units:
-            if unit < self.reach:
-                heappush(self._holes, unit)
+            if unit < reach:
+                heappush(holes, unit)
 
     def compact(self) -> list[tuple[int, int]]:
         """Move the outermost units into the holes until none is left; ``(from, to)`` in order."""
         moves = []
         while self.used < self.reach:
-            hole = self._hole()
+            (hole,) = self._take_holes(1)
             self._held.pop()
             moves.append((self.reach, hole))
             self._trim()

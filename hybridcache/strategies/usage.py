@@ -1,15 +1,16 @@
 """What strategies tell: usage, tables, and how they cut their pool."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from hybridcache.memory.spans import Units
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Bytes of the budget by what they do. ``state_bytes + kv_bytes = held`` splits the same bytes by what they store."""
+class Usage(NamedTuple):
+    """Bytes of the budget by what they do. ``state_bytes + kv_bytes = held`` splits the same bytes by what they store.
+    (A tuple: every step makes one.)"""
 
     budget: int
     useful: int
