@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from hybridcache.spec import RecurrentState
+
+CONV_WIDTH = 4
+
 
 @dataclass(frozen=True)
 class Dims:
@@ -22,6 +26,16 @@ class Dims:
     top_k: int
     hidden: int
     expert_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Of the conv: queries, keys and values."""
+        return (2 * self.k_heads + self.v_heads) * self.state_dim
+
+    def state(self, dtype: str) -> RecurrentState:
+        """What a request keeps of a linear layer, its conv's columns in bfloat16."""
+        shape = (self.v_heads, self.state_dim, self.state_dim)
+        return RecurrentState(shape, dtype, self.channels, CONV_WIDTH, "bfloat16")
 
 
 QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688, 512, 10, 2_048, 512)
