@@ -4,6 +4,7 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, L layers, S tok
 """
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +17,7 @@ from hybridcache.kernels.kv_store import naive as naive_store
 from hybridcache.kernels.paged_decode import naive as naive_decode
 from hybridcache.kernels.paged_prefill import naive as naive_prefill
 from hybridcache.kernels.qk_norm_rope_store import naive as naive_fused
-from hybridcache.kernels.testing import attention_case, byte_index, normal
+from hybridcache.kernels.testing import attention_case, normal
 from hybridcache.spec.dtypes import itemsize, torch_dtype
 
 Operation = Callable[..., Any]
@@ -118,27 +119,19 @@ def prefill(case: Case, setup: Setup, more: Operations = NONE) -> Work:
 def _reference(
     case: Case, pool: _Pool, q_THD: torch.Tensor, rest: tuple[Any, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens to check and their float64 attention: all of a short batch, else some queries of the first rows."""
-    device, at = q_THD.device, pool.at
+    """Tokens to check and their float64 attention: all of a short batch, else some adjacent queries of the first rows, the
+    very last one of row 0 among them."""
+    table_BN, offsets, _, *more = rest
     if q_THD.shape[0] <= NAIVE_TOKENS:
-        return torch.arange(q_THD.shape[0], device=device), naive_prefill.paged_prefill(pool.caches[0], q_THD, *rest)
-    offsets, scale, group = rest[1].tolist(), rest[3], case.dims.heads // case.dims.kv_heads
-    tokens, outs = [], []
-    for row in range(min(CHECKED_ROWS, len(case.lengths))):
-        length, count = case.lengths[row], offsets[row + 1] - offsets[row]
-        query_Q = torch.randperm(count, generator=pool.generator)[:CHECKED_QUERIES]
-        query_Q[0] = count - 1
-        query_Q = query_Q.to(device)
-        k_SKD, v_SKD = (
-            at.buffer[byte_index(at, pool.layers[0], row, kv)].view(torch_dtype(case.dtype)).double() for kv in range(2)
-        )
-        q_QKGD = q_THD[offsets[row] + query_Q].double().unflatten(1, (case.dims.kv_heads, group))
-        score = torch.einsum("qkgd,skd->qkgs", q_QKGD, k_SKD) * scale
-        hidden_QS = torch.arange(length, device=device) > length - count + query_Q[:, None]
-        p = score.masked_fill(hidden_QS[:, None, None], float("-inf")).softmax(-1)
-        outs.append(torch.einsum("qkgs,skd->qkgd", p, v_SKD).flatten(1, 2))
-        tokens.append(offsets[row] + query_Q)
-    return torch.cat(tokens), torch.cat(outs)
+        return torch.arange(q_THD.shape[0]).to(q_THD.device), naive_prefill.paged_prefill(pool.caches[0], q_THD, *rest)
+    tokens, lengths, bounds = [], [], offsets.tolist()
+    for row, (first, last) in enumerate(pairwise(bounds[: CHECKED_ROWS + 1])):
+        end = last if row == 0 else int(torch.randint(first + 1, last + 1, (), generator=pool.generator))
+        tokens.append(torch.arange(max(first, end - CHECKED_QUERIES), end))
+        lengths.append(case.lengths[row] - (last - end))
+    token_Q, cu = torch.cat(tokens).to(q_THD.device), torch.tensor([0, *map(len, tokens)]).cumsum(0)
+    inputs: list[Any] = [q_THD[token_Q], table_BN[: len(tokens)], cu, torch.tensor(lengths), *more]
+    return token_Q, naive_prefill.paged_prefill(pool.caches[0], *inputs)
 
 
 def store(case: Case, setup: Setup) -> Work:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from benchmarks.case import Case
 from benchmarks.timing import time_host
-from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec, RecurrentState
+from hybridcache.spec import AttentionKV, CacheSpec, LayerSpec
 from hybridcache.strategies.shared_pool import SharedPool
 
 Table = npt.NDArray[np.int32]
@@ -84,9 +84,7 @@ def _strategy(case: Case, mode: str) -> SharedPool:
     """A pool with room for the case's requests and one manager block more for each."""
     dims = case.dims
     kv = AttentionKV(dims.kv_heads, dims.head_dim, dims.head_dim, case.dtype)
-    shape = (dims.v_heads, dims.state_dim, dims.state_dim)
-    state = RecurrentState(shape, "float32", (2 * dims.k_heads + dims.v_heads) * dims.state_dim, 4, case.dtype)
-    kinds = [(None, state)] * dims.linear_layers + [(kv, None)] * dims.attention_layers
+    kinds: list[Any] = [(None, dims.state("float32"))] * dims.linear_layers + [(kv, None)] * dims.attention_layers
     spec = CacheSpec("kernels", tuple(LayerSpec(i, *kind) for i, kind in enumerate(kinds)))
     budget = int(1.5 * len(case.lengths) * spec.request_bytes(max(case.lengths) + 1024))
     return SharedPool(spec, budget, physical=True, mode=mode)

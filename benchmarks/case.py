@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from hybridcache.spec import RecurrentState
+
+CONV_WIDTH = 4
+
 
 @dataclass(frozen=True)
 class Dims:
@@ -22,6 +26,16 @@ class Dims:
     top_k: int
     hidden: int
     expert_dim: int
+
+    @property
+    def channels(self) -> int:
+        """Of the conv: queries, keys and values."""
+        return (2 * self.k_heads + self.v_heads) * self.state_dim
+
+    def state(self, dtype: str) -> RecurrentState:
+        """What a request keeps of a linear layer, its conv's columns in bfloat16."""
+        shape = (self.v_heads, self.state_dim, self.state_dim)
+        return RecurrentState(shape, dtype, self.channels, CONV_WIDTH, "bfloat16")
 
 
 QWEN3_NEXT_80B = Dims(16, 2, 256, 12, 36, 16, 32, 128, 2_162_688, 512, 10, 2_048, 512)
@@ -66,12 +80,10 @@ class Case:
     def shape(self) -> str:
         """``rows x tokens``, for example ``64x8192``; rows of a decode step of states, tokens of a store, blocks of a copy."""
         rows, longest = len(self.lengths), max(self.lengths)
-        if self.operation in ("kv_store", "qk_norm_rope_store", "experts"):
-            text = f"{sum(self.lengths)} tokens"
-        elif self.operation in ("block_copy", "swap_out", "swap_in"):
-            text = f"{rows} blocks"
-        else:
-            text = f"{rows}" if self.operation == "gdn_decode" else f"{rows}x{longest}"
+        tokens, blocks = f"{sum(self.lengths)} tokens", f"{rows} blocks"
+        texts = {"gdn_decode": str(rows), **dict.fromkeys(("kv_store", "qk_norm_rope_store", "experts"), tokens)}
+        texts |= dict.fromkeys(("block_copy", "swap_out", "swap_in"), blocks)
+        text = texts.get(self.operation, f"{rows}x{longest}")
         if self.queries:
             text = f"{rows}x{self.queries} of {longest}"
         return f"{text} ckpt{self.checkpoint}" if self.checkpoint else text
@@ -83,6 +95,9 @@ class Case:
         if self.kernel_block:
             parts += [f"kb={self.kernel_block}", f"Tm={self.manager_block}", str(self.layout)]
         return " ".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.label}"
 
     def short(self) -> "Case":
         """The same kind of call on little memory: what its kernels compile to, if not all of it. Paged decodes keep their rows,
@@ -119,9 +134,8 @@ def cuda_cases() -> Iterator[Case]:
     for lengths in PREFILLS:
         for operation in ("gdn_prefill", "gdn_delta", "gdn_conv"):
             yield Case(operation, lengths, dims, "float32")
-        if lengths == (8_192,):
-            yield Case("gdn_prefill", lengths, dims, "float32", checkpoint=512, with_torch=False)
-            yield Case("gdn_delta", lengths, dims, "float32", checkpoint=512, with_torch=False)
+    for operation in ("gdn_prefill", "gdn_delta"):
+        yield Case(operation, (8_192,), dims, "float32", checkpoint=512, with_torch=False)
     for lengths in DECODES:
         for at in DECODE_LAYOUTS:
             yield Case("paged_decode", lengths, dims, "bfloat16", *at, with_torch=at == DECODE_LAYOUTS[0])
@@ -159,8 +173,7 @@ def cpu_cases() -> Iterator[Case]:
         yield Case("paged_prefill", (150, 7), dims, "bfloat16", kb, blocks, layout)
     for operation in ("kv_store", "qk_norm_rope_store"):
         yield Case(operation, (100,), dims, "bfloat16", 8, 11, "block_major")
-    yield Case("block_copy", (1,) * 8, dims, "uint8")
-    for operation in ("swap_out", "swap_in"):
+    for operation in ("block_copy", "swap_out", "swap_in"):
         yield Case(operation, (1,) * 8, dims, "uint8")
     yield Case("table_expansion", (200, 1, 89), dims, "bfloat16")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.case import Case
+from benchmarks.case import CONV_WIDTH, Case
 from benchmarks.work import Implementation, Saved, Setup, Work, worst
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import naive as naive_decode
@@ -18,10 +18,8 @@ from hybridcache.kernels.gdn_prefill import naive as naive_prefill
 from hybridcache.kernels.gdn_prefill.testing import PrefillCase, checkpoint_table, prefill_case
 from hybridcache.kernels.testing import state_case
 from hybridcache.kernels.torch_ops import gated_delta_net as torch_ops
-from hybridcache.spec import RecurrentState
 from hybridcache.spec.dtypes import itemsize
 
-WIDTH = 4
 MAX_SETS = 192
 CHECKED_ROWS = 2
 CHECKED_TOKENS = 2_048
@@ -32,19 +30,9 @@ START_CHUNKS = {"cuda": 64, "cpu": 1}
 """Chunks of 64 tokens that lie before a prefill, so that it reads a state."""
 
 
-def _state(case: Case) -> RecurrentState:
-    dims = case.dims
-    shape = (dims.v_heads, dims.state_dim, dims.state_dim)
-    return RecurrentState(shape, case.dtype, _channels(case), WIDTH, "bfloat16")
-
-
-def _channels(case: Case) -> int:
-    return (2 * case.dims.k_heads + case.dims.v_heads) * case.dims.state_dim
-
-
 def _options(case: Case) -> dict[str, Any]:
     dims = case.dims
-    sizes = {"key_dim": dims.state_dim, "value_dim": dims.state_dim, "width": WIDTH}
+    sizes = {"key_dim": dims.state_dim, "value_dim": dims.state_dim, "width": CONV_WIDTH}
     return {"k_heads": dims.k_heads, "v_heads": dims.v_heads, "state_dtype": case.dtype, **sizes}
 
 
@@ -57,15 +45,10 @@ def _delta_flops(case: Case, tokens: int) -> int:
 def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
     """``gdn_decode``: conv update, gates and recurrence of one token per row, state in place. ``more``: further
     implementations, for CUDA."""
-    rows, stored = len(case.lengths), _state(case).stored_bytes
+    rows, stored = len(case.lengths), case.dims.state(case.dtype).stored_bytes
     sets = setup.sets(rows * stored, case.warm_sets, MAX_SETS)
-    at = state_case(
-        setup.generator(),
-        positions=[100 + row for row in range(rows)],
-        layers=sets,
-        device=setup.device,
-        **_options(case),
-    )
+    positions = [100 + row for row in range(rows)]
+    at = state_case(setup.generator(), positions=positions, layers=sets, device=setup.device, **_options(case))
     at.conv_weight_CW = at.conv_weight_CW.t().contiguous().t()  # by tap, as the model keeps it
     checked = min(CHECKED_ROWS, rows)
     caches = [StateCache(at.buffer, at.layout, layer) for layer in range(sets)]
@@ -90,27 +73,27 @@ def decode(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType(
 
         return Implementation(run, error, graph)
 
-    channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
+    channels, v_heads, dim = case.dims.channels, case.dims.v_heads, case.dims.state_dim
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
-    ring_bytes = channels * WIDTH * 2  # W - 1 columns read and one written
+    ring_bytes = channels * CONV_WIDTH * 2  # W - 1 columns read and one written
     activation_bytes = 2 * (channels + 2 * v_heads + v_heads * dim)
     work = Work(
         sets=sets,
         footprint=rows * stored,
-        bytes=rows * (2 * state_bytes + ring_bytes + activation_bytes) + channels * WIDTH * 2,
-        flops=_delta_flops(case, rows) + rows * channels * 2 * WIDTH,
+        bytes=rows * (2 * state_bytes + ring_bytes + activation_bytes) + channels * CONV_WIDTH * 2,
+        flops=_delta_flops(case, rows) + rows * channels * 2 * CONV_WIDTH,
     )
     work.offer(case, setup, implementation)
     if setup.device.type == "cuda" and peers.state("fla") == "installed":
-        work.build["fla"] = lambda: peers.fla_decode(case.dims, rows, sets, case.dtype, setup)
+        work.build["fla"] = lambda: peers.fla(case.dims, rows, 1, case.dtype, sets, setup)
     return work.with_more(more, implementation)
 
 
 def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType({})) -> Work:
     """``gdn_prefill`` (all of it), ``gdn_delta`` (the delta rule without the conv) or ``gdn_conv`` (the conv and the rings).
     ``more``: further implementations of all of it, or tiles of a part, for CUDA."""
-    rows, tokens, stored = len(case.lengths), sum(case.lengths), _state(case).stored_bytes
-    channels, v_heads, dim = _channels(case), case.dims.v_heads, case.dims.state_dim
+    rows, tokens, stored = len(case.lengths), sum(case.lengths), case.dims.state(case.dtype).stored_bytes
+    channels, v_heads, dim = case.dims.channels, case.dims.v_heads, case.dims.state_dim
     out_channels = v_heads * dim
     footprint = 2 * tokens * (channels + out_channels + 2 * v_heads) + rows * stored
     sets = setup.sets(footprint, 1, 4)
@@ -126,12 +109,10 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
     )
     part = _Part(at, stored)
     xs = [at.x_TC, *(at.x_TC.clone() for _ in range(sets - 1))]
-
     caches = [StateCache(at.buffer, at.state.layout, layer) for layer in range(sets)]
 
     def step(i: int) -> tuple[Any, ...]:
-        _, _, _, *inputs = at.step(i)
-        return (caches[i], xs[i], *inputs)
+        return (caches[i], xs[i], *at.step(i)[3:])
 
     def checkpoints(layer: int) -> dict[str, Any]:
         if not case.checkpoint:
@@ -179,13 +160,13 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
 
     state_bytes = v_heads * dim * dim * itemsize(case.dtype)
     delta_bytes = 2 * tokens * (out_channels + 2 * v_heads) + (2 * rows + kept) * state_bytes
-    ring_bytes = (2 * rows + kept) * channels * WIDTH * 2
+    ring_bytes = (2 * rows + kept) * channels * CONV_WIDTH * 2
     bytes_of = {
         "gdn_prefill": 2 * tokens * channels + ring_bytes + delta_bytes,
         "gdn_delta": 2 * tokens * channels + delta_bytes,
         "gdn_conv": 4 * tokens * channels + ring_bytes,
     }
-    conv_flops = tokens * channels * 2 * WIDTH
+    conv_flops = tokens * channels * 2 * CONV_WIDTH
     delta_flops = _delta_flops(case, tokens)
     flops_of = {"gdn_prefill": conv_flops + delta_flops, "gdn_delta": delta_flops, "gdn_conv": conv_flops}
     work = Work(sets, footprint, bytes_of[case.operation], flops_of[case.operation])
@@ -195,7 +176,7 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
         work.build["triton"] = parts
     by_peer = case.operation == "gdn_delta" and not case.checkpoint and setup.device.type == "cuda"
     if by_peer and peers.state("fla") == "installed":
-        work.build["fla"] = lambda: peers.fla_prefill(case.dims, rows, case.lengths[0], sets, setup)
+        work.build["fla"] = lambda: peers.fla(case.dims, rows, case.lengths[0], "float32", sets, setup)
     return work.with_more(more, whole if case.operation == "gdn_prefill" else parts)
 
 

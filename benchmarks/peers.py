@@ -57,22 +57,21 @@ def delta_rule(
     return torch.stack(outs, dim=1)
 
 
-def _inputs(dims: Dims, rows: int, tokens: int, state_dtype: str, sets: int, setup: Setup) -> tuple[list[Any], ...]:
-    """q, k, v, log decay and beta of one batch, and a state for every set."""
-    generator = setup.generator()
+def fla(dims: Dims, rows: int, tokens: int, state_dtype: str, sets: int, setup: Setup) -> Implementation:
+    """``fused_recurrent_gated_delta_rule`` of one token per row, its new state going to memory of its own, or
+    ``chunk_gated_delta_rule`` of rows of one length, without ``cu_seqlens``; a state for every set."""
+    module, generator = import_module(MODULES["fla"]), setup.generator()
+    operation = module.fused_recurrent_gated_delta_rule if tokens == 1 else module.chunk_gated_delta_rule
 
-    def draw(*shape: int, dtype: str = "bfloat16") -> torch.Tensor:
-        return normal(generator, shape, setup.device, dtype)
+    def draw(*shape: int) -> torch.Tensor:
+        return normal(generator, shape, setup.device, "bfloat16")
 
     heads, dim = dims.v_heads, dims.state_dim
     q, k, v = (draw(rows, tokens, heads, dim) for _ in range(3))
     g = -torch.rand(rows, tokens, heads, generator=generator).to(setup.device) * 0.1
-    beta = draw(rows, tokens, heads).sigmoid()
+    inputs: list[Any] = [q, k, v, g, draw(rows, tokens, heads).sigmoid()]
     stored = [(draw(rows, heads, dim, dim) * 0.1).to(torch_dtype(state_dtype)) for _ in range(sets)]
-    return [q, k, v, g, beta], stored
 
-
-def _implementation(operation: Any, inputs: list[Any], stored: list[Any]) -> Implementation:
     def run(i: int) -> torch.Tensor:
         options = {"initial_state": stored[i], "output_final_state": True, "use_qk_l2norm_in_kernel": True}
         return operation(*inputs, **options)[0]
@@ -82,17 +81,3 @@ def _implementation(operation: Any, inputs: list[Any], stored: list[Any]) -> Imp
         return worst([(run(0)[:1, :CHECKED_TOKENS], delta_rule(*first))])
 
     return Implementation(run, error)
-
-
-def fla_decode(dims: Dims, rows: int, sets: int, state_dtype: str, setup: Setup) -> Implementation:
-    """``fused_recurrent_gated_delta_rule`` of one token per row; the new state goes to memory of its own."""
-    module = import_module(MODULES["fla"])
-    inputs = _inputs(dims, rows, 1, state_dtype, sets, setup)
-    return _implementation(module.fused_recurrent_gated_delta_rule, *inputs)
-
-
-def fla_prefill(dims: Dims, rows: int, tokens: int, sets: int, setup: Setup) -> Implementation:
-    """``chunk_gated_delta_rule`` of rows of one length, without ``cu_seqlens``."""
-    module = import_module(MODULES["fla"])
-    inputs = _inputs(dims, rows, tokens, "float32", sets, setup)
-    return _implementation(module.chunk_gated_delta_rule, *inputs)

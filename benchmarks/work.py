@@ -88,15 +88,16 @@ class Work:
         """Itself, with the library's implementations of the case's operation that run there (Triton's and Gluon's kernels,
         PyTorch's, FlashAttention-3 where it is installed), each given to ``implementation``; then ``more``."""
         operation, on_cuda = case.operation, setup.device.type == "cuda"
-        modules = {"triton": f"{operation}.triton"} if on_cuda else {}
-        if on_cuda and operation == "paged_prefill" and is_hopper(setup.device):
-            modules["gluon"] = "paged_prefill.hopper"
-        if case.with_torch:
-            modules["torch"] = OPERATIONS[operation].torch_module
-        if on_cuda and "fa3" in OPERATIONS[operation].others and attention_backends()["fa3"] == "installed":
-            modules["fa3"] = OPERATIONS[operation].others["fa3"]
+        known = OPERATIONS[operation]
+        modules = {
+            "triton": f"{operation}.triton" if on_cuda else None,
+            "gluon": "paged_prefill.hopper" if operation == "paged_prefill" and is_hopper(setup.device) else None,
+            "torch": known.torch_module if case.with_torch else None,
+            "fa3": known.others.get("fa3") if on_cuda and attention_backends()["fa3"] == "installed" else None,
+        }
         for name, module in modules.items():
-            self.build[name] = partial(loaded, implementation, module, operation, name != "torch")
+            if module:
+                self.build[name] = partial(loaded, implementation, module, operation, name != "torch")
         return self.with_more(more, implementation)
 
     def with_more(self, more: Mapping[str, Any], implementation: Callable[[Any], Implementation]) -> "Work":

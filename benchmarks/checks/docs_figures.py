@@ -149,16 +149,15 @@ def select(name: str, path: str) -> list[Any]:
     """
     found = [record(name)]
     for plain, chosen in re.findall(r"\.?([\w-]+)|\[([^\]]*)\]", path):
-        if plain or not ("=" in chosen or chosen.isdigit()):
-            rows = [row for each in found for row in (each if isinstance(each, list) else [each])]
-            found = [row[plain or chosen] for row in rows if (plain or chosen) in row]
-        elif chosen.isdigit():
+        rows = [row for each in found for row in (each if isinstance(each, list) else [each])]
+        if chosen.isdigit():
             found = [each[int(chosen)] for each in found]
+        elif plain or "=" not in chosen:
+            found = [row[plain or chosen] for row in rows if (plain or chosen) in row]
         else:
-            for part in re.split(r",(?=\w+!?=)", chosen):
-                key, sign, value = re.split(r"(!?=)", part, maxsplit=1)
-                rows = [row for each in found for row in (each if isinstance(each, list) else [each])]
-                found = [row for row in rows if (str(row.get(key)) == value) == (sign == "=")]
+            for key, sign, value in re.findall(r"(\w+)(!?=)(.*?)(?=,\w+!?=|$)", chosen):
+                rows = [row for row in rows if (str(row.get(key)) == value) == (sign == "=")]
+            found = rows
     if not found:
         raise LookupError(f"@{name}:{path} is nothing")
     return found
@@ -203,20 +202,10 @@ def evaluate(expression: str) -> list[float]:
     """The numbers that an expression gives."""
     chosen = {"max: ": max, "min: ": min}.get(expression[:5])
     expression, _, items = (expression[5:] if chosen else expression).partition(" for $ in ")
+    names: dict[str, Any] = {**FUNCTIONS, "_select": select, "__builtins__": {}}
     numbers: list[float] = []
     for item in map(str.strip, items.split("|")):
-        queries: list[tuple[str, str]] = []
-
-        def stand_in(match: re.Match[str], queries: list[Any] = queries) -> str:
-            queries.append((match[1], match[2]))
-            return f"_select({len(queries) - 1})"
-
-        code = QUERY.sub(stand_in, expression.replace("$", item))
-        names: dict[str, Any] = {
-            **FUNCTIONS,
-            "_select": lambda i, queries=queries: select(*queries[i]),
-            "__builtins__": {},
-        }
+        code = QUERY.sub(lambda match: f"_select({match[1]!r}, {match[2]!r})", expression.replace("$", item))
         value = eval(code, names)  # of our own documents, as doctest evaluates them
         numbers += value if isinstance(value, (list, tuple)) else [value]
     return [chosen(numbers)] if chosen else numbers
@@ -238,42 +227,46 @@ def check(block: Block) -> Outcome:
     """One block's figures against their records."""
     found, covered = Outcome(), set[int]()
     flat = block.text.replace("\n", " ")
+
+    def wrong(text: str) -> None:
+        found.wrong.append(f"{block.place}: {text}")
+
     for line in block.lines:
         if " :: " in line and " = " not in line.split(" :: ")[0]:
             words, reason = (part.strip() for part in line.split(" :: ", 1))
             if not reason.startswith(REASONS):
-                found.wrong.append(f"{block.place}: {line.strip()!r}: the reason is none of {', '.join(REASONS)}")
+                wrong(f"{line.strip()!r}: the reason is none of {', '.join(REASONS)}")
             found.excused += bool(words)
             test = re.match(r"computed by (\S+\.py)", reason)
             if test and not (ROOT / test[1]).exists():
-                found.wrong.append(f"{block.place}: there is no {test[1]}")
+                wrong(f"there is no {test[1]}")
         elif " = " in line:
             words, expression = (part.strip() for part in line.rsplit(" = ", 1))
+            written = NUMBER.findall(words)
             try:
                 values = evaluate(expression)
-                written = NUMBER.findall(words)
                 if len(written) != len(values):
-                    found.wrong.append(f"{block.place}: {words!r} has {len(written)} numbers, its record {len(values)}")
+                    wrong(f"{words!r} has {len(written)} numbers, its record {len(values)}")
                 for text, value in zip(written, values):
                     if not agrees(text, value):
-                        found.wrong.append(f"{block.place}: {text} in {words!r} is {value:.6g} in the record")
+                        wrong(f"{text} in {words!r} is {value:.6g} in the record")
                 found.checked += len(values)
             except Exception as error:  # of one line, which must not hide the others
-                found.wrong.append(f"{block.place}: {line!r}: {type(error).__name__}: {error}")
+                wrong(f"{line!r}: {type(error).__name__}: {error}")
         else:
-            found.wrong.append(f"{block.place}: {line!r}: neither a record nor a reason")
+            wrong(f"{line!r}: neither a record nor a reason")
             continue
         if words and words not in flat:
-            found.wrong.append(f"{block.place}: {words!r} does not stand in the text")
+            wrong(f"{words!r} does not stand in the text")
         for match in re.finditer(re.escape(words), flat) if words else ():
             covered.update(range(*match.span()))
     if block.excused:
-        found.excused += sum(1 for _ in figures(block))
+        found.excused += len(list(figures(block)))
         return found
     for match in figures(block):
         if match.start() not in covered:
             around = flat[max(match.start() - 30, 0) : match.end() + 20].strip()
-            found.wrong.append(f"{block.place}: no record for {match[0].strip()!r} in {around!r}")
+            wrong(f"no record for {match[0].strip()!r} in {around!r}")
     return found
 
 
@@ -283,14 +276,9 @@ def documents() -> list[Path]:
 
 def check_documents(paths: Iterable[Path]) -> Outcome:
     """All figures of these documents."""
-    total = Outcome()
-    for path in paths:
-        for block in blocks(path.name, path.read_text()):
-            found = check(block)
-            total.checked += found.checked
-            total.excused += found.excused
-            total.wrong += found.wrong
-    return total
+    found = [check(block) for path in paths for block in blocks(path.name, path.read_text())]
+    wrong = [line for each in found for line in each.wrong]
+    return Outcome(sum(each.checked for each in found), sum(each.excused for each in found), wrong)
 
 
 def main() -> int:

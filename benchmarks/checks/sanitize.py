@@ -278,8 +278,7 @@ def main() -> int:
     keep(args.out, version=version, **times, wrong=wrong, dispatch_not_proven_ordered=proofs, records=records)
     columns = ["tool", "kernel", "errors", "dispatch", "warnings", "failure"]
     print(pd.DataFrame(records)[columns].to_string(index=False))
-    print("\n".join(wrong) or "nothing found")
-    print(f"{version}; {len(records)} records in {times['seconds']:.0f} s: {args.out}")
+    print("\n".join([*wrong, f"{version}; {len(wrong)} faults, {len(records)} records: {args.out}"]))
     return 1 if wrong else 0
 
 

@@ -240,10 +240,10 @@ def fla(monkeypatch) -> ModuleType:
 
 def test_fla_gets_its_arguments(fla, seed):
     setup = Setup.on(CPU, seed)
-    decode = peers.fla_decode(TINY, rows=3, sets=2, state_dtype="float32", setup=setup)
+    decode = peers.fla(TINY, rows=3, tokens=1, state_dtype="float32", sets=2, setup=setup)
     assert decode.run(1).shape == (3, 1, TINY.v_heads, TINY.state_dim)
     assert decode.error() <= measure.TOLERANCE
-    prefill = peers.fla_prefill(TINY, rows=2, tokens=70, sets=1, setup=setup)
+    prefill = peers.fla(TINY, rows=2, tokens=70, state_dtype="float32", sets=1, setup=setup)
     assert prefill.run(0).shape == (2, 70, TINY.v_heads, TINY.state_dim)
     assert prefill.error() <= measure.TOLERANCE
     assert peers.state("fla") == "installed"
