@@ -5,12 +5,11 @@ install takes the repository as it is.
 | in the repository | in the wheel |
 |---|---|
 | ``models/``, ``experiments/``, ``conf/``, ``run.py`` | the same below ``hybridcache/``, without notebooks |
-| ``benchmarks/`` | those modules that the others import, below ``hybridcache/`` |
+| ``benchmarks/`` | the same, without ``checks/`` and ``results/`` |
 """
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import setup
@@ -49,34 +48,7 @@ def sources() -> list[Path]:
     for name in ("models", "experiments", "conf"):
         files = [path for path in sorted((ROOT / name).rglob("*")) if path.suffix in (".py", *DATA)]
         found += [path for path in files if not {"notebooks", "__pycache__"} & set(path.parts)]
-    found += benchmarks([path for path in [*found, *(ROOT / "hybridcache").rglob("*.py")] if path.suffix == ".py"])
-    return found
-
-
-def benchmarks(importers: list[Path]) -> list[Path]:
-    """Modules of ``benchmarks`` that these files import, and that those import in turn."""
-    found: list[Path] = []
-    queue = list(importers)
-    while queue:
-        importer = queue.pop()
-        for name in imported(ast.parse(importer.read_text(encoding="utf-8"))):
-            parts = name.split(".")
-            for end in range(1, len(parts) + 1 if parts[0] == "benchmarks" else 1):
-                path = ROOT.joinpath(*parts[:end])
-                for file in (path / "__init__.py", path.with_suffix(".py")):
-                    if file.is_file() and file not in found:
-                        found.append(file)
-                        queue.append(file)
-    return found
-
-
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Dotted names that a module imports, also of what may be a module or a name in one."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    return [*found, *sorted((ROOT / "benchmarks").glob("*.py"))]
 
 
 def rename(text: str, file: str) -> str:

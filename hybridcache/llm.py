@@ -29,7 +29,7 @@ from hybridcache.spec.architectures import transformers_config
 from hybridcache.spec.dtypes import dtype_name
 from hybridcache.strategies import build
 from hybridcache.tokenizer import Tokenizer, eos_token_ids, read_tokenizer
-from models.configs import shipped_config, shipped_fields, shipped_names
+from models.configs import shipped_fields, shipped_names
 from models.registry import MODELS, build_model, load_model, make_model, read_config
 
 
@@ -250,67 +250,48 @@ class LLM:
 
 
 def load_for_inference(
-    model: str | Path, *, dtype: str = "auto", device: str = "auto", seed: int = 0
+    model: str | Path,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
 ) -> tuple[Any, Tokenizer | None]:
     """Load a model and its tokenizer from a checkpoint folder or a shipped config; the arguments are those of :class:`LLM`.
 
-    Where the folder has no tokenizer, text is taken as bytes; the tokenizer is None where the model's vocabulary has no
-    room for those.
+    With ``fields`` of a configuration the model has random weights, and ``model`` stands for it in errors. Where there is no
+    tokenizer, text is taken as bytes; the tokenizer is None where the model's vocabulary has no room for those.
 
     Raises:
-        UserError: an unknown model, an architecture that inference does not run, a device that is not there, or weights
-            that do not fit it.
+        UserError: an unknown model, an architecture that inference does not run, a field that it refuses, a device that is
+            not there, or weights that do not fit it.
     """
     chosen = choose_device(device)
-    folder = Path(model)
-    if folder.is_dir():
+    folder = Path(model) if fields is None and Path(model).is_dir() else None
+    if folder is not None:
         config = read_config(folder)
-        stored = getattr(config, "dtype", None) or "bfloat16"
-        name = dtype_name(stored if dtype == "auto" else dtype)
+        default = getattr(config, "dtype", None) or "bfloat16"
     else:
-        config = _shipped(str(model))
-        name = dtype_name(("bfloat16" if chosen.type == "cuda" else "float32") if dtype == "auto" else dtype)
-    require_room("model", str(model), _weight_bytes(config, name), chosen)
-    loaded = load_model(folder, name, chosen) if folder.is_dir() else build_model(config, name, chosen, seed=seed)
+        config = transformers_config(_runnable(str(model), fields))
+        default = "bfloat16" if chosen.type == "cuda" else "float32"
+    name = dtype_name(default if dtype == "auto" else dtype)
+    weight_bytes = int(make_model(config, name, "meta").weight_bytes)  # counted on a model without memory
+    require_room("model", str(model), weight_bytes, chosen)
+    loaded = load_model(folder, name, chosen) if folder else build_model(config, name, chosen, seed=seed)
     return loaded, read_tokenizer(folder, config.vocab_size)
 
 
-def random_for_inference(
-    name: str, fields: Mapping[str, Any], *, dtype: str, device: str = "auto", seed: int = 0
-) -> tuple[Any, Tokenizer | None]:
-    """Build a model with random weights from the fields of a configuration; ``name`` stands for it in errors. Text is taken
-    as bytes; the tokenizer is None where the model's vocabulary has no room for those.
-
-    Raises:
-        UserError: an architecture that inference does not run, a field that it refuses, or weights that do not fit the device.
-    """
-    kind = fields.get("model_type")
-    if kind not in MODELS:
-        raise bad(
-            "model", name, f"inference does not run {kind}, only its geometry; choose another, or leave inference out"
-        )
-    config, chosen = transformers_config(fields), choose_device(device)
-    require_room("model", name, _weight_bytes(config, dtype), chosen)
-    return build_model(config, dtype, chosen, seed=seed), read_tokenizer(None, config.vocab_size)
-
-
-def _shipped(name: str) -> Any:
+def _runnable(name: str, fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """These fields, or those of the shipped config of that name, of an architecture that inference runs."""
     kinds = {each: shipped_fields(each)["model_type"] for each in shipped_names()}
-    if kinds.get(name) not in MODELS:
-        reason = (
-            f"inference does not run {kinds[name]}, only its geometry"
-            if name in kinds
-            else "no such folder and no such shipped config"
-        )
-        raise bad(
-            "model", name, f"{reason}; choose one of {', '.join(each for each in kinds if kinds[each] in MODELS)}"
-        )
-    return shipped_config(name)
-
-
-def _weight_bytes(config: Any, dtype: str) -> int:
-    """Bytes of the weights, counted on a model without memory."""
-    return int(make_model(config, dtype, "meta").weight_bytes)
+    known = f"choose one of {', '.join(each for each, kind in kinds.items() if kind in MODELS)}"
+    if fields is None and name not in kinds:
+        raise bad("model", name, f"no such folder and no such shipped config; {known}")
+    found = shipped_fields(name) if fields is None else fields
+    if found.get("model_type") not in MODELS:
+        reason = f"inference does not run {found.get('model_type')}, only its geometry"
+        raise bad("model", name, f"{reason}; {known if fields is None else 'choose another, or leave inference out'}")
+    return found
 
 
 def _max_model_len(given: int | None, longest: int) -> int:

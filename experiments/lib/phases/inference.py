@@ -20,7 +20,7 @@ AUTO: dict[str, dict[str, Any]] = {
         "dtype": "float64",
         "budget_bytes": None,
         "budget_requests": 4.0,
-        "num_requests": 24,
+        "num_requests": 16,
         "max_prompt": 160,
         "max_output": 64,
         "max_tokens_per_step": 128,

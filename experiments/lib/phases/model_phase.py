@@ -15,7 +15,7 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.sequence import Sequence as EngineSequence
 from hybridcache.errors import bad, whole
 from hybridcache.kernels.backend import make_backend
-from hybridcache.llm import load_for_inference, random_for_inference
+from hybridcache.llm import load_for_inference
 from hybridcache.observe.environment import device_name
 from hybridcache.observe.metrics import Recorder
 from hybridcache.sim.cost_model import CostModel, DeviceSpec
@@ -92,12 +92,11 @@ class ModelPhase:
         if not self.on_cuda:
             torch.set_num_threads(settings.cpu_threads)
         of: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "seed": cfg.seed}
-        if settings.checkpoint is not None:
-            self.model, self.tokenizer = load_for_inference(settings.checkpoint, **of)
-        else:
+        fields = None
+        if settings.checkpoint is None:
             chosen = model_chosen(cfg) and cfg.model.name == settings.model
             fields = container(cfg.model.hf_config) if chosen else shipped_fields(settings.model)
-            self.model, self.tokenizer = random_for_inference(settings.model, fields, **of)
+        self.model, self.tokenizer = load_for_inference(settings.model, fields, **of)
         self.spec = CacheSpec.from_config(
             self.model.config, kv_dtype=settings.kv_dtype, state_dtype=settings.state_dtype
         )

@@ -54,6 +54,7 @@ METRICS = (
     Metric("preemptions", "preemptions", number_text, -1),
     Metric("recomputed_tokens_preemption", "recomputed tokens", number_text, -1),
     Metric("recomputed_tokens_failure", "recomputed after failures", number_text, -1, always=False),
+    Metric("hit_tokens", "hit tokens", number_text, 0, always=False),
     Metric("ttft_p50_s", "TTFT p50", seconds_text, -1, clock=True),
     Metric("ttft_p99_s", "TTFT p99", seconds_text, -1, clock=True),
     Metric("tpot_p50_s", "TPOT p50", seconds_text, -1, clock=True),
