@@ -118,12 +118,13 @@ def _table(rows: pd.DataFrame, spec: CacheSpec, lengths: list[int]) -> Table:
         ),
         caption="kb tokens per kernel block, m kernel blocks per manager block, n states in it",
         box=box.SIMPLE_HEAD,
+        padding=0,
     )
-    for name in ("", "kb", "m", "n", "block, B", "tokens", "state padding %", "expected waste, MiB"):
-        table.add_column(name, justify="right")
+    for name in ("", "kb", "m", "n", "block, B", "tokens", "state\npad, %", "waste,\nMiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for length in lengths:
-        table.add_column(f"blocks at {length:,}", justify="right")
-        table.add_column(f"MiB at {length:,}", justify="right")
+        table.add_column(f"blocks\nat {length:,}", justify="right")
+        table.add_column(f"MiB\nat {length:,}", justify="right")
     for _, row in rows.iterrows():
         counts = (
             row["rank"],

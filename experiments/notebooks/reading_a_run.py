@@ -24,7 +24,7 @@
 # Set `HYBRIDCACHE_RUN` to a run directory, or leave it and the newest run below `outputs/` is taken. To make one:
 # `python run.py +experiment=shared_pool`.
 #
-# The terms (useful, padding, held, reserved, free) are defined in `docs/metrics.md`.
+# The terms (useful, padding, held, cached, reserved, free) are defined in `docs/metrics.md`.
 
 # %%
 # %matplotlib inline

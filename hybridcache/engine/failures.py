@@ -49,7 +49,7 @@ class Failures:
         return ([step.only(together)] if together else []) + [step.only([item]) for item in alone]
 
     def judge(self) -> tuple[list[Request], list[Request]]:
-        """Of the requests in batches that failed: those to recompute, and those that end, their error noted."""
+        """Judge the batches that failed. Returns the requests to recompute, and those that end, with their error noted."""
         unjudged, self.unjudged = self.unjudged, []
         again: list[Request] = []
         ended: list[Request] = []

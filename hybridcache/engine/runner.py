@@ -29,7 +29,7 @@ from hybridcache.strategies.base import Strategy
 
 
 class Model(Protocol):
-    """What the engine needs of a model."""
+    """The part of a model that the engine uses."""
 
     config: Any
     """The Transformers config; the engine reads ``vocab_size``."""

@@ -4,6 +4,7 @@ On CUDA from the kernels that the profiler saw, whoever launched them (a replaye
 CPU from PyTorch's operators; what is left is Python.
 """
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -92,6 +93,7 @@ def profile_steps(
     Raises:
         RuntimeError: nothing ran on the device.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log would stand among an experiment's tables
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_cuda else [])
     with profile(activities=activities) as profiler:

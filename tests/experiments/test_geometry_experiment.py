@@ -44,7 +44,9 @@ def test_it_lists_every_candidate_and_draws_them(tmp_path, capsys, model, tp_siz
     blocks = ["kernel_block_tokens", "manager_block_tokens"]
     best = results.groupby(blocks)["expected_waste_bytes"].min()
     assert dict(drawn.set_index(blocks)["expected_waste_bytes"]) == dict(best)
-    assert f"{model}, TP {tp_size}: {len(spec.state_layers)} states" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert f"{model}, TP {tp_size}: {len(spec.state_layers)} states" in " ".join(printed.split())
+    assert "…" not in printed, "nothing is cut at 80 columns"
 
 
 def test_wrong_keys_are_refused_before_anything_is_written(tmp_path):

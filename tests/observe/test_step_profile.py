@@ -83,12 +83,13 @@ def test_overlapping_kernels_count_once() -> None:
     assert found.idle_fraction == pytest.approx(0.2)
 
 
-def test_profile_of_a_step_on_the_cpu(tmp_path) -> None:
+def test_profile_of_a_step_on_the_cpu(tmp_path, capfd) -> None:
     size = random.randint(200, 300)
     weight, x = torch.randn(size, size), torch.randn(size, size)
     trace = tmp_path / "trace.json"
     found = profile_steps(lambda: torch.mm(x, weight).sort(), 4, torch.device("cpu"), trace)
     assert isinstance(found, StepProfile)
+    assert "profiler_st" not in capfd.readouterr().err, "Kineto's log stands among an experiment's tables"
     launches = {part.name: part.launches for part in found.parts}
     assert launches["dense products"] >= 1
     assert launches["routing"] >= 1
