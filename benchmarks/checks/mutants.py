@@ -235,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in faults:
             print(f"{fault.file}: {fault.name}")
         return 0
-    started = time.perf_counter()
+    from hybridcache.observe.environment import environment  # here: processes that run tests import this module
+
+    where, started = environment(), time.perf_counter()
     try:
         outcomes = try_faults(faults, jobs=args.jobs, tell=show)
     except RuntimeError as error:
@@ -243,10 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     counts = Counter(each.outcome for each in outcomes)
     if args.out is not None:
-        from hybridcache.observe.environment import environment
-
         record = {
-            "environment": environment(),
+            "environment": where,
             "seconds": round(seconds, 1),
             "planted": len(outcomes),
             **{name: counts[name] for name in ("killed", "survived", "stale")},
