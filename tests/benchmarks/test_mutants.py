@@ -41,12 +41,19 @@ def test_a_fault_dies_survives_or_is_stale(checkout: Path) -> None:
     assert [(each.outcome, each.by) for each in found] == [("killed", "test_shapes.py::test_area"), ("survived", "")]
     assert [try_fault(each, checkout).outcome for each in faults[2:]] == ["stale"] * 4
     assert (checkout / "shapes.py").read_text() == SOURCE, "a fault was left behind"
-    assert not list(checkout.rglob("__pycache__")), "a test ran in the checkout, or would run old bytecode"
+
+
+def test_faults_of_one_size_planted_within_a_second_are_told_apart(checkout: Path) -> None:
+    """Bytecode of the one before would be taken for the next one's."""
+    found = [try_fault(fault("width * height", new), checkout).outcome for new in ("height * width", "width + height")]
+    found += [try_fault(fault("width * height", new), checkout).outcome for new in ("width - height", "height*width  ")]
+    assert found == ["survived", "killed", "killed", "survived"]
+    assert list(checkout.rglob("*.pyc"))
 
 
 def test_a_test_that_does_not_end_notices(checkout: Path) -> None:
     endless = fault("return width * height", "while True: pass")
-    assert try_fault(endless, checkout, limit_s=10.0).outcome == "killed"
+    assert try_fault(endless, checkout, limit_s=5.0).outcome == "killed"
 
 
 def test_faults_prove_nothing_where_tests_fail_anyway(checkout: Path) -> None:

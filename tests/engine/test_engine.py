@@ -210,6 +210,26 @@ def test_moves_are_executed_before_the_tables_are_read():
     assert engine.backend.launches["block_copy[torch]"] > 0
 
 
+def test_pages_that_moved_are_read_where_they_are():
+    """The first request leaves 3 pages of 16 tokens behind it; the slot of the fourth closes the gap, so that the second one's
+    pages, beyond the holes, move into them while it decodes."""
+    requests = [([token] * n, SamplingParams(max_tokens=out)) for token, (n, out) in enumerate([(47, 2), (16, 60)])]
+    later = [([token] * 16, SamplingParams(max_tokens=12)) for token in (5, 6)]
+    one = make_strategy("two_ended", 1 << 20)
+    budget = 2 * one.slot_bytes + 5 * one.page_bytes + 1000
+    engine = make_engine("two_ended", budget, poison=True)
+    seqs = [engine.add_request(*request) for request in requests]
+    while seqs[0].status is not Status.FINISHED:
+        engine.step()
+    before = engine.strategy.kv_table(1).tolist()
+    seqs += [engine.add_request(*request) for request in later]
+    engine.step()
+    assert engine.strategy.bytes_moved > 0
+    assert engine.strategy.kv_table(1).tolist()[: len(before)] != before
+    engine.run()
+    assert [seq.output_ids for seq in seqs] == run_one_by_one([*requests, *later])
+
+
 def test_moves_that_fail_recompute_everything_running(monkeypatch):
     requests = stream(2, 4)
     engine = make_engine(budget=1 << 21)

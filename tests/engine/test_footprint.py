@@ -41,6 +41,13 @@ def test_parts_add_up_and_more_than_there_is_is_refused(monkeypatch):
         replace(memory, cache_bytes=memory.cache_bytes + 1).require(7, torch.device("cpu"))
 
 
+def test_the_workspace_is_everything_beside_weights_and_cache():
+    memory = Memory(
+        weight_bytes=1, cache_bytes=2, input_bytes=4, logits_bytes=8, graph_bytes=16, step_bytes=32, reserve_bytes=64
+    )
+    assert (memory.workspace_bytes, memory.total_bytes) == (4 + 8 + 16 + 32 + 64, 127)
+
+
 def test_an_engine_that_does_not_fit_is_refused_before_it_takes_anything(monkeypatch):
     monkeypatch.setattr("hybridcache.engine.footprint.room_on", lambda device: (1 << 20, "free here"))
     monkeypatch.setattr("hybridcache.engine.runner.CachePool", None)

@@ -1,10 +1,17 @@
 """What ``config.yaml`` records is what runs: every ``auto`` resolved, one key for one thing in all phases."""
 
+import re
+
 import pytest
 from command_line import ROOT
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments.lib.harness import experiment_module, settings_of
+from experiments.lib.settings import check_model_fields
+from experiments.lib.strategy_choices import choose_strategies
+from hybridcache.errors import UserError
+from models.configs import shipped_fields
 
 
 def recorded(experiment: str, *overrides: str):
@@ -123,3 +130,24 @@ def test_geometry_resolves_its_own() -> None:
         "tracking",
         "fast",
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["shared_pool", "two_ended", "shared_pool"], {}, "strategies='shared_pool': is named twice"),
+        (["shared_pool"], {"two_ended": {"page_size": 16}}, "strategy_options='two_ended': is not in strategies="),
+    ],
+)
+def test_a_comparison_names_each_strategy_once_and_no_options_of_others(names, options, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        choose_strategies(OmegaConf.create({"strategies": names, "strategy_options": options}))
+    (one,) = choose_strategies(OmegaConf.create({"strategies": names[:1], "strategy_options": {}}))
+    assert one.label == names[0]
+
+
+def test_a_misspelt_field_of_a_model_is_refused() -> None:
+    check_model_fields(shipped_fields("tiny"))
+    check_model_fields({**shipped_fields("tiny"), "my_own_note": 1})
+    with pytest.raises(UserError, match=r"model.hf_config.hidden_ac='silu': .* did you mean hidden_act\?"):
+        check_model_fields({**shipped_fields("tiny"), "hidden_ac": "silu"})

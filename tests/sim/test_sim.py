@@ -361,3 +361,12 @@ def test_the_number_of_devices_leaves_a_quarter_for_the_cache() -> None:
     weights = 2 * ModelParameters.from_config(fields).stored
     for share, ranks in ((0.67, 1), (0.68, 2), (0.9, 2), (1.34, 2), (1.36, 4)):
         assert least_ranks(fields, DeviceSpec(memory_bytes=weights / share)) == ranks, share
+
+
+def test_the_head_multiplies_what_is_sampled_and_no_more() -> None:
+    """1,500 rows decode beside 64 tokens of a prompt that samples nothing: 2 x 400 x 1,500 FLOPs outweigh 800 B of weights."""
+    rows = [ScheduledTokens(Sequence(i, 10, 9, num_computed=10, num_output=1), 10, 1) for i in range(1500)]
+    step = Step([*rows, ScheduledTokens(Sequence(1500, 100, 9), 0, 64)])
+    head = CostModel(PARAMETERS, SPEC, DEVICE).explain(step)["head"]
+    assert head == pytest.approx(2 * 400 * 1500 / 0.4e9)
+    assert head > 400 * 2 / 0.5e6

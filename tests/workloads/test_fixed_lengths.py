@@ -17,6 +17,7 @@ def test_requests_are_alike_and_seeded() -> None:
     assert one.name == "chat"
     assert {(r.prompt_tokens, r.output_tokens, r.arrival_s) for r in one.requests} == {(300, 5, 0.0)}
     ids = np.array([r.prompt_ids for r in one.requests])
+    assert len({r.prompt_ids for r in one.requests}) == 7, "prompts are independent"
     assert set(ids.ravel().tolist()) == set(range(first, first + 40))  # 2,100 draws miss one of 40 ids once in 10**21
     assert (
         one.requests[0].prompt_ids != build_workload("fixed_lengths", seed=seed + 1, **options).requests[0].prompt_ids
