@@ -252,29 +252,27 @@ def test_states_written_elsewhere_at_every_step_change_no_token(model, strategy,
 
 
 def test_prompts_resume_from_checkpoints(model_of_chosen_experts, record_property):
-    """Checkpoints inside prefill chunks and at their ends. Rows of other shapes round differently, so that a near-tie may flip
-    in bf16: tokens are compared as far as the first such flip, and most must agree."""
+    """Checkpoints inside prefill chunks and at their ends: the logits behind a resumed prompt are those of the whole prompt. (In
+    bf16 rows of other shapes round differently; which tokens that flips says little of a model with random weights.)"""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     head = [rng.randrange(1000, 150_000) for _ in range(900)]
     prompts = [head[:length] + [rng.randrange(1000, 150_000) for _ in range(40)] for length in (64, 200, 640, 900)]
-    model = model_of_chosen_experts
-    params = SamplingParams(max_tokens=16, ignore_eos=True)
-    fresh = make_engine(model, 1000, 20.0, mode="carve")
-    resumed = make_engine(model, 1000, 20.0, mode="carve")
+    fresh = make_engine(model_of_chosen_experts, 1000, 20.0, mode="carve")
+    resumed = make_engine(model_of_chosen_experts, 1000, 20.0, mode="carve")
     resumed.add_request(head, SamplingParams(max_tokens=1, ignore_eos=True, checkpoint_at=(64, 192, 640, 900)))
     resumed.run()
-    for engine in (fresh, resumed):
-        for prompt in prompts:
-            engine.add_request(prompt, params)
-        engine.run()
-        engine.strategy.check_integrity()
-    ours, theirs = resumed.sequences[1:], fresh.sequences
-    assert [seq.hit_tokens for seq in ours] == [64, 192, 640, 900], f"seed {seed}"
-    assert all(seq.finish_reason == "length" for seq in ours)
-    same = [
-        next((i for i, pair in enumerate(zip(a.output_ids, b.output_ids)) if pair[0] != pair[1]), 16)
-        for a, b in zip(ours, theirs)
-    ]
-    record_property("tokens until the first difference", same)
-    assert sum(same) >= 32, f"seed {seed}: {same}"
+    cosines, hits = [], []
+    for prompt in prompts:
+        logits = []
+        for engine in (fresh, resumed):
+            seq = engine.add_request(prompt, SamplingParams(max_tokens=1, ignore_eos=True))
+            engine.run()
+            assert seq.finish_reason == "length"
+            logits.append(engine.runner._logits[0].float().clone())  # a step of one row, under a graph
+        hits.append(seq.hit_tokens)
+        cosines.append(float(torch.cosine_similarity(*logits, dim=0)))
+    resumed.strategy.check_integrity()
+    record_property("cosines", cosines)
+    assert hits == [64, 192, 640, 900], f"seed {seed}"
+    assert min(cosines) > 0.998, f"seed {seed}: {cosines}"
