@@ -43,28 +43,16 @@ def share_states(engine) -> None:
     engine.scheduler.schedule, engine.runner.launch = scheduled, launched
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("label", PHYSICAL)
-def test_tokens_are_the_same_when_every_step_writes_states_elsewhere(label, overlap):
+@pytest.fixture(scope="module")
+def some_requests():
     seed = random.randrange(2**32)
     requests = stream(seed, 6)
-    engine = make_engine(label, 3 * tight(label, requests), CHUNKED, overlap=overlap, poison=True)
-    share_states(engine)
-    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
-    steps = 0
-    while engine.has_work:
-        engine.step()
-        engine.strategy.check_integrity()
-        steps += 1
-        assert steps < 3000, f"seed {seed}"
-    assert [seq.output_ids for seq in seqs] == run_one_by_one(requests), f"seed {seed}"
-    assert engine.moved_states > 50
+    return requests, run_one_by_one(requests), seed
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("label", PHYSICAL)
-def test_prompts_resume_from_checkpoints_and_give_the_same_tokens(label, overlap):
-    """Many prompts that begin alike, some long before others, in a tight pool: hits, evictions and preemptions."""
+@pytest.fixture(scope="module")
+def alike_requests():
+    """Prompts that begin alike, some of which ask for checkpoints; and their tokens."""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     head = [rng.randrange(101) for _ in range(200)]
@@ -76,6 +64,32 @@ def test_prompts_resume_from_checkpoints_and_give_the_same_tokens(label, overlap
         params = SamplingParams(max_tokens=rng.randrange(2, 20), checkpoint_at=places if i % 3 == 0 else ())
         requests.append((prompt, params))
     plain = [(prompt, replace(params, checkpoint_at=())) for prompt, params in requests]
+    return requests, run_one_by_one(plain), seed
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("label", PHYSICAL)
+def test_tokens_are_the_same_when_every_step_writes_states_elsewhere(label, overlap, some_requests):
+    requests, expected, seed = some_requests
+    engine = make_engine(label, 3 * tight(label, requests), CHUNKED, overlap=overlap, poison=True)
+    share_states(engine)
+    seqs = [engine.add_request(prompt, params) for prompt, params in requests]
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        engine.strategy.check_integrity()
+        steps += 1
+        assert steps < 3000, f"seed {seed}"
+    assert [seq.output_ids for seq in seqs] == expected, f"seed {seed}"
+    assert engine.moved_states > 50
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("label", PHYSICAL)
+def test_prompts_resume_from_checkpoints_and_give_the_same_tokens(label, overlap, alike_requests):
+    """Many prompts that begin alike, some long before others, in a tight pool: hits, evictions and preemptions."""
+    requests, expected, seed = alike_requests
+    rng = random.Random()
     engine = make_engine(
         label, tight(label, requests, factor=rng.choice([1.5, 3.0])), CHUNKED, overlap=overlap, poison=True
     )
@@ -87,7 +101,7 @@ def test_prompts_resume_from_checkpoints_and_give_the_same_tokens(label, overlap
         engine.strategy.check_integrity()
         steps += 1
         assert steps < 3000, f"seed {seed}"
-    assert [seq.output_ids for seq in seqs] == run_one_by_one(plain), f"seed {seed}"
+    assert [seq.output_ids for seq in seqs] == expected, f"seed {seed}"
     assert engine.checkpoints.hit_tokens == sum(seq.hit_tokens for seq in seqs) > 0, f"seed {seed}"
     assert not engine.strategy.residents
     while engine.checkpoints.drop_oldest():

@@ -11,7 +11,7 @@ import hybridcache
 
 PACKAGE = Path(hybridcache.__file__).parent
 WATCHED = tuple(str(PACKAGE / name) for name in ("engine", "strategies", "memory", "observe"))
-TRIALS = 8
+TRIALS = 4
 
 
 class InterruptAt:
@@ -40,13 +40,18 @@ class InterruptAt:
         return self._line
 
 
+@pytest.fixture(scope="module")
+def some_requests():
+    requests = stream(random.randrange(2**32), 5)
+    return requests, run_one_by_one(requests)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("label", PHYSICAL)
-def test_an_interrupt_at_any_line_of_a_step_loses_nothing(label, overlap):
+def test_an_interrupt_at_any_line_of_a_step_loses_nothing(label, overlap, some_requests):
     seed = random.randrange(2**32)
     rng = random.Random(seed)
-    requests = stream(rng.randrange(2**32), 5)
-    expected = run_one_by_one(requests)
+    requests, expected = some_requests
     interrupted = 0
     for _ in range(TRIALS):
         engine = make_engine(label, tight(label, requests), CHUNKED, overlap=overlap)

@@ -252,8 +252,8 @@ def test_states_written_elsewhere_at_every_step_change_no_token(model, strategy,
 
 
 def test_prompts_resume_from_checkpoints(model_of_chosen_experts, record_property):
-    """Checkpoints inside prefill chunks and at their ends: the logits behind a resumed prompt are those of the whole prompt. (In
-    bf16 rows of other shapes round differently; which tokens that flips says little of a model with random weights.)"""
+    """Checkpoints inside prefill chunks and at their ends: the logits behind a resumed prompt are those of the whole prompt.
+    (In bf16 rows of other shapes round differently; which tokens that flips says little of a model with random weights.)"""
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     head = [rng.randrange(1000, 150_000) for _ in range(900)]
