@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import yaml
 
@@ -215,6 +216,12 @@ def passes(outcomes: Sequence[Outcome]) -> bool:
     return not counts["stale"] and counts["killed"] >= SHARE * len(outcomes)
 
 
+def as_json(record: dict[str, Any], outcomes: Iterable[Outcome]) -> str:
+    """A record with its faults, a line each."""
+    rows = ",\n".join(f"  {json.dumps(asdict(each))}" for each in outcomes)
+    return f'{json.dumps(record, indent=1)[:-2]},\n "faults": [\n{rows}\n ]\n}}\n'
+
+
 def show(outcome: Outcome) -> None:
     print(f"{outcome.outcome:9} {outcome.name}{f'  [{outcome.by}]' if outcome.by else ''}", flush=True)
 
@@ -250,9 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds": round(seconds, 1),
             "planted": len(outcomes),
             **{name: counts[name] for name in ("killed", "survived", "stale")},
-            "faults": [asdict(each) for each in outcomes],
         }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        args.out.write_text(as_json(record, outcomes))
     print(f"{len(outcomes)} faults in {seconds:.0f} s: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     return 0 if passes(outcomes) else 1
 

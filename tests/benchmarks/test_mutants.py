@@ -1,5 +1,6 @@
 """The script that plants faults: it sees one die, one survive and one that is stale, and leaves the checkout alone."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_the_list_fits_the_tree() -> None:
             path, _, name = test.partition("::")
             text = (mutants.ROOT / path).read_text()
             assert f"def {name.partition('[')[0]}(" in text or not name, test
+
+
+def test_a_record_has_a_line_for_each_fault() -> None:
+    outcomes = [Outcome("x", "y.py", "killed", "t.py::t"), Outcome('"', "y.py", "survived")]
+    text = mutants.as_json({"planted": 2, "environment": {"python": "3"}}, outcomes)
+    assert json.loads(text)["faults"] == [vars(each) for each in outcomes]
+    assert json.loads(text)["environment"] == {"python": "3"}
+    assert sum("y.py" in line for line in text.splitlines()) == 2
 
 
 def test_a_list_that_plants_nothing_is_refused(tmp_path: Path) -> None:

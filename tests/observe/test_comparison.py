@@ -178,3 +178,16 @@ def test_common_requests_are_timed_from_the_first_of_them():
     run = make_run({"a": [0, 3, 4], "b": [1, 3, 4]}, output_tokens_per_s={"a": 10.0, "b": 90.0})
     verdict = compare(run, "simulation", "w").judge(RATE)
     assert verdict.means.to_dict() == pytest.approx({"a": 9 / 7, "b": 9 / 7})
+
+
+@pytest.mark.parametrize(
+    ("column", "best"),
+    [
+        ("output_tokens_per_s", "more"), ("residents_peak", "more"), ("utilization_mean", "more"),
+        ("preemptions", "less"), ("recomputed_tokens_preemption", "less"), ("ttft_p50_s", "less"), ("ttft_p99_s", "less"),
+        ("tpot_p50_s", "less"), ("tpot_p99_s", "less"),
+    ],
+)  # fmt: skip
+def test_what_is_better(column, best):
+    run = make_run({"less": [0, 1], "more": [0, 1]}, **{column: {"less": 2.0, "more": 3.0}})
+    assert compare(run, "simulation", "w").judge(BY_COLUMN[column]).best == [best]

@@ -57,6 +57,8 @@ def test_carve_shares_the_kernel_blocks_of_a_block() -> None:
     assert pool.admit(0, 17)  # a whole block and one kernel block of another
     assert pool.usage().kv_bytes == 3 * 1536
     assert pool.kv_table(0).tolist() == [4, 5, 6]
+    assert pool.usage().free == 6 * UNIT + 1536, "the other half of the last block is free"
+    pool.check_integrity()
     assert pool.admit(1, 8)
     assert pool.kv_table(1).tolist() == [7], "the other half of the block that is open"
     assert pool.admit(2, 8)  # states in 6 and 7; opens block 8
@@ -647,3 +649,25 @@ def test_layers_are_dealt_by_the_more_frequent_type_where_it_has_less_than_half_
     for attention, states, size in ((5, 7, 7), (7, 5, 7), (4, 6, 4), (3, 5, 3), (2, 2, 2)):
         pool = build_in(1 << 20, "padded_page", hybrid(attention, states, SPEC.attention, SPEC.state))
         assert pool.group_size == size, (attention, states)
+
+
+def test_states_that_only_a_released_request_reads_are_free() -> None:
+    pool = make("shared_pool", 10, **BLOCKS)
+    empty = pool.usage()
+    assert pool.admit(0, 16)
+    pool.checkpoint(0, 5)
+    assert pool.grow(0, 17)  # in states of its own; it reads the key's
+    pool.drop(5)
+    assert pool.usage().state_bytes == 4 * UNIT
+    pool.release(0)
+    assert pool.usage() == empty
+    pool.check_integrity()
+
+
+def test_tables_have_no_more_rows_than_the_budget_holds_states() -> None:
+    """16 requests' states are the whole budget, so a step has at most 16 rows: each 12 entries of states, then KV's."""
+    pool = make("shared_pool", 16, table_rows=1000, **BLOCKS)
+    assert pool.step_rows(1000) == 16
+    assert pool.step_rows(7) == 7
+    assert pool.table_bytes == 16 * (12 + -(-pool.request_limit() // 16)) * 4
+    assert pool.usage().reserved >= pool.table_bytes
