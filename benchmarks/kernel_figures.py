@@ -68,7 +68,7 @@ def show(console: Console, run_dir: Path, title: str, about: Sequence[str], sect
     for section in sections:
         if section.rows:
             console.print(f"\n[bold]{section.title}[/]")
-            table = Table(*section.headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+            table = Table(*section.headings, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
             for column, cells in zip(table.columns, zip(*section.rows)):
                 if all(each[:1].isdigit() or each in ("-", "failed") for each in cells):
                     # A figure is never cut short, whatever becomes of the names.
