@@ -19,7 +19,9 @@ from hybridcache.engine.step_output import HostTimes, StepOutput
 from hybridcache.errors import bad
 from hybridcache.kernels.backend import Backend
 from hybridcache.observe.metrics import Observation, Recorder
-from hybridcache.prefix.checkpoints import Checkpoints, check_positions
+from hybridcache.prefix.cache import PrefixCache
+from hybridcache.prefix.planned import check_positions
+from hybridcache.prefix.policy import PrefixPolicy
 from hybridcache.strategies.base import Strategy
 
 
@@ -53,6 +55,8 @@ class Engine:
         strategy: built with ``physical=True``.
         scheduler_config: policies; None for the defaults.
         backend: runs the cache operations.
+        prefix: which checkpoints are made and kept, so that later requests resume from them; None for those alone that
+            requests ask for (``SamplingParams.checkpoint_at``).
         recorder: observes every step. Without overlap the clock stands still while it records (how long that takes depends
             on the strategy); with overlap the clock runs on, since the device works meanwhile.
         seed: seeds the requests that have no seed of their own.
@@ -74,6 +78,7 @@ class Engine:
         scheduler_config: SchedulerConfig | None,
         backend: Backend,
         *,
+        prefix: PrefixPolicy | None = None,
         recorder: Recorder | None = None,
         seed: int = 0,
         eos_token_ids: Iterable[int] = (),
@@ -93,11 +98,9 @@ class Engine:
         self.backend = backend
         self.recorder = recorder
         self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
-        self.checkpoints = Checkpoints(strategy)
-        """States of prompts kept where requests asked for it (``SamplingParams.checkpoint_at``)."""
-        self.scheduler = Scheduler(
-            strategy, scheduler_config, before_release=self._before_release, checkpoints=self.checkpoints
-        )
+        self.prefix = PrefixCache(strategy, prefix, seed=seed)
+        """Checkpoints of what was computed, from which requests resume."""
+        self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release, prefix=self.prefix)
         self.runner = ModelRunner(
             model,
             strategy,
@@ -141,7 +144,7 @@ class Engine:
         params = params or SamplingParams()
         prompt = checked_prompt(prompt_ids, self._vocabulary)
         check_positions(params.checkpoint_at, len(prompt))
-        self.checkpoints.asked |= bool(params.checkpoint_at)
+        self.prefix.on |= bool(params.checkpoint_at)
         request = Request.of(
             self._next_id,
             prompt,
@@ -242,6 +245,7 @@ class Engine:
     def _step(self) -> StepOutput:
         started, output = self.now(), StepOutput()
         before, self._launched = self._launched, None
+        self.prefix.now_s = started
         step = self.scheduler.schedule()
         if self._failures.steps and len(groups := self._failures.groups(step)) > 1:
             self._settle(before, output)

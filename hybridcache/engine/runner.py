@@ -24,7 +24,8 @@ from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.pool import CachePool
 from hybridcache.memory.spans import Kind
-from hybridcache.prefix.checkpoints import POSITION_MULTIPLE, checkpoint_table
+from hybridcache.prefix.placement import POSITION_MULTIPLE
+from hybridcache.prefix.planned import checkpoint_table
 from hybridcache.strategies.base import Strategy
 
 

@@ -47,7 +47,7 @@ class SamplingParams:
         seed: seeds this request's randomness. None derives a seed from the engine's and the request's id.
         stop_token_ids: output ends after any of these; the token is part of the output.
         ignore_eos: do not end at the model's end-of-sequence token.
-        checkpoint_at: positions at which to keep the prompt's states (:mod:`hybridcache.prefix.checkpoints`).
+        checkpoint_at: positions at which to keep the prompt's states (:mod:`hybridcache.prefix.cache`).
 
     Raises: UserError where a value is out of range.
     """

@@ -10,14 +10,14 @@ exists at those positions.
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from itertools import repeat
-from typing import Any, cast
 
 import numpy as np
 
 from hybridcache.engine.policies import SchedulerConfig, check_length
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.engine.step import Cohort, ScheduledTokens, Step
-from hybridcache.prefix.checkpoints import Checkpoint, Checkpoints
+from hybridcache.prefix.cache import PrefixCache
+from hybridcache.prefix.points import Point
 from hybridcache.strategies.base import Strategy
 
 
@@ -32,7 +32,7 @@ class Scheduler:
         strategy: owns the memory.
         config: the policies; None for the defaults.
         before_release: called with a request's id before its memory is returned (tests poison it there).
-        checkpoints: what prompts may resume from; None for none yet.
+        prefix: what prompts may resume from; None for nothing.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Scheduler:
         strategy: Strategy,
         config: SchedulerConfig | None = None,
         before_release: Callable[[int], None] | None = None,
-        checkpoints: Checkpoints | None = None,
+        prefix: PrefixCache | None = None,
     ) -> None:
         self.strategy = strategy
-        self.checkpoints = Checkpoints(strategy) if checkpoints is None else checkpoints
+        self.prefix = PrefixCache(strategy) if prefix is None else prefix
         self.config = config or SchedulerConfig()
         self.before_release = before_release
         self.waiting: deque[Sequence] = deque()
@@ -68,6 +68,8 @@ class Scheduler:
         check_length(seq, self.strategy)
         seq.status = Status.WAITING
         self.waiting.append(seq)
+        if self.prefix.on:
+            self.prefix.submitted(seq)
 
     def schedule(self) -> Step:
         """Choose the next step and take memory for it. The step is empty only where there is no work."""
@@ -78,8 +80,8 @@ class Scheduler:
         if not step and self.has_work:
             counts = f"{len(self.running)} running, {len(self.waiting)} waiting"
             raise RuntimeError(f"{self.strategy.name}: no request can advance ({counts}, {self.strategy.usage()})")
-        if self.checkpoints.asked and step.cohort is None:
-            step.checkpoints = self.checkpoints.plan(step.items)
+        if self.prefix.on and step.cohort is None:
+            step.checkpoints = self.prefix.plan(step.items)
         return step
 
     def _schedule_again(self) -> Step | None:
@@ -174,7 +176,7 @@ class Scheduler:
                     continue
             # A request holds more already where a step was scheduled and not run.
             while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
-                if self.checkpoints.drop_oldest():
+                if self.prefix.make_room(urgent=True):
                     continue
                 victim = self.config.choose_victim(self.running)  # possibly seq itself
                 lost = chosen.pop(victim.seq_id, None)
@@ -200,9 +202,15 @@ class Scheduler:
 
     def _admit_waiting(self, chosen: dict[int, ScheduledTokens], budget: int, most: int | None = None) -> int:
         """Admit waiting requests, at most ``most``. Returns what is left of the token budget."""
-        while self.waiting and len(self.running) < self.config.max_running and most != 0:
-            seq = self.waiting[0]
-            found = self.checkpoints.find(cast(Any, seq))
+        at = 0
+        while at < len(self.waiting) and len(self.running) < self.config.max_running and most != 0:
+            seq = self.waiting[at]
+            found = None
+            if self.prefix.on:
+                if self.prefix.holds_back(seq):
+                    at += 1
+                    continue
+                found = self.prefix.find(seq)
             start = 0 if found is None else found.position
             tokens = seq.num_known - start
             if tokens > budget:
@@ -211,14 +219,19 @@ class Scheduler:
                     self._left_behind(seq)
                     break
             if not self._admit(seq, start + tokens, found):
-                if self.checkpoints.drop_oldest():
+                if found is not None and not self.running and not chosen:
+                    self.prefix.make_room(urgent=True)  # a hit that does not fit an empty pool becomes a miss
                     continue
                 break
-            if found is not None:
-                self.checkpoints.used(found)
-            seq.hit_tokens += start
+            if self.prefix.on:
+                self.prefix.admitted(seq, found, first=not seq.admissions)
+            if seq.admissions:
+                seq.refound_tokens += start
+            else:
+                seq.hit_tokens = start
+            seq.admissions += 1
             seq.num_computed = start
-            self.waiting.popleft()
+            del self.waiting[at]
             seq.status = Status.RUNNING
             self.running.append(seq)
             chosen[seq.seq_id] = ScheduledTokens(seq, seq.num_computed, tokens)
@@ -226,13 +239,22 @@ class Scheduler:
             most = None if most is None else most - 1
         return budget
 
-    def _admit(self, seq: Sequence, tokens: int, found: Checkpoint | None) -> bool:
-        """Take memory for the first ``tokens`` tokens; those of the checkpoint ``found`` are shared with it."""
+    def _admit(self, seq: Sequence, tokens: int, found: Point | None) -> bool:
+        """Take memory for the first ``tokens`` tokens; those of the checkpoint ``found`` are shared with it. Where memory is
+        short, checkpoints that nobody waits for are evicted, and ``found`` is taken over."""
         whole = seq.num_known if self.config.admission == "whole_prompt" else None
-        if found is None:
-            admitted = self.strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
-        else:
-            admitted = self.strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole)
+        strategy, idle = self.strategy, not self.running
+        while True:
+            if found is None:
+                admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
+            else:
+                admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole)
+            if admitted or not self.prefix.make_room(urgent=idle, but=found):
+                break
+        if not admitted and found is not None:
+            admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole, take_over=True)
+            if admitted:
+                self.prefix.forget(found)
         if admitted and self.config.watermark and self.running:
             free = self.strategy.usage().free
             if free < self.config.watermark * self.strategy.budget_bytes:
@@ -263,7 +285,7 @@ class Scheduler:
         """After an interrupt at whatever line: forget queue, running set and cohort, empty the strategy and drop all
         checkpoints. The requests that have not finished wait, in the order given."""
         self.strategy.reset()
-        self.checkpoints.clear()
+        self.prefix.clear()
         self._cohort, self._behind, self._decoding = None, None, []
         self.running.clear()
         self.ending.clear()
@@ -275,6 +297,8 @@ class Scheduler:
             seq.status, seq.num_computed = Status.WAITING, 0
             seq.num_output = seq.num_settled
             self.waiting.append(seq)
+            if self.prefix.on:
+                self.prefix.submitted(seq)
 
     def _leave(self, seq: Sequence) -> None:
         """Take a request from where it stands; one that runs returns its memory."""
@@ -286,6 +310,7 @@ class Scheduler:
         at[seq.status].remove(seq)
 
     def _wait_again(self, seq: Sequence) -> None:
+        self.prefix.left(seq)
         self._leave(seq)
         seq.status = Status.WAITING
         seq.num_computed = 0
@@ -327,12 +352,12 @@ class Scheduler:
         """Make the checkpoints of a launched step. A request that shares its states with one writes the next ones elsewhere, so
         the step cannot repeat."""
         if step.checkpoints:
-            self.checkpoints.keep(step.checkpoints)
+            self.prefix.keep(step.checkpoints)
             self._cohort = None
 
     def void(self, step: Step) -> None:
         """Discard the checkpoints of a step that failed: nobody may resume from them."""
-        self.checkpoints.discard(step.checkpoints)
+        self.prefix.discard(step.checkpoints, step.seqs)
 
     def _advance_all(self, cohort: Cohort) -> list[Sequence]:
         self.strategy.settle_states()
@@ -349,6 +374,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         """Retire a request whose last token is on its way."""
+        self.prefix.ending(seq)
         self._leave(seq)
         seq.status = Status.ENDING
         self.ending.append(seq)
@@ -394,7 +420,12 @@ class Scheduler:
         finished one stays as it is."""
         if seq.status is Status.FINISHED:
             return
+        if reason not in ("length", "stop"):
+            self.prefix.left(seq)
+        elif seq.status is Status.RUNNING:
+            self.prefix.ending(seq)
         self._leave(seq)
         seq.num_output = seq.num_settled
         seq.num_computed = min(seq.num_computed, seq.num_known)
         seq.status, seq.finish_s, seq.finish_reason = Status.FINISHED, now_s, reason
+        self.prefix.ended(seq)

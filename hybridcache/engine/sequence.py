@@ -39,7 +39,10 @@ class Sequence:
     recomputed_tokens: int = 0
     """Tokens whose cache was dropped at a preemption and had to be computed again."""
     hit_tokens: int = 0
-    """Tokens that the request did not compute, because it resumed from a checkpoint of them."""
+    """Tokens that the request did not compute when it was first admitted, because it resumed from a checkpoint of them."""
+    refound_tokens: int = 0
+    """Tokens that it did not compute again when it was admitted again."""
+    admissions: int = 0
     recomputed_after_failure: int = 0
     """Tokens whose cache was dropped because a step failed or was interrupted, and had to be computed again."""
     first_token_s: float | None = None

@@ -106,7 +106,7 @@ class Step:
         self.preempted = preempted or []
         self.cohort = cohort
         self.checkpoints: list[Any] = []
-        """Checkpoints that this step makes (:class:`~hybridcache.prefix.checkpoints.Planned`)."""
+        """Checkpoints that this step makes (:class:`~hybridcache.prefix.planned.Planned`)."""
         self._items = items if items is not None or cohort is not None else []
         self._starts = None if cohort is None else cohort.totals - 1
 

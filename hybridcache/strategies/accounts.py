@@ -228,9 +228,10 @@ class Accounts(ABC):
     def _fits(self, entries: int, states: bool) -> bool:
         """Whether ``entries`` units of KV, and one request's states where ``states``, can be had now."""
 
-    def _admits(self, entries: int) -> bool:
-        """Whether a new request may come in that needs ``entries`` units of KV for its whole prompt."""
-        return self._fits(entries, True)
+    def _admits(self, entries: int, states: bool = True) -> bool:
+        """Whether a new request may come in that needs ``entries`` units of KV for its whole prompt, and states of its own (it
+        takes over a checkpoint's otherwise)."""
+        return self._fits(entries, states)
 
     @abstractmethod
     def _take_states(self) -> MutableSequence[int]:

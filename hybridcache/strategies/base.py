@@ -146,11 +146,16 @@ class Strategy(Accounts):
         self._cache(key, self._residents[seq_id], self._take_state_set(), position)
         return True
 
-    def restore(self, seq_id: int, key: int, num_tokens: int, prompt_tokens: int | None = None) -> bool:
+    def restore(
+        self, seq_id: int, key: int, num_tokens: int, prompt_tokens: int | None = None, *, take_over: bool = False
+    ) -> bool:
         """As :meth:`admit`, of a request whose first ``cached_tokens(key)`` tokens are those of the key.
 
         Whole entries are shared; a partial one at the end is copied to one of its own by a move (:meth:`drain_moves`). Its read
         table names the key's states, its write table its own, until :meth:`settle_states`.
+
+        With ``take_over`` the request takes the key's states, and a partial entry that nobody else holds, as its own, and the
+        key owns nothing any more; False also where somebody else holds the states.
         """
         cached = self.cached_tokens(key)
         self._check_admission(seq_id, num_tokens, prompt_tokens)
@@ -159,25 +164,34 @@ class Strategy(Accounts):
                 "num_tokens", num_tokens, f"key {key} holds {cached} tokens; a request computes one more at least"
             )
         point, shared = self._checkpoints[key], cached // self._entry_tokens * self._entry_units
-        if not self._admits(self._entries(prompt_tokens or num_tokens) - shared):
+        if take_over:
+            if point.states.owners > 1:
+                return False
+            if point.kv.holders == 1:
+                shared = self._entries(cached)
+        if not self._admits(self._entries(prompt_tokens or num_tokens) - shared, states=not take_over):
             return False
-        one = Resident(self._take_state_set())
+        one = Resident(point.states if take_over else self._take_state_set())
         if shared:
             prefix = self._shared.ending(point.kv, shared)
             self._shared.enter(prefix)
             one.prefix, one.shared = prefix, shared
             for node in reversed([*prefix.path()]):
                 one.kv.extend(node.entries)
-        point.states.owners += 1
         if not point.states.residents:
             self._cached_state_units -= len(point.states.units)
-        point.states.residents += 1
-        self._reads[seq_id] = point.states
+        if not take_over:
+            point.states.owners += 1
+            point.states.residents += 1
+            self._reads[seq_id] = point.states
         self._join(seq_id, one, num_tokens)
-        tail = cached % self._entry_tokens
-        if tail:
+        tail = cached - shared // self._entry_units * self._entry_tokens
+        if tail > 0:
             node = next(n for n in point.kv.path() if n.end - len(n.entries) <= shared)
             self._copy_tail(node.entries[shared - node.end], one.kv[shared], tail)
+        if take_over:
+            del self._checkpoints[key]
+            self._shared.let_go(point.kv)
         return True
 
     def fork(self, seq_id: int, child: int, num_tokens: int) -> bool:
@@ -213,6 +227,21 @@ class Strategy(Accounts):
             self._cached_state_units -= len(states.units)
             self._return_states(states.units)
         self._shared.let_go(point.kv)
+
+    def releasable(self, key: int) -> int:
+        """Bytes that :meth:`drop` would free: what neither another cached owner nor a resident holds."""
+        self.cached_tokens(key)
+        point, cut = self._checkpoints[key], self.cut
+        states = len(point.states.units) * cut.state.num_bytes if point.states.owners == 1 else 0
+        entries, node = 0, point.kv
+        while node is not None and node.holders == 1:
+            entries, node = entries + len(node.entries), node.parent  # type: ignore[assignment]
+        return states + entries * cut.kv.num_bytes
+
+    def at_rest(self, seq_id: int, num_tokens: int) -> bool:
+        """Whether the last launched step left the resident's states after exactly these tokens, so that :meth:`checkpoint` may
+        be called: no further step has been prepared for it."""
+        return self.num_tokens(seq_id) == num_tokens and seq_id not in self._reads
 
     def cached_tokens(self, key: int) -> int:
         """Tokens before the cached owner's position."""

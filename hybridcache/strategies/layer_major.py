@@ -80,8 +80,8 @@ class LayerMajor(Strategy):
     def _fits(self, entries: int, states: bool) -> bool:
         return entries + states * self.state_groups <= len(self._free)
 
-    def _admits(self, entries: int) -> bool:
-        return entries + self.state_groups <= len(self._free) - self._watermark_blocks
+    def _admits(self, entries: int, states: bool = True) -> bool:
+        return entries + states * self.state_groups <= len(self._free) - self._watermark_blocks
 
     def _take_states(self) -> MutableSequence[int]:
         return self._free.take(self.state_groups)

@@ -110,10 +110,10 @@ class StaticSplit(Strategy):
     def _fits(self, entries: int, states: bool) -> bool:
         return entries <= len(self._free_pages) and states <= len(self._free_slots)
 
-    def _admits(self, entries: int) -> bool:
+    def _admits(self, entries: int, states: bool = True) -> bool:
         if len(self._residents) >= self.running_cap:
             return False
-        return entries <= len(self._free_pages) and self._slots_held <= len(self._free_slots)
+        return entries <= len(self._free_pages) and self._slots_held - (not states) <= len(self._free_slots)
 
     def _take_states(self) -> MutableSequence[int]:
         return self._free_slots.take(1)

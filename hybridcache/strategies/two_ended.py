@@ -69,8 +69,8 @@ class TwoEnded(Strategy):
     def _fits(self, entries: int, states: bool) -> bool:
         return entries * self.page_bytes + states * self.slot_bytes <= self._free_bytes()
 
-    def _admits(self, entries: int) -> bool:
-        charge = self.state_charge_tokens + entries * self.page_size
+    def _admits(self, entries: int, states: bool = True) -> bool:
+        charge = self.state_charge_tokens * states + entries * self.page_size
         return charge <= self._free_bytes() // self.spec.kv_bytes_per_token
 
     def _take_states(self) -> MutableSequence[int]:

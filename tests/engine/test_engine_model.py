@@ -119,7 +119,7 @@ def test_prompts_that_resume_from_checkpoints_give_the_same_tokens(label, case):
     sequences = [engine.add_request(prompt, params) for prompt, params in case.requests]
     engine.run()
     assert [sequence.output_ids for sequence in sequences] == case.expected, f"seed {case.seed}"
-    assert engine.checkpoints.hit_tokens >= sum(len(prompt) - 1 for prompt, _ in case.requests if len(prompt) > 1) / 2
+    assert engine.prefix.hit_tokens >= sum(len(prompt) - 1 for prompt, _ in case.requests if len(prompt) > 1) / 2
     engine.strategy.check_integrity()
 
 

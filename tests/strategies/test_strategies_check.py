@@ -37,8 +37,8 @@ BROKEN = {
         return super()._reserved() - 1
 """,
     "takes memory though it refuses": """
-    def _admits(self, entries):
-        if super()._admits(entries):
+    def _admits(self, entries, states=True):
+        if super()._admits(entries, states):
             return True
         if len(self._free):
             self._free.pop()

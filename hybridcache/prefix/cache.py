@@ -1,0 +1,474 @@
+"""PrefixCache: keeps states and KV of what was computed, so that later requests resume from them.
+
+A recurrent state cannot be cut, so a prompt can only go on from a position at which its states were kept: a *checkpoint*, an
+owner of blocks beside the running requests, which holds the states at its position and the KV up to there. Where the position
+is the end of a step, it shares the states that the step leaves (the request writes its next ones elsewhere); where it lies
+inside a prefill chunk, the prefill kernel writes them to blocks of the checkpoint's own; where a request ends, it takes them
+over. A request that begins with a checkpoint's tokens shares the KV, reads the states from the checkpoint and writes its own.
+
+Checkpoints never cost a running request its memory: when blocks are short they are evicted before anybody is preempted. A
+waiting request's checkpoint is evicted after all others, that of the last in the queue first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from hybridcache.prefix.eviction import NextUse, Values, make_eviction
+from hybridcache.prefix.index import Node, RadixIndex
+from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal
+from hybridcache.prefix.planned import Planned, Scheduled
+from hybridcache.prefix.points import Place, Point
+from hybridcache.prefix.policy import OFF, PrefixPolicy
+from hybridcache.strategies.base import Strategy
+
+
+class _Prompt:
+    """What is kept of a request from its submission to its end."""
+
+    __slots__ = ("branch", "found", "latest", "making", "tokens", "version", "wanted", "wanted_at")
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        self.wanted: Point | None = None
+        """The checkpoint that is kept for it while it waits."""
+        self.branch: Node | None = None
+        """Where it parts from another prompt: a checkpoint is made there, once."""
+        self.wanted_at: dict[int, Place] = {}
+        """Positions at which it is to keep a checkpoint."""
+        self.making: list[Node] = []
+        """Nodes of which it is the maker."""
+        self.latest: Point | None = None
+        """The checkpoint that its next one continues."""
+        self.found: Point | None = None
+        self.version = -1
+        """Of the cache when ``found`` was found."""
+
+
+class PrefixCache:
+    """All checkpoints over one strategy's memory.
+
+    Args:
+        strategy: holds their blocks; nobody else makes cached owners in it.
+        policy: None makes only those that requests ask for.
+        work: FLOPs of computing tokens ``a .. b - 1`` of a sequence, for the policies that weigh them; None counts tokens.
+        next_use: the future, for the bound (:class:`~hybridcache.prefix.eviction.Farthest`).
+        seed: of what is random in an eviction order.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        policy: PrefixPolicy | None = None,
+        *,
+        work: Callable[[int, int], float] | None = None,
+        next_use: NextUse | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.strategy = strategy
+        self.policy = policy or OFF
+        self.values = Values(work or (lambda a, b: float(b - a)), strategy.releasable)
+        self._order = make_eviction(self.policy.eviction, self.values, next_use=next_use, seed=seed)
+        self.on = bool(self.policy.placement)
+        """Whether requests are looked at: a policy places checkpoints, or a request asked for one."""
+        self.now_s = 0.0
+        """Time, as the driver of the scheduler tells it before each step."""
+        self.hit_tokens = 0
+        """Tokens that requests did not have to compute, counted at their first admission."""
+        self.evicted = 0
+        """Checkpoints evicted since construction."""
+        self._places = set(self.policy.placement)
+        self._share = int(self.policy.share * strategy.budget_bytes)
+        self._next_key = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything; the strategy holds no checkpoint any more."""
+        self.index = RadixIndex(self.policy.history_tokens)
+        self.depths = PartingDepths()
+        for point in getattr(self, "_points", {}).values():
+            point.live = False
+            self._order.remove(point)
+        self._points: dict[int, Point] = {}
+        """Live checkpoints by key."""
+        self._protected: OrderedDict[Point, None] = OrderedDict()
+        """Live checkpoints that waiting requests want, in the order in which they came."""
+        self._prompts: dict[int, _Prompt] = {}
+        self._handed: dict[int, tuple[int, int]] = {}
+        """``(key, position)`` of what requests that ended left, until all their tokens are known."""
+        self._left: OrderedDict[int, Point] = OrderedDict()
+        """The checkpoints that the last requests to end left, by request."""
+        self._version = 0
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    @property
+    def points(self) -> list[Point]:
+        """The live checkpoints, in order of creation."""
+        return list(self._points.values())
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def submitted(self, seq: Any) -> None:
+        """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
+        tokens = seq.tokens(0, seq.num_known).astype(np.int32)
+        prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
+        walk = self.index.walk(tokens)
+        found, known = None, walk.node
+        for node in walk.node.path():
+            point = node.point
+            if point is not None and node.end < len(tokens):
+                if known is walk.node:
+                    self._order.reused(point, self.now_s)
+                    point.touch(self.now_s)
+                    prompt.latest, known = point, node
+                if point.live:
+                    found = point
+                    break
+        if found is not None:
+            self._protect(found, prompt)
+        shared = min(walk.length, len(tokens) - 1)
+        if walk.node.end < walk.length or walk.node.children:
+            before = (walk.edge or walk.node).end
+            self.depths.parted(before - walk.length)
+        self._note_branch(seq.seq_id, prompt, walk.edge or walk.node, shared, walk)
+        leaf = self.index.insert(tokens)
+        leaf.owner = seq.seq_id
+
+    def _note_branch(self, seq_id: int, prompt: _Prompt, other: Node, shared: int, walk: Any) -> None:
+        """Where the prompt parts from another one, plan a checkpoint for both of them."""
+        position = floor_position(shared)
+        if "branch_points" not in self._places or position == 0:
+            return
+        whole = shared < walk.length
+        parts = walk.edge is not None or bool(walk.node.children) or whole
+        running = other.owner in self._prompts
+        if not (parts or running):
+            return  # it goes on where a sequence ended: no second way from here
+        known = prompt.latest
+        if known is not None and known.live and known.position >= position:
+            return
+        prompt.branch = self.index.insert(prompt.tokens[:position])
+        prompt.wanted_at[position] = Place.BRANCH
+        if running and other.owner != seq_id:
+            first = self._prompts[other.owner]  # type: ignore[index]
+            first.wanted_at.setdefault(position, Place.BRANCH)
+            first.branch = first.branch or prompt.branch
+
+    def holds_back(self, seq: Any) -> bool:
+        """Whether a waiting request had better wait: a running one is about to keep a checkpoint of tokens that it shares."""
+        prompt = self._prompts.get(seq.seq_id)
+        if prompt is None or prompt.branch is None:
+            return False
+        maker = prompt.branch.maker
+        return maker is not None and maker != seq.seq_id and maker in self._prompts
+
+    def find(self, seq: Any) -> Point | None:
+        """The deepest checkpoint from which the request can resume; None where there is none."""
+        prompt = self._prompts.get(seq.seq_id)
+        if prompt is None or not self._points:
+            return None
+        if prompt.version != self._version or len(prompt.tokens) != seq.num_known:
+            if len(prompt.tokens) != seq.num_known:
+                prompt.tokens = seq.tokens(0, seq.num_known).astype(np.int32)
+            path = self.index.walk(prompt.tokens).node.path()
+            alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
+            prompt.found, prompt.version = next(alive, None), self._version
+        return prompt.found
+
+    def admitted(self, seq: Any, found: Point | None, first: bool) -> None:
+        """The request was admitted, resuming from ``found``. Chooses where it will keep checkpoints.
+
+        Args:
+            seq: the request.
+            found: where it resumes.
+            first: whether this is its first admission; only these count as hits.
+        """
+        prompt = self._prompts.get(seq.seq_id)
+        if prompt is None:
+            return
+        self._release_wanted(prompt)
+        start = 0
+        if found is not None:
+            start = found.position
+            if first:
+                self.hit_tokens += start
+            found.touched_s = self.now_s
+            if found.live:
+                self._order.begun(found)
+                self._put(found)
+            prompt.latest = prompt.latest or found
+        self._choose_positions(seq, prompt, start)
+
+    def _choose_positions(self, seq: Any, prompt: _Prompt, start: int) -> None:
+        policy, end = self.policy, seq.num_known
+        inside: list[int] = []
+        if "every_n" in self._places:
+            inside += every_n(start, end - 1, policy.every)
+        if "log_spaced" in self._places:
+            inside += log_spaced(start, end, policy.every // 16)
+        if "optimal" in self._places:
+            inside += optimal(start, end, policy.num_optimal, self.depths, self.values.work)
+        if policy.retention == "last_k":  # earlier ones would be dropped as soon as the later ones are made
+            ends = ("prompt_end" in self._places) + ("generation_end" in self._places)
+            inside = sorted(set(inside))[-max(policy.last_k - ends, 1) :]
+        for position in inside:
+            prompt.wanted_at.setdefault(position, Place.INSIDE)
+        for position in getattr(seq.params, "checkpoint_at", ()) if hasattr(seq, "params") else ():
+            prompt.wanted_at[position] = Place.EXPLICIT
+        if "prompt_end" in self._places:
+            prompt.wanted_at.setdefault(end, Place.PROMPT_END)
+        prompt.wanted_at = {p: place for p, place in prompt.wanted_at.items() if p > start}
+        node = prompt.branch
+        if node is not None and node.end > start and node.maker is None and not _alive(node):
+            node.maker = seq.seq_id
+            prompt.making.append(node)
+
+    def left(self, seq: Any) -> None:
+        """The request gives its memory back without having ended (preempted, or to be recomputed)."""
+        prompt = self._prompts.get(seq.seq_id)
+        if prompt is not None:
+            self._stop_making(prompt)
+        self._drop_handed(seq.seq_id)
+
+    def ending(self, seq: Any) -> None:
+        """The request ends and is about to give its memory back: keep its states and KV."""
+        if "generation_end" not in self._places or seq.seq_id not in self._prompts:
+            return
+        if not self.strategy.at_rest(seq.seq_id, seq.num_computed):  # another step has been prepared for it
+            return
+        key = self._new_key()
+        self.strategy.checkpoint(seq.seq_id, key)
+        self._handed[seq.seq_id] = (key, seq.num_computed)
+
+    def ended(self, seq: Any) -> None:
+        """The request ended and all its tokens are known."""
+        prompt = self._prompts.pop(seq.seq_id, None)
+        if prompt is None:
+            return
+        self._release_wanted(prompt)
+        self._stop_making(prompt)
+        handed = self._handed.pop(seq.seq_id, None)
+        if handed is not None and handed[1] > seq.num_known:  # aborted while its last token was on its way
+            self.strategy.drop(handed[0])
+        elif handed is not None:
+            key, position = handed
+            point = self._publish(prompt, seq.tokens(0, position), key, Place.GENERATION_END)
+            self._left[seq.seq_id] = point
+            if len(self._left) > 1024:
+                self._left.popitem(last=False)
+        if self.policy.retention == "semantic" and prompt.latest is not None:
+            self._keep_semantic(prompt.latest)
+
+    # -- checkpoints of a step -------------------------------------------------------------------------------------
+
+    def plan(self, items: Iterable[Scheduled]) -> list[Planned]:
+        """The checkpoints that a step is to make; those inside a chunk take blocks of their own, and are not made where there
+        is no memory."""
+        planned = []
+        for item in items:
+            prompt = self._prompts.get(item.seq.seq_id)
+            if prompt is None or not prompt.wanted_at:
+                continue
+            for position in sorted(p for p in prompt.wanted_at if p <= item.end):
+                place = prompt.wanted_at.pop(position)
+                made = position > item.start and not self._lives(prompt, position)
+                if made:
+                    inside, key = position < item.end, self._new_key()
+                    made = not inside or self._reserve(item.seq.seq_id, key, position, place)
+                    if made:
+                        planned.append(Planned(key, item.seq, position, place, inside))
+                if not made:
+                    self._stop_making(prompt, position)
+        return planned
+
+    def _reserve(self, seq_id: int, key: int, position: int, place: Place) -> bool:
+        """Blocks for a checkpoint inside a chunk: free ones, or those of checkpoints that are worth less."""
+        while not self.strategy.reserve_checkpoint(seq_id, key, position):
+            if not self.make_room(urgent=False):
+                return False
+        return True
+
+    def _lives(self, prompt: _Prompt, position: int) -> bool:
+        walk = self.index.walk(prompt.tokens[:position])
+        return walk.node.end == position and _alive(walk.node)
+
+    def keep(self, planned: Iterable[Planned]) -> None:
+        """Make the checkpoints of a step that was launched: requests admitted after it may resume from them."""
+        for key, request, position, place, inside in planned:
+            if not inside:
+                self.strategy.checkpoint(request.seq_id, key)
+            prompt = self._prompts[request.seq_id]
+            self._publish(prompt, prompt.tokens[:position], key, place)
+            self._stop_making(prompt, position)
+
+    def discard(self, planned: Iterable[Planned], seqs: Iterable[Any] = ()) -> None:
+        """Drop the checkpoints of a step that failed, and what its requests left that have ended: they are void."""
+        for plan in planned:
+            point = self._points.get(plan.key)
+            if point is not None:
+                self._evict(point)
+            elif plan.key in self.strategy.cached:
+                self.strategy.drop(plan.key)
+            if (prompt := self._prompts.get(plan.request.seq_id)) is not None:
+                self._stop_making(prompt)
+        for seq in seqs:
+            self._drop_handed(seq.seq_id)
+            left = self._left.pop(seq.seq_id, None)
+            if left is not None and left.live:
+                self._evict(left)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def make_room(self, *, urgent: bool, but: Point | None = None) -> bool:
+        """Evict one checkpoint. False where none may be.
+
+        Args:
+            urgent: for a running request, or where nobody could run otherwise: also those that waiting requests want, and
+                pinned ones.
+            but: one to be left.
+        """
+        if not self._points and not self._handed:
+            return False
+        if but is not None:
+            self._order.remove(but)
+        victim = self._order.victim(self.now_s)
+        if but is not None and but.live and not but.wanted and not but.pinned:
+            self._put(but)
+        if victim is None and urgent:
+            victim = next((point for point in reversed(self._protected) if point is not but), None)
+            if victim is None and self._handed:
+                self._drop_handed(next(iter(self._handed)))
+                return True
+            if victim is None:
+                victim = next((point for point in self._points.values() if point is not but), None)
+        if victim is None:
+            return False
+        self._evict(victim)
+        self.evicted += 1
+        return True
+
+    def forget(self, point: Point) -> None:
+        """A checkpoint whose blocks a request took over."""
+        self._evict(point, dropped=True)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _new_key(self) -> int:
+        self._next_key += 1
+        return self._next_key - 1
+
+    def _put(self, point: Point) -> None:
+        if not point.wanted and not point.pinned:
+            self._order.put(point, self.now_s)
+
+    def _protect(self, point: Point, prompt: _Prompt) -> None:
+        prompt.wanted = point
+        point.wanted += 1
+        self._order.remove(point)
+        self._protected[point] = None
+
+    def _release_wanted(self, prompt: _Prompt) -> None:
+        point, prompt.wanted = prompt.wanted, None
+        if point is not None:
+            point.wanted -= 1
+            if not point.wanted:
+                self._protected.pop(point, None)
+                if point.live:
+                    self._put(point)
+
+    def _stop_making(self, prompt: _Prompt, position: int | None = None) -> None:
+        for node in prompt.making:
+            if position is None or node.end == position:
+                node.maker = None
+        prompt.making = [node for node in prompt.making if node.maker is not None]
+
+    def _drop_handed(self, seq_id: int) -> None:
+        handed = self._handed.pop(seq_id, None)
+        if handed is not None:
+            self.strategy.drop(handed[0])
+
+    def _publish(self, prompt: _Prompt, tokens: np.ndarray, key: int, place: Place) -> Point:
+        """Enter a checkpoint that the strategy holds under ``key``."""
+        node = self.index.insert(tokens.astype(np.int32, copy=False))
+        point = node.point
+        if point is not None and point.live:  # two requests of one step had the same tokens
+            self.strategy.drop(key)
+            return point
+        if point is None:
+            point = node.point = Point(key, node, place, self.now_s)
+        else:
+            point.key, point.live, point.place, point.made_s = key, True, place, self.now_s
+            point.touched_s = self.now_s
+        if prompt.latest is not None and prompt.latest is not point:
+            point.inherit(prompt.latest)
+        self._points[key] = point
+        point.superseded = place is Place.INSIDE
+        self.index.see(node)
+        before = point.live_before()
+        if before is not None and before.place is not Place.BRANCH:
+            self._order.superseded(before)
+        self._order.begun(point)
+        self._put(point)
+        if before is not None:
+            self._put(before)
+        prompt.latest = point
+        self._version += 1
+        self._retain(point)
+        return point
+
+    def _retain(self, point: Point) -> None:
+        """Drop checkpoints that the policy does not keep now that there is this one."""
+        if self.policy.retention == "last_k":
+            kept = 1
+            for node in list(point.node.path())[1:]:
+                other = node.point
+                if other is None or not other.live or other.pinned or other.wanted:
+                    continue
+                if other.place in (Place.BRANCH, Place.EXPLICIT) or len(node.children) > 1:
+                    continue
+                kept += 1
+                if kept > self.policy.last_k:
+                    self._evict(other)
+        elif self.policy.retention == "budget_share":
+            each = self.strategy.cut.states_per_request * self.strategy.cut.state.num_bytes
+            while len(self._points) * each > self._share and self.make_room(urgent=False, but=point):
+                pass
+
+    def _keep_semantic(self, point: Point) -> None:
+        for node in list(point.node.path()):
+            other = node.point
+            if other is not None and other.live and other.place is Place.INSIDE and not other.wanted:
+                self._evict(other)
+
+    def _evict(self, point: Point, dropped: bool = False) -> None:
+        """Drop a live checkpoint. Its node stays as long as its tokens are remembered."""
+        before, node = point.live_before(), point.node
+        if not dropped:
+            self.strategy.drop(point.key)
+        del self._points[point.key]
+        self._protected.pop(point, None)
+        point.live = False
+        self._order.remove(point)
+        self._version += 1
+        after = point.live_after()
+        if before is not None:
+            if not after and before.superseded:  # its sequence can only be resumed from there now
+                before.superseded = False
+                before.touched_s = max(before.touched_s, point.touched_s)
+                before.inherit(point)
+            self._put(before)
+        for other in after:
+            self._put(other)
+        if point.superseded and after and len(node.children) == 1 and node.maker is None:
+            node.point = None
+            self.index.join(node)
+        else:
+            self.index.see(node)
+
+
+def _alive(node: Node) -> bool:
+    return node.point is not None and node.point.live

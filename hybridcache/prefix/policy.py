@@ -1,0 +1,69 @@
+"""PrefixPolicy: where checkpoints are made, which are kept, and which go when blocks are short."""
+
+from dataclasses import dataclass
+
+from hybridcache.errors import bad, number, whole
+from hybridcache.prefix.eviction import ORDERS
+
+PLACEMENTS = ("prompt_end", "generation_end", "branch_points", "every_n", "log_spaced", "optimal")
+RETENTIONS = ("all", "last_k", "semantic", "budget_share")
+
+
+@dataclass(frozen=True)
+class PrefixPolicy:
+    """Prefix reuse as configuration.
+
+    Args:
+        placement: where checkpoints are made, any of :data:`PLACEMENTS`; none switches reuse off (checkpoints that requests
+            ask for with ``SamplingParams.checkpoint_at`` are made all the same).
+
+            * ``prompt_end``: after a prompt, before its first output token;
+            * ``generation_end``: the states of a request that ends are handed over as they are, at no cost;
+            * ``branch_points``: where prompts part, from the second one on (its position cut to a multiple of 64);
+            * ``every_n``: at multiples of ``every`` tokens;
+            * ``log_spaced``: before a prompt's end at distances that double, from ``every / 16``;
+            * ``optimal``: ``num_optimal`` positions that leave the least expected work, by dynamic programming over where
+              earlier prompts parted (Sparse Prefix Caching, arXiv 2605.05219).
+        every: tokens; a multiple of 64.
+        num_optimal: positions of ``optimal``.
+        retention: which checkpoints of a sequence stay when it goes on: ``all``; the ``last_k``; ``semantic``, those at the ends
+            of prompts and turns; ``budget_share``, as many as keep checkpoints' states within ``share`` of the budget.
+            Branch points and pinned prefixes stay under each.
+        last_k: how many.
+        share: of the budget, above 0 up to 1.
+        eviction: an order of :data:`~hybridcache.prefix.eviction.ORDERS`.
+        history_tokens: tokens remembered without a checkpoint.
+    """
+
+    placement: tuple[str, ...] = ("prompt_end", "generation_end", "branch_points", "every_n")
+    every: int = 8192
+    num_optimal: int = 4
+    retention: str = "last_k"
+    last_k: int = 2
+    share: float = 0.5
+    eviction: str = "reuse_density"
+    history_tokens: int = 1 << 24
+
+    def __post_init__(self) -> None:
+        given = self.placement
+        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            raise bad("prefix.placement", given, f"give a list of {', '.join(PLACEMENTS)}")
+        object.__setattr__(self, "placement", tuple(given))
+        for name in self.placement:
+            if name not in PLACEMENTS or self.placement.count(name) > 1:
+                raise bad("prefix.placement", name, f"choose some of {', '.join(PLACEMENTS)}, each once")
+        if whole("prefix.every", self.every) % 64:
+            raise bad("prefix.every", self.every, "give a multiple of 64, at which a prefill kernel can keep states")
+        whole("prefix.num_optimal", self.num_optimal)
+        if self.retention not in RETENTIONS:
+            raise bad("prefix.retention", self.retention, f"choose one of {', '.join(RETENTIONS)}")
+        whole("prefix.last_k", self.last_k)
+        if not 0 < number("prefix.share", self.share) <= 1:
+            raise bad("prefix.share", self.share, "give a share of the budget, above 0 up to 1")
+        if self.eviction not in ORDERS:
+            raise bad("prefix.eviction", self.eviction, f"choose one of {', '.join(ORDERS)}")
+        whole("prefix.history_tokens", self.history_tokens, 0)
+
+
+OFF = PrefixPolicy(placement=(), retention="all", eviction="lru")
+"""No checkpoints but those that requests ask for."""
