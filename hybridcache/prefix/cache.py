@@ -169,11 +169,11 @@ class PrefixCache:
     def find(self, seq: Any) -> Point | None:
         """The deepest checkpoint from which the request can resume; None where there is none."""
         prompt = self._prompts.get(seq.seq_id)
-        if prompt is None or not self._points:
+        if prompt is None:
             return None
-        if prompt.version != self._version or len(prompt.tokens) != seq.num_known:
-            if len(prompt.tokens) != seq.num_known:
-                prompt.tokens = seq.tokens(0, seq.num_known).astype(np.int32)
+        if len(prompt.tokens) != seq.num_known:  # it was preempted: its output is known by now
+            prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32), -1
+        if prompt.version != self._version:
             path = self.index.walk(prompt.tokens).node.path()
             alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
             prompt.found, prompt.version = next(alive, None), self._version
@@ -355,6 +355,21 @@ class PrefixCache:
         """A checkpoint whose blocks a request took over."""
         self._evict(point, dropped=True)
 
+    def check(self) -> None:
+        """Raise AssertionError where the books do not add up: index, live checkpoints, and what the strategy holds."""
+        self.index.check()
+        handed = [key for key, _ in self._handed.values()]
+        assert sorted([*self._points, *handed]) == sorted(self.strategy.cached), "a checkpoint has no blocks, or nobody's"
+        live = {node.point.key: node.point for node in self.index.nodes() if _alive(node)}
+        assert live == self._points, "a live checkpoint is not in the index"
+        for key, point in self._points.items():
+            assert self.strategy.cached_tokens(key) == point.position
+            assert point.wanted == sum(prompt.wanted is point for prompt in self._prompts.values())
+            assert (point in self._protected) == (point.wanted > 0)
+            assert (point.slot >= 0) == (not point.wanted and not point.pinned), "a checkpoint is lost to eviction"
+        making = {node for prompt in self._prompts.values() for node in prompt.making}
+        assert all(node.maker is not None for node in making)
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _new_key(self) -> int:
@@ -403,6 +418,8 @@ class PrefixCache:
         else:
             point.key, point.live, point.place, point.made_s = key, True, place, self.now_s
             point.touched_s = self.now_s
+            if point.wanted:  # by a request that came before it was evicted, and still waits
+                self._protected[point] = None
         if prompt.latest is not None and prompt.latest is not point:
             point.inherit(prompt.latest)
         self._points[key] = point

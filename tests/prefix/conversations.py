@@ -1,0 +1,100 @@
+"""Random conversations for an engine: many turns, shared beginnings, aborts; and what they say with everything off."""
+
+import random
+from dataclasses import dataclass, field
+
+from hybridcache.engine.sampling import SamplingParams
+
+
+@dataclass
+class Conversation:
+    """Turns to come; a turn's prompt is the last one, its output (sometimes cut or changed, as templates do), and new tokens."""
+
+    prompt: list[int]
+    turns: list[tuple[list[int], SamplingParams, float]]
+    """New tokens of each turn, its sampling, and how much of the last output the next prompt keeps."""
+    outputs: list[list[int]] = field(default_factory=list)
+
+    def next_prompt(self) -> list[int]:
+        new, _, kept = self.turns[len(self.outputs)]
+        if self.outputs:
+            last = self.outputs[-1]
+            self.prompt = self.prompt + last[: round(kept * len(last))]
+        self.prompt = self.prompt + new
+        return self.prompt
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.turns[len(self.outputs)][1]
+
+    @property
+    def done(self) -> bool:
+        return len(self.outputs) == len(self.turns)
+
+    def anew(self) -> "Conversation":
+        return Conversation(self.prompt, self.turns)
+
+
+def draw(seed: int, count: int, longest: int = 60) -> list[Conversation]:
+    """``count`` conversations of 1 to 5 turns; some begin with one of three heads, some exactly alike."""
+    rng = random.Random(seed)
+    heads = [[rng.randrange(101) for _ in range(rng.randrange(40, 200))] for _ in range(3)]
+    found = []
+    for i in range(count):
+        start = rng.choice([[], *heads])
+        start = start[: rng.choice([len(start), 64, 100])]
+        turns = []
+        for _ in range(rng.randrange(1, 6)):
+            params = SamplingParams(
+                max_tokens=rng.randrange(1, 16),
+                temperature=rng.choice([0.0, 0.0, 0.9]),
+                seed=rng.randrange(1000),
+                stop_token_ids=tuple(rng.sample(range(101), rng.choice([0, 0, 20]))),
+            )
+            new = [rng.randrange(101) for _ in range(rng.randrange(1, longest))]
+            turns.append((new, params, rng.choice([1.0, 1.0, 1.0, 0.5, 0.0])))
+        found.append(Conversation(start, turns))
+        if rng.random() < 0.2:
+            found.append(found[-1].anew())
+    return found[:count]
+
+
+def expected_outputs(engine, conversations: list[Conversation]) -> list[list[list[int]]]:
+    """One request at a time."""
+    for conversation in conversations:
+        while not conversation.done:
+            seq = engine.add_request(conversation.next_prompt(), conversation.params)
+            engine.run()
+            conversation.outputs.append(seq.output_ids)
+            engine.forget(seq.seq_id)
+    return [conversation.outputs for conversation in conversations]
+
+
+def converse(engine, conversations: list[Conversation], seed: int, check, aborts: float = 0.0) -> list[list[list[int]]]:
+    """All at once: turns begin as others end, and some are aborted and asked again. ``check`` is called after every step."""
+    rng = random.Random(seed)
+    idle, running = list(conversations), {}
+    while idle or running:
+        while idle and (rng.random() < 0.3 or not running):
+            conversation = idle.pop(rng.randrange(len(idle)))
+            before = conversation.prompt
+            seq = engine.add_request(conversation.next_prompt(), conversation.params)
+            running[seq.seq_id] = (seq, conversation, before)
+        engine.step()
+        check()
+        for seq_id, (seq, conversation, before) in list(running.items()):
+            if seq.finish_reason is None and rng.random() < aborts:
+                engine.abort(seq_id)
+                conversation.prompt = before
+                idle.append(conversation)
+            elif seq.finish_reason is None:
+                continue
+            elif seq.finish_reason in ("length", "stop"):
+                conversation.outputs.append(list(seq.output_ids))
+                if not conversation.done:
+                    idle.append(conversation)
+            else:
+                raise AssertionError(f"request {seq_id} ended by {seq.finish_reason}: {seq.error}")
+            del running[seq_id]
+            engine.forget(seq_id)
+    return [conversation.outputs for conversation in conversations]
