@@ -1,14 +1,12 @@
 """mooncake: the traces of Mooncake (Qin et al., FAST 2025), lengths and the hashes of every 512-token block of a prompt."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from hybridcache.errors import UserError, whole
+from hybridcache.errors import whole
 from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.trace_file import Line, Row, Window, open_text, trace_path
+from hybridcache.workloads.trace_file import Line, Row, Window, json_lines, trace_path
 
 BLOCK_TOKENS = 512
 """Tokens that one hash id stands for (the last block of a prompt may be shorter)."""
@@ -39,7 +37,7 @@ def mooncake(
     window = Window(max_requests, start_s, time_scale)
     vocab_size = whole("vocab_size", vocab_size, 2)
     found = trace_path(path, "Mooncake trace", "the GitHub repository kvcache-ai/Mooncake (FAST25-release/traces)")
-    rows = [_row(line, with_prompt_ids) for line in _lines(found)]
+    rows = [_row(line, with_prompt_ids) for line in json_lines(found)]
     chosen, source = window.choose(rows, found)
     blocks: dict[int, tuple[int, ...]] = {}
     requests = []
@@ -67,20 +65,6 @@ def _prompt_ids(row: Row, vocab_size: int, blocks: dict[int, tuple[int, ...]]) -
             blocks[hash_id] = block_ids(hash_id, vocab_size)
         ids += blocks[hash_id]
     return tuple(ids[: row.prompt_tokens])
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    with open_text(path) as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                fields = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: is no JSON ({error}); expected one object a line") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{path}, line {number}: is {text.strip()[:40]!r}; expected a JSON object")
-            yield Line(path, number, fields)
 
 
 def _row(line: Line, with_hashes: bool) -> Row:
