@@ -93,6 +93,8 @@ class Checkpoints:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.now_s = 0.0
+        """The time before the step that is scheduled next; the driver of a simulation sets it."""
         self.hit_tokens = 0
         """Tokens that requests did not have to compute."""
         self.asked = False

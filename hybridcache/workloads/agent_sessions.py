@@ -214,7 +214,7 @@ class _Live:
         self._waiting: _Turn | None = None
         """The last main request that has ended."""
         self.first = self._plan(session, max_tokens)
-        self._first_token = offset + BLOCK_TOKENS * np.arange(session.end_id, dtype=np.int64)
+        self._first_token = offset + BLOCK_TOKENS * np.arange(session.end_id, dtype=np.int32)
         """Of each block id, the token id at its start."""
         if share_system:
             system = self.first.blocks[: session.system_blocks]
@@ -275,9 +275,9 @@ class _Live:
             blocks = following.blocks
         length = turn.call.prompt_tokens + turn.call.output_tokens
         blocks = blocks[: -(-length // BLOCK_TOKENS)]
-        known = (self._first_token[blocks].astype(np.int32)[:, None] + np.arange(BLOCK_TOKENS, dtype=np.int32)).ravel()
-        known = known[:length]
-        return np.concatenate([known, unique.take(length - len(known))])
+        known = np.add.outer(self._first_token[blocks], np.arange(BLOCK_TOKENS, dtype=np.int32)).ravel()[:length]
+        missing = length - len(known)
+        return np.concatenate([known, unique.take(missing)]) if missing else known
 
 
 def _session(line: Line, max_think_s: float) -> _Session:

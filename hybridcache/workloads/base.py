@@ -4,7 +4,7 @@ A :class:`Workload` is open: its arrival times are fixed. In a closed loop the n
 one has ended; such a stream is a class of its own. Both are a :class:`Stream`, which says what arrives as others end.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from hybridcache.errors import UserError, bad, number, whole
 
 class LazyIds:
     """Token ids (int32) that are made anew whenever they are read, so that a long stream need not hold those of all its
-    requests at once. ``np.asarray`` gives all of them; iteration and indexing make all of them, too.
+    requests at once. ``np.asarray`` gives them.
 
     Args:
         length: how many.
@@ -30,12 +30,6 @@ class LazyIds:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self._make(), dtype=dtype)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._make().tolist())
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._make()[at]
 
 
 TokenIds = np.ndarray | tuple[int, ...] | LazyIds
