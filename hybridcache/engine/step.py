@@ -90,6 +90,20 @@ class Cohort:
         self.totals += 1
         self.pending = True
 
+    @property
+    def free_steps(self) -> int:
+        """How many more steps need no decision, if nobody joins: all requests go on, each in the memory that it holds."""
+        return max(min(self.steps_left - 1, int((self.room - self.totals).min())), 0)
+
+    def skip(self, steps: int) -> None:
+        """Count so many of the ``free_steps`` as run, their tokens as arrived (in simulation)."""
+        self.totals += steps
+        self.steps_left -= steps
+        for seq in self.seqs:
+            seq.num_computed += steps
+            seq.num_output += steps
+            seq.num_settled += steps
+
 
 class Step:
     """One step: decodes first, then prefill chunks. The requests in ``preempted`` lost their memory to make it possible.

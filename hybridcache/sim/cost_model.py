@@ -177,11 +177,34 @@ class CostModel:
             step: as the scheduler returned it, before ``complete``.
             bytes_moved: what compaction relocated for it.
         """
+        if step.cohort is not None:
+            decode_s = self.decode_s(len(step.cohort.ids), int(step.cohort.totals.sum()))
+            return decode_s + 2 * bytes_moved / self.device.bandwidth if bytes_moved else decode_s
         return sum(self.explain(step, bytes_moved).values())
 
+    def decode_s(self, rows: int, context: Any) -> Any:
+        """Seconds of a step in which ``rows`` requests decode and nothing else happens.
+
+        Args:
+            rows: at least one.
+            context: tokens in their caches together, the new ones included; an array for several such steps.
+        """
+        fixed = self._decode_fixed.get(rows)
+        if fixed is None:
+            terms = self._terms(StepWork(tokens=rows, sampled=rows, decode_rows=rows), 0)
+            self._decode_fixed[rows] = fixed = sum(terms.values())
+        return fixed + context * self._rates.kv_token
+
+    @cached_property
+    def _decode_fixed(self) -> dict[int, float]:
+        """By the number of rows: seconds of all that does not depend on their contexts."""
+        return {}
+
     def explain(self, step: Step, bytes_moved: int = 0) -> dict[str, float]:
-        """Seconds by term; they add up to :meth:`step_s`."""
-        work = StepWork.of(step.items)
+        """Seconds by term; they add up to :meth:`step_s`, but for rounding."""
+        return self._terms(StepWork.of(step.items), bytes_moved)
+
+    def _terms(self, work: StepWork, bytes_moved: int) -> dict[str, float]:
         p, d, r = self.parameters, self.device, self._rates
         tokens = work.tokens
         expert_bytes = self.experts_touched(tokens) * p.expert_layers * p.expert * self.weight_bytes

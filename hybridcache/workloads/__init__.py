@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from hybridcache.errors import bad
-from hybridcache.workloads.base import Request, Workload
+from hybridcache.workloads.base import Request, Stream, Workload, open_loop
 from hybridcache.workloads.resize import cut_to_size, with_text_prompts
 
 _READERS = {
@@ -15,14 +15,27 @@ _READERS = {
     "azure": "hybridcache.workloads.azure",
     "mooncake": "hybridcache.workloads.mooncake",
     "burstgpt": "hybridcache.workloads.burstgpt",
+    "agent_sessions": "hybridcache.workloads.agent_sessions",
+    "conversations": "hybridcache.workloads.conversations",
+    "shared_prompt": "hybridcache.workloads.shared_prompt",
 }
 WORKLOADS = tuple(_READERS)
 """Names that ``build_workload`` knows; a function of your own goes in by its dotted path."""
 
-__all__ = ["WORKLOADS", "Request", "Workload", "build_workload", "cut_to_size", "takes_seed", "with_text_prompts"]
+__all__ = [
+    "WORKLOADS",
+    "Request",
+    "Stream",
+    "Workload",
+    "build_workload",
+    "cut_to_size",
+    "open_loop",
+    "takes_seed",
+    "with_text_prompts",
+]
 
 
-def workload_builder(name: str) -> Callable[..., Workload]:
+def workload_builder(name: str) -> Callable[..., Stream]:
     """The function of that name, or the callable of that dotted path (``my_package.my_module.my_workload``).
 
     Raises:
@@ -38,7 +51,9 @@ def workload_builder(name: str) -> Callable[..., Workload]:
     except (ImportError, AttributeError) as error:
         raise bad("workload", name, f"cannot be imported ({error})") from error
     if not callable(found):
-        raise bad("workload", name, "is not callable; give a function or class that returns a Workload")
+        raise bad(
+            "workload", name, "is not callable; give a function or class that returns a Workload or another Stream"
+        )
     return found
 
 
@@ -47,11 +62,12 @@ def takes_seed(name: str) -> bool:
     return "seed" in inspect.signature(workload_builder(name)).parameters
 
 
-def build_workload(name: str, **options: Any) -> Workload:
-    """Make a workload.
+def build_workload(name: str, **options: Any) -> Stream:
+    """Make a workload. :func:`open_loop` narrows it for callers that need all arrivals beforehand.
 
     Args:
-        name: one of :data:`WORKLOADS`, or the dotted path of a callable that returns a :class:`Workload`.
+        name: one of :data:`WORKLOADS`, or the dotted path of a callable that returns a :class:`Workload` or another
+            :class:`Stream`.
         options: the keyword arguments of that callable, as it documents them.
 
     Raises:
@@ -71,6 +87,6 @@ def build_workload(name: str, **options: Any) -> Workload:
         if needed and option not in options:
             raise bad(option, None, f"workload {name} needs it")
     workload = builder(**options)
-    if not isinstance(workload, Workload):
+    if not isinstance(workload, Stream):
         raise bad("workload", name, f"returned a {type(workload).__name__}; return a hybridcache.workloads.Workload")
     return workload

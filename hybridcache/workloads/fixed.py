@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from hybridcache.errors import bad, whole
-from hybridcache.workloads.base import Request, Workload
+from hybridcache.errors import whole
+from hybridcache.workloads.base import Request, Workload, check_ids
 
 
 def fixed_lengths(
@@ -30,9 +30,7 @@ def fixed_lengths(
     """
     shape = (whole("num_requests", num_requests), whole("prompt_tokens", prompt_tokens))
     whole("output_tokens", output_tokens)
-    whole("first_id", first_id, 0)
-    if whole("end_id", end_id) <= first_id:
-        raise bad("end_id", end_id, f"must lie above first_id={first_id}")
+    check_ids(first_id, end_id)
     ids = np.random.default_rng(whole("seed", seed, 0)).integers(first_id, end_id, shape)
     requests = tuple(
         Request(i, 0.0, prompt_tokens, output_tokens, tuple(prompt)) for i, prompt in enumerate(ids.tolist())

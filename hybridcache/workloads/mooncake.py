@@ -1,14 +1,14 @@
 """mooncake: the traces of Mooncake (Qin et al., FAST 2025), lengths and the hashes of every 512-token block of a prompt."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from hybridcache.errors import UserError, whole
-from hybridcache.workloads.base import Request, Workload
-from hybridcache.workloads.trace_file import Line, Row, Window, open_text, trace_path
+from hybridcache.errors import whole
+from hybridcache.workloads.base import LazyIds, Request, Workload
+from hybridcache.workloads.trace_file import Line, Row, Window, json_lines, trace_path
 
 BLOCK_TOKENS = 512
 """Tokens that one hash id stands for (the last block of a prompt may be shorter)."""
@@ -29,8 +29,8 @@ def mooncake(
     Args:
         path: ``conversation_trace.jsonl``, ``toolagent_trace.jsonl``, ``synthetic_trace.jsonl`` or ``mooncake_trace.jsonl``.
         max_requests, start_s, time_scale: see :class:`Window`.
-        with_prompt_ids: give every request its token ids (8 bytes a token and more: combine with ``max_requests``).
-            Equal hashes become equal ids and different ones different ids, so the trace's prefix sharing survives.
+        with_prompt_ids: give every request its token ids, made when they are read (``LazyIds``). Equal hashes become equal
+            ids and different ones different ids, so the trace's prefix sharing survives.
         vocab_size: the ids lie in ``0 .. vocab_size - 1``.
 
     Raises:
@@ -39,48 +39,29 @@ def mooncake(
     window = Window(max_requests, start_s, time_scale)
     vocab_size = whole("vocab_size", vocab_size, 2)
     found = trace_path(path, "Mooncake trace", "the GitHub repository kvcache-ai/Mooncake (FAST25-release/traces)")
-    rows = [_row(line, with_prompt_ids) for line in _lines(found)]
+    rows = [_row(line, with_prompt_ids) for line in json_lines(found)]
     chosen, source = window.choose(rows, found)
-    blocks: dict[int, tuple[int, ...]] = {}
     requests = []
     for i, (arrival_s, row) in enumerate(chosen):
-        ids = _prompt_ids(row, vocab_size, blocks) if with_prompt_ids else None
+        ids = LazyIds(row.prompt_tokens, partial(_prompt_ids, row, vocab_size)) if with_prompt_ids else None
         requests.append(Request(i, arrival_s, row.prompt_tokens, row.output_tokens, ids))
     return Workload("mooncake", source, tuple(requests))
 
 
-def block_ids(hash_id: int, vocab_size: int) -> tuple[int, ...]:
-    """The token ids that stand for one hashed block: splitmix64 of ``hash_id * 512 + position``, modulo the vocabulary."""
-    first = (hash_id * BLOCK_TOKENS) & _MASK
-    x = np.uint64(first) + np.arange(1, BLOCK_TOKENS + 1, dtype=np.uint64)
+def block_ids(hash_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """The token ids (int32) that stand for hashed blocks: splitmix64 of ``hash_id * 512 + position``, modulo the
+    vocabulary."""
+    first = np.array([(hash_id * BLOCK_TOKENS) & _MASK for hash_id in hash_ids], dtype=np.uint64)
+    x = np.add.outer(first, np.arange(1, BLOCK_TOKENS + 1, dtype=np.uint64)).ravel()
     x *= np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return tuple(int(value) for value in (x ^ (x >> np.uint64(31))) % np.uint64(vocab_size))
+    return ((x ^ (x >> np.uint64(31))) % np.uint64(vocab_size)).astype(np.int32)
 
 
-def _prompt_ids(row: Row, vocab_size: int, blocks: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+def _prompt_ids(row: Row, vocab_size: int) -> np.ndarray:
     assert row.hash_ids is not None
-    ids: list[int] = []
-    for hash_id in row.hash_ids:
-        if hash_id not in blocks:
-            blocks[hash_id] = block_ids(hash_id, vocab_size)
-        ids += blocks[hash_id]
-    return tuple(ids[: row.prompt_tokens])
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    with open_text(path) as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                fields = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: is no JSON ({error}); expected one object a line") from error
-            if not isinstance(fields, dict):
-                raise UserError(f"{path}, line {number}: is {text.strip()[:40]!r}; expected a JSON object")
-            yield Line(path, number, fields)
+    return block_ids(row.hash_ids, vocab_size)[: row.prompt_tokens]
 
 
 def _row(line: Line, with_hashes: bool) -> Row:

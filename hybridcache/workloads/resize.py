@@ -6,6 +6,8 @@ from dataclasses import replace
 from fractions import Fraction
 from importlib.resources import files
 
+import numpy as np
+
 from hybridcache.errors import bad, whole
 from hybridcache.workloads.base import Request, Workload
 from hybridcache.workloads.byte_tokenizer import Tokenizer
@@ -65,13 +67,16 @@ def _scaled(request: Request, prompt_factor: Fraction, output_factor: Fraction, 
     prompt = max(int(request.prompt_tokens * prompt_factor), 1)
     ids = request.prompt_ids
     if ids is not None:
-        ids = tuple(ids[i * prompt_factor.denominator // prompt_factor.numerator] for i in range(prompt))
-    return Request(
-        request_id=request.request_id,
+        known = np.asarray(ids).tolist()
+        ids = tuple(known[i * prompt_factor.denominator // prompt_factor.numerator] for i in range(prompt))
+    return replace(
+        request,
         arrival_s=request.arrival_s * float(prompt_factor) if with_time else 0.0,
         prompt_tokens=prompt,
         output_tokens=max(int(request.output_tokens * output_factor), 1),
         prompt_ids=ids,
+        output_ids=None,
+        service_s=None,
     )
 
 
@@ -106,7 +111,7 @@ def with_text_prompts(workload: Workload, tokenizer: Tokenizer, seed: int = 0) -
 
 def _prompt(request: Request, text: list[int], vocab_size: int, seed: int) -> tuple[int, ...]:
     if request.prompt_ids is not None:
-        return tuple(token % vocab_size for token in request.prompt_ids)
+        return tuple((np.asarray(request.prompt_ids) % vocab_size).tolist())
     offset = random.Random(f"{seed}-{request.request_id}").randrange(len(text))
     repeats = -(-(offset + request.prompt_tokens) // len(text))
     return tuple((text * repeats)[offset : offset + request.prompt_tokens])

@@ -1,11 +1,13 @@
 """What the trace readers share: opening a file, naming a bad field, choosing a window, building the stream."""
 
 import csv
+import json
+import lzma
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from hybridcache.errors import UserError, bad, number, whole
 from hybridcache.workloads.base import Request, Workload
@@ -122,10 +124,34 @@ class Line:
         return found if math.isfinite(found) else None
 
 
+def json_lines(path: Path) -> Iterator[Line]:
+    """Lines of a file with one JSON object a line. Empty lines are skipped.
+
+    Raises:
+        UserError: a line that is no JSON object, or a file that cannot be unpacked.
+    """
+    with open_text(path) as file:
+        try:
+            for at, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                try:
+                    found = json.loads(text)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {at}: is no JSON ({error}); expected one object a line") from error
+                if not isinstance(found, dict):
+                    raise UserError(f"{path}, line {at}: is {text.strip()[:40]!r}; expected a JSON object")
+                yield Line(path, at, found)
+        except (lzma.LZMAError, EOFError) as error:
+            raise bad("path", str(path), f"cannot be unpacked ({error})") from error
+
+
 def open_text(path: Path) -> TextIO:
-    """The file as UTF-8 text, a byte order mark skipped and bad bytes shown as escapes (a reader then names the line)."""
+    """The file (unpacked where it ends in ``.xz``) as UTF-8 text, a byte order mark skipped and bad bytes shown as
+    escapes (a reader then names the line)."""
+    opened: Any = lzma.open if path.suffix == ".xz" else open
     try:
-        return path.open(encoding="utf-8-sig", errors="backslashreplace", newline="")
+        return opened(path, "rt", encoding="utf-8-sig", errors="backslashreplace", newline="")
     except OSError as error:
         raise bad("path", str(path), f"cannot be read ({error.strerror})") from error
 

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,12 +87,10 @@ def test_mooncake_ids_keep_the_sharing_of_hashes(tmp_path: Path) -> None:
     assert lengths(plain) == [(1300, 5), (1100, 5), (600, 5)]
     assert arrivals(plain) == [0.0, 3.0, 3.0]
     assert all(request.prompt_ids is None for request in plain.requests)
-    a, b, c = (
-        r.prompt_ids for r in build_workload("mooncake", path=path, with_prompt_ids=True, vocab_size=50_000).requests
-    )
-    assert a is not None
-    assert b is not None
-    assert c is not None
+    requests = build_workload("mooncake", path=path, with_prompt_ids=True, vocab_size=50_000).requests
+    assert all(np.asarray(r.prompt_ids).dtype == np.int32 for r in requests)
+    a, b, c = (np.asarray(r.prompt_ids).tolist() for r in requests)
+    assert [len(ids) for ids in (a, b, c)] == [1300, 1100, 600]
     assert a[:1024] == b[:1024]
     assert a[1024:1100] != b[1024:]
     assert c[:512] != a[:512]
@@ -103,11 +102,12 @@ def test_mooncake_ids_keep_the_sharing_of_hashes(tmp_path: Path) -> None:
 
 @given(hash_id=st.integers(-(1 << 70), 1 << 70), vocab=st.integers(2, 1 << 20))
 def test_block_ids_depend_on_the_hash_only(hash_id: int, vocab: int) -> None:
-    ids = block_ids(hash_id, vocab)
-    assert ids == block_ids(hash_id, vocab)
+    ids = block_ids([hash_id], vocab).tolist()
+    other = block_ids([hash_id + 1], vocab).tolist()
+    assert block_ids([hash_id + 1, hash_id], vocab).tolist() == other + ids
     assert len(ids) == 512
     assert 0 <= min(ids) <= max(ids) < vocab
-    assert ids != block_ids(hash_id + 1, vocab)
+    assert ids != other
 
 
 BURST_HEADER = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"

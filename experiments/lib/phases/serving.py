@@ -21,7 +21,7 @@ from hybridcache.errors import bad
 from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.observe.step_profile import profile_steps
-from hybridcache.workloads import build_workload
+from hybridcache.workloads import build_workload, open_loop
 from hybridcache.workloads.base import Workload
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def serving_streams(workloads: Any, vocabulary: int, seed: int) -> list[Workload
             raise bad(f"serving.workloads.{name}", shape, f"give {shape_text}")
         options = dict(zip(("num_requests", "prompt_tokens", "output_tokens"), shape))
         options |= {"first_id": min(1000, vocabulary // 2), "end_id": min(150_000, vocabulary)}
-        found.append(build_workload("fixed_lengths", **options, label=name, seed=seed))
+        found.append(open_loop(build_workload("fixed_lengths", **options, label=name, seed=seed)))
     return found
 
 
