@@ -243,18 +243,7 @@ class Scheduler:
         """Take memory for the first ``tokens`` tokens; those of the checkpoint ``found`` are shared with it. Where memory is
         short, checkpoints that nobody waits for are evicted, and ``found`` is taken over."""
         whole = seq.num_known if self.config.admission == "whole_prompt" else None
-        strategy, idle = self.strategy, not self.running
-        while True:
-            if found is None:
-                admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=whole)
-            else:
-                admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole)
-            if admitted or not self.prefix.make_room(urgent=idle, but=found):
-                break
-        if not admitted and found is not None:
-            admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=whole, take_over=True)
-            if admitted:
-                self.prefix.forget(found)
+        admitted = self.prefix.admit(seq, found, tokens, whole, urgent=not self.running)
         if admitted and self.config.watermark and self.running:
             free = self.strategy.usage().free
             if free < self.config.watermark * self.strategy.budget_bytes:

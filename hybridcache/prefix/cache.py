@@ -77,6 +77,7 @@ class PrefixCache:
         """Time, as the driver of the scheduler tells it before each step."""
         self.hit_tokens = 0
         """Tokens that requests did not have to compute, counted at their first admission."""
+        self.host_bytes = 0
         self.evicted = 0
         """Checkpoints evicted since construction."""
         self._places = set(self.policy.placement)
@@ -178,6 +179,31 @@ class PrefixCache:
             alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
             prompt.found, prompt.version = next(alive, None), self._version
         return prompt.found
+
+    def admit(self, seq: Any, found: Point | None, tokens: int, prompt: int | None = None, *, urgent: bool) -> bool:
+        """Take memory for the first ``tokens`` tokens of a request, resuming from ``found``. Where memory is short, checkpoints
+        are evicted, and at last ``found`` is taken over. False where that does not do.
+
+        Args:
+            seq: the request.
+            found: from :meth:`find`.
+            tokens: to be computed by the next step, and those before them.
+            prompt: ``prompt_tokens`` of :meth:`Strategy.admit`.
+            urgent: see :meth:`make_room`.
+        """
+        strategy = self.strategy
+        while True:
+            if found is None:
+                admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=prompt)
+            else:
+                admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt)
+            if admitted or not self.make_room(urgent=urgent, but=found):
+                break
+        if not admitted and found is not None:
+            admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
+            if admitted:
+                self._evict(found, dropped=True)
+        return admitted
 
     def admitted(self, seq: Any, found: Point | None, first: bool) -> None:
         """The request was admitted, resuming from ``found``. Chooses where it will keep checkpoints.
@@ -350,10 +376,6 @@ class PrefixCache:
         self._evict(victim)
         self.evicted += 1
         return True
-
-    def forget(self, point: Point) -> None:
-        """A checkpoint whose blocks a request took over."""
-        self._evict(point, dropped=True)
 
     def check(self) -> None:
         """Raise AssertionError where the books do not add up: index, live checkpoints, and what the strategy holds."""
