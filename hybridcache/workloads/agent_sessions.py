@@ -307,14 +307,16 @@ def _call(line: Line, fields: object, before: int, max_think_s: float) -> _Call:
     """One request; ``before`` is the number of blocks of the request before it."""
     if not isinstance(fields, list) or len(fields) != 7:
         raise line.bad("requests", fields, _FORM)
-    time_s, prompt, output, shared, runs, think_s, service_s = fields
-    one = Line(line.path, line.number, {"t_s": time_s, "input_tokens": prompt, "output_tokens": output, "shared": shared,
-                                        "think_s": think_s or 0.0, "api_s": service_s or 0.0})  # fmt: skip
+    names = ("t_s", "input_tokens", "output_tokens", "shared", "new", "think_s", "api_s")
+    one = Line(line.path, line.number, dict(zip(names, fields)))
     one.seconds("t_s")
     prompt, output, shared = one.tokens("input_tokens"), one.tokens("output_tokens", 0), one.tokens("shared", 0)
-    for name in ("think_s", "api_s"):
-        if one.seconds(name) < 0:
-            raise one.bad(name, one.fields[name], "a time of at least 0")
+    think_s = one.seconds("think_s") if fields[5] is not None else 0.0
+    service_s = one.seconds("api_s") if fields[6] is not None else None
+    for name, value in (("think_s", think_s), ("api_s", service_s or 0.0)):
+        if value < 0:
+            raise one.bad(name, value, "a time of at least 0")
+    runs = fields[4]
     if not isinstance(runs, list) or not all(_is_run(run) for run in runs):
         raise line.bad("new", runs, "a list of [first_id, count], of at least 0 and 1")
     if shared > before:
@@ -324,9 +326,8 @@ def _call(line: Line, fields: object, before: int, max_think_s: float) -> _Call:
         raise line.bad(
             "new", f"{count} blocks", f"{prompt // BLOCK_TOKENS} (input_tokens={prompt}) with the shared ones"
         )
-    service = None if service_s is None else one.seconds("api_s")
-    think = min(one.seconds("think_s"), max_think_s)
-    return _Call(prompt, max(output, 1), shared, tuple((at, n) for at, n in runs), think, service)
+    runs_found = tuple((at, number) for at, number in runs)
+    return _Call(prompt, max(output, 1), shared, runs_found, min(think_s, max_think_s), service_s)
 
 
 def _is_run(run: object) -> bool:
