@@ -96,7 +96,7 @@ class Cohort:
         return max(min(self.steps_left - 1, int((self.room - self.totals).min())), 0)
 
     def skip(self, steps: int) -> None:
-        """Count so many of the ``free_steps`` as run, their tokens as arrived (in simulation)."""
+        """Count so many further steps as run, their tokens as arrived (in simulation)."""
         self.totals += steps
         self.steps_left -= steps
         for seq in self.seqs:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Sequence
-from hybridcache.engine.step import Cohort
+from hybridcache.engine.step import Step
 from hybridcache.errors import bad
 from hybridcache.observe.metrics import Recorder
 from hybridcache.prefix.cache import PrefixCache
@@ -119,33 +119,40 @@ def simulate(
         if finished:
             arrivals.ended(finished, now)
         elif recorder is None and scheduler.runs_again(step):
-            now, skipped = _skip(scheduler, step.cohort, cost_model, now, arrivals.next_s)
+            now, skipped = _skip(scheduler, step, cost_model, now, arrivals.next_s)
             steps += skipped
     accepted = arrivals.accepted
     return SimulationResult(accepted, now - accepted[0].arrival_s if accepted else 0.0, steps, tuple(arrivals.refused))
 
 
-def _skip(
-    scheduler: Scheduler, cohort: Cohort | None, cost_model: CostModel, now_s: float, until_s: float
-) -> tuple[float, int]:
-    """Run the steps at once in which a cohort decodes and there is nothing to decide; what is seen afterwards is what it would
-    be had they run one by one. A request that waits found no memory in the last step, and finds none until one of the cohort
-    ends; where it found no tokens, nothing is skipped.
+def _skip(scheduler: Scheduler, step: Step, cost_model: CostModel, now_s: float, until_s: float) -> tuple[float, int]:
+    """Run the steps at once in which the cohort of the last step decodes and there is nothing to decide; what is seen
+    afterwards is what it would be had they run one by one. A request that waits found no memory in the last step, and finds
+    none until one of the cohort ends; where the last step did not look, or had no tokens for it, nothing is skipped.
 
     Returns:
         When the last of them has ended, and how many.
     """
+    cohort = step.cohort
     assert cohort is not None
-    rows, config = len(cohort.ids), scheduler.config
-    steps = cohort.free_steps
-    if not steps or (scheduler.waiting and config.max_tokens_per_step - rows < config.chunk_multiple):
+    rows, config, strategy = len(cohort.ids), scheduler.config, scheduler.strategy
+    free = cohort.free_steps
+    # Pages of one token leave no room: whoever holds some takes more for all steps at once.
+    by_token = strategy.cut.entry_tokens == 1
+    steps = cohort.steps_left - 1 if by_token else free
+    # Under a watermark an admission that fails moves free pages about.
+    looked = not (step.preempted or config.watermark) and config.max_tokens_per_step - rows >= config.chunk_multiple
+    if not steps or (scheduler.waiting and not looked):
         return now_s, 0
     contexts = int(cohort.totals.sum()) + rows * np.arange(1, steps + 1)
     times = np.cumsum(np.concatenate(([now_s], cost_model.decode_s(rows, contexts))))
     steps = int(np.searchsorted(times[:-1], until_s))
-    if steps:
-        cohort.skip(steps)
-        scheduler.strategy.fill(dict(zip(cohort.ids, cohort.totals.tolist())))
+    totals = dict(zip(cohort.ids, (cohort.totals + steps).tolist()))
+    if not steps or (steps > free and not strategy.grow_all(totals)):
+        return now_s, 0
+    strategy.fill(totals)
+    cohort.skip(steps)
+    np.maximum(cohort.room, cohort.totals, out=cohort.room)
     return float(times[steps]), steps
 
 

@@ -88,6 +88,14 @@ class Strategy(Accounts):
         self._total_tokens += sum(totals.values()) - sum(map(self._tokens.__getitem__, totals))
         self._tokens.update(totals)
 
+    def grow_all(self, totals: Mapping[int, int]) -> bool:
+        """What :meth:`grow` does, for many residents at once (tokens in all, by id). False, and no change, where memory for all
+        of them is short, or where one of them must take states of its own first."""
+        more = sum(max(self._entries(tokens) - len(self._residents[i].kv), 0) for i, tokens in totals.items())
+        if any(self._residents[i].states.owners > 1 for i in totals) or not self._fits(more, False):
+            return False
+        return all(self.grow(i, tokens) for i, tokens in totals.items())
+
     def release(self, seq_id: int) -> None:
         """Return everything that only this request holds."""
         held = self.num_tokens(seq_id)

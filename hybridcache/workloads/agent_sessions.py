@@ -13,55 +13,24 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from hybridcache.errors import UserError, bad, number, whole
+from hybridcache.workloads.agent_trace import BLOCK_TOKENS, Call, Session, read_session
 from hybridcache.workloads.base import Request, UniqueIds
-from hybridcache.workloads.trace_file import Line, json_lines, trace_path
+from hybridcache.workloads.trace_file import json_lines, trace_path
 
-BLOCK_TOKENS = 64
-"""Tokens that one block id stands for."""
 FIRST_STARTS_S = 60.0
 """The first ``live_sessions`` sessions start at moments drawn uniformly from so many seconds."""
-_FORM = "[t_s, input_tokens, output_tokens, shared, [[first_id, count], ...], think_s, api_s]"
-
-
-class _Call(NamedTuple):
-    """One recorded request."""
-
-    prompt_tokens: int
-    output_tokens: int
-    shared: int
-    """Blocks that are those of the request before it in reading order."""
-    runs: tuple[tuple[int, int], ...]
-    """``(first id, count)`` of the blocks behind."""
-    think_s: float
-    service_s: float | None
-
-
-@dataclass(frozen=True)
-class _Session:
-    """One line of the trace."""
-
-    lists: tuple[tuple[bool, tuple[_Call, ...]], ...]
-    """In reading order: whether it is a sub-agent's, and its requests (one, for a main request)."""
-    end_id: int
-    """Block ids lie below."""
-    system_blocks: int
-    """Whole blocks of tools and system prompt at the start of the first prompt."""
-
-    @property
-    def first_prompt_tokens(self) -> int:
-        return self.lists[0][1][0].prompt_tokens
 
 
 @dataclass(eq=False)
 class _Turn:
     """One request to be replayed."""
 
-    call: _Call
+    call: Call
     blocks: np.ndarray
     turn: int
     following: "_Turn | None" = None
@@ -107,23 +76,20 @@ def agent_sessions(
         "trace of agent sessions",
         "the GitHub repository callanjfox/kv-cache-tester, to be brought into the form of docs/adding_a_workload.md",
     )
-    for name, value, least in (
-        ("live_sessions", live_sessions, 1),
-        ("num_sessions", num_sessions, 1),
-        ("seed", seed, 0),
-    ):
-        whole(name, value, least)
-    whole("max_tokens", max_tokens)
+    counts = {"live_sessions": live_sessions, "num_sessions": num_sessions, "max_tokens": max_tokens}
+    for name, value in counts.items():
+        whole(name, value)
+    whole("seed", seed, 0)
     number("max_think_s", max_think_s)
     if not isinstance(share_system, bool):
         raise bad("share_system", share_system, "give true or false")
-    sessions = [_session(line, float(max_think_s)) for line in json_lines(found)]
+    sessions = [read_session(line, float(max_think_s)) for line in json_lines(found)]
     if not sessions:
         raise UserError(f"{found}: holds no session; give a trace with at least one")
     kept = [session for session in sessions if session.first_prompt_tokens <= max_tokens]
     if not kept:
         raise bad("max_tokens", max_tokens, f"every session of {found} begins with a longer prompt; raise it")
-    draw, order = random.Random(f"sessions-{seed}"), list[_Session]()
+    draw, order = random.Random(f"sessions-{seed}"), list[Session]()
     while len(order) < num_sessions:
         draw.shuffle(kept)
         order += kept
@@ -141,7 +107,7 @@ class AgentSessions:
     name = "agent_sessions"
 
     def __init__(
-        self, source: str, starts: Sequence[_Session], live: int, max_tokens: int, share_system: bool, seed: int
+        self, source: str, starts: Sequence[Session], live: int, max_tokens: int, share_system: bool, seed: int
     ) -> None:
         self.source = source
         self._options = (live, max_tokens, share_system, seed)
@@ -205,7 +171,7 @@ class AgentSessions:
 class _Live:
     """A session that runs: what it still has to do, and what its blocks hold."""
 
-    def __init__(self, number: int, session: _Session, max_tokens: int, offset: int, share_system: bool) -> None:
+    def __init__(self, number: int, session: Session, max_tokens: int, offset: int, share_system: bool) -> None:
         self.number = number
         self.running = 1
         """Requests that were released and have not ended."""
@@ -221,7 +187,7 @@ class _Live:
             self._first_token[system] = BLOCK_TOKENS * np.arange(len(system))
 
     @staticmethod
-    def _plan(session: _Session, max_tokens: int) -> _Turn:
+    def _plan(session: Session, max_tokens: int) -> _Turn:
         blocks, number = np.empty(0, np.int32), 0
         first = main = None
         for is_sub, calls in session.lists:
@@ -278,57 +244,3 @@ class _Live:
         known = np.add.outer(self._first_token[blocks], np.arange(BLOCK_TOKENS, dtype=np.int32)).ravel()[:length]
         missing = length - len(known)
         return np.concatenate([known, unique.take(missing)]) if missing else known
-
-
-def _session(line: Line, max_think_s: float) -> _Session:
-    expected = f"a list of requests {_FORM} and sub-agents {{'sub': [requests]}}, a request first"
-    items = line.get("requests", expected)
-    if not isinstance(items, list) or not items or isinstance(items[0], dict):
-        raise line.bad("requests", items if not isinstance(items, list) else items[:1], expected)
-    lists, before, end_id = [], 0, 0
-    for item in items:
-        is_sub = isinstance(item, dict)
-        calls = item.get("sub") if is_sub else [item]
-        if not isinstance(calls, list):
-            raise line.bad("sub", calls, "a list of requests")
-        read = []
-        for fields in calls:
-            call = _call(line, fields, before, max_think_s)
-            before = call.prompt_tokens // BLOCK_TOKENS
-            end_id = max([end_id, *(at + count for at, count in call.runs)])
-            read.append(call)
-        if read:
-            lists.append((is_sub, tuple(read)))
-    system = line.tokens("tool_tokens", 0) + line.tokens("system_tokens", 0)
-    return _Session(tuple(lists), end_id, system // BLOCK_TOKENS)
-
-
-def _call(line: Line, fields: object, before: int, max_think_s: float) -> _Call:
-    """One request; ``before`` is the number of blocks of the request before it."""
-    if not isinstance(fields, list) or len(fields) != 7:
-        raise line.bad("requests", fields, _FORM)
-    time_s, prompt, output, shared, runs, think_s, service_s = fields
-    one = Line(line.path, line.number, {"t_s": time_s, "input_tokens": prompt, "output_tokens": output, "shared": shared,
-                                        "think_s": think_s or 0.0, "api_s": service_s or 0.0})  # fmt: skip
-    one.seconds("t_s")
-    prompt, output, shared = one.tokens("input_tokens"), one.tokens("output_tokens", 0), one.tokens("shared", 0)
-    for name in ("think_s", "api_s"):
-        if one.seconds(name) < 0:
-            raise one.bad(name, one.fields[name], "a time of at least 0")
-    if not isinstance(runs, list) or not all(_is_run(run) for run in runs):
-        raise line.bad("new", runs, "a list of [first_id, count], of at least 0 and 1")
-    if shared > before:
-        raise line.bad("shared", shared, f"at most the {before} blocks of the request before it")
-    count = shared + sum(run[1] for run in runs)
-    if count != prompt // BLOCK_TOKENS:
-        raise line.bad(
-            "new", f"{count} blocks", f"{prompt // BLOCK_TOKENS} (input_tokens={prompt}) with the shared ones"
-        )
-    service = None if service_s is None else one.seconds("api_s")
-    think = min(one.seconds("think_s"), max_think_s)
-    return _Call(prompt, max(output, 1), shared, tuple((at, n) for at, n in runs), think, service)
-
-
-def _is_run(run: object) -> bool:
-    whole_numbers = isinstance(run, list) and len(run) == 2 and all(type(value) is int for value in run)
-    return whole_numbers and run[0] >= 0 and run[1] >= 1  # type: ignore[index]

@@ -38,6 +38,27 @@ def test_the_model_is_what_the_values_are_worked_out_for() -> None:
     assert (SPEC.kv_bytes_per_token, SPEC.kv_bytes_per_token_per_layer) == (192, 96)
 
 
+@pytest.mark.parametrize("name", ["byte_exact", "shared_pool"])
+def test_residents_grow_together_or_not_at_all(name: str) -> None:
+    """States of two requests (two blocks each in shared_pool) and a unit of tokens each: both grow by as much again, and not
+    by a token more."""
+    pool = make(name, 6 if name == "byte_exact" else 8, **(BLOCKS if name == "shared_pool" else {}))
+    assert pool.admit(0, 16)
+    assert pool.admit(1, 16)
+    assert not pool.grow_all({0: 33, 1: 32}), "a page more than there is"
+    assert [pool.num_tokens(i) for i in (0, 1)] == [16, 16]
+    assert pool.grow_all({0: 32, 1: 32})
+    assert [pool.num_tokens(i) for i in (0, 1)] == [32, 32]
+    assert pool.usage().free == 0
+    assert not pool.grow_all({1: 33})
+    assert pool.grow_all({0: 32, 1: 32}), "nothing to be taken"
+    pool.check_integrity()
+    pool.release(0)
+    pool.checkpoint(1, 0)
+    assert not pool.grow_all({1: 33}), "its states are another owner's, too"
+    assert pool.grow(1, 33)
+
+
 # -- shared_pool -------------------------------------------------------------------------------------------------------
 
 
