@@ -73,7 +73,7 @@ def test_tokens_are_prompt_and_output_while_a_request_runs(monkeypatch: pytest.M
     original, complete = Scheduler.schedule, Scheduler.complete
 
     def schedule(self: Scheduler) -> Step:
-        times.append((self.checkpoints.now_s, now[0]))
+        times.append((self.prefix.now_s, now[0]))
         step = original(self)
         for seq in step.seqs:
             assert isinstance(seq, SimulatedSequence)
