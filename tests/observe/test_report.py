@@ -285,10 +285,7 @@ def test_without_events_the_tables_remain_and_stale_figures_go(run_dir, tmp_path
 
 def test_one_strategy_and_one_request(tmp_path):
     path = write_run(
-        tmp_path / "one",
-        strategies={"shared_pool": ("shared_pool", {})},
-        lengths=(12,),
-        **{**SMALL, "requests": 1},
+        tmp_path / "one", strategies={"shared_pool": ("shared_pool", {})}, lengths=(12,), **{**SMALL, "requests": 1}
     )
     page = write_report(path).read_text()
     assert "Left out" not in page
