@@ -8,7 +8,7 @@ from collections.abc import Container
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 
 from models.layers.norms import RMSNorm
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         """Normalises and rotates q and k, stores the step's K and V, then attends: decode rows first, prefilling rows behind
         them."""
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.devices import capability, warn_once
@@ -151,7 +152,7 @@ def default_tiles(rows: int, state_dtype: torch.dtype) -> Tiles | SharedTiles:
     return in_registers(rows, state_dtype)
 
 
-def choose(layout: StateLayout, x_BC: torch.Tensor) -> Tiles | SharedTiles:
+def choose(layout: StateLayout, x_BC: Tensor) -> Tiles | SharedTiles:
     """:func:`default_tiles` where the device, the layout and the inputs allow it; else a cut in registers, and the reason is
     logged once. Dependent launch and the copies of ``hopper.py`` take compute capability 9.0 or later."""
     rows, state_dtype = x_BC.shape[0], torch_dtype(layout.recurrent_dtype)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import hopper
@@ -236,17 +237,17 @@ def options(tiles: Tiles | SharedTiles) -> dict[str, Any]:
 
 def gdn_decode(
     cache: StateCache,
-    x_BC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_BV: torch.Tensor,
-    b_BV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    position_B: torch.Tensor,
+    x_BC: Tensor,
+    conv_weight_CW: Tensor,
+    a_BV: Tensor,
+    b_BV: Tensor,
+    a_log_V: Tensor,
+    dt_bias_V: Tensor,
+    state_read_BL: Tensor,
+    state_write_BL: Tensor,
+    position_B: Tensor,
     tiles: Tiles | SharedTiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.StateOperations.gdn_decode`. Inputs may be slices whose last dimension has stride 1. The conv weight may have
     any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors, so it is the faster one, and neither order is copied.
 

@@ -10,6 +10,7 @@ Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
@@ -338,13 +339,13 @@ def hopper_state_kernel(
 
 
 def descriptors(
-    y: torch.Tensor, solve: torch.Tensor, score: torch.Tensor, gates: torch.Tensor, out_TVJ: torch.Tensor, block_k: int
+    y: Tensor, solve: Tensor, score: Tensor, gates: Tensor, out_TVJ: Tensor, block_k: int
 ) -> dict[str, TensorDescriptor]:
     """The kernel's tensor descriptors by parameter."""
     tile = TILE.value
     square, row = _shared_layouts(y.dtype)
 
-    def tiled(tensor: torch.Tensor, columns: int = tile) -> TensorDescriptor:
+    def tiled(tensor: Tensor, columns: int = tile) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [tile, columns], square)
 
     return {

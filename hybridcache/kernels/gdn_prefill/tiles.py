@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.devices import is_hopper, warn_once
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
@@ -100,7 +101,7 @@ def why_not_hopper(layout: StateLayout, dtype: torch.dtype, tiles: Tiles) -> str
     return None if tiles.chunk == 64 else f"chunk={tiles.chunk}: it takes 64"
 
 
-def choose(layout: StateLayout, x_TC: torch.Tensor, rows: int) -> Tiles:
+def choose(layout: StateLayout, x_TC: Tensor, rows: int) -> Tiles:
     """:func:`default_tiles` for inputs on their device. Where a Hopper device's Gluon kernel cannot carry the states, the
     reason is logged once."""
     return _choose(layout, x_TC.dtype, rows, x_TC.device)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
@@ -50,7 +51,7 @@ RING_TILE = 512
 """Channels of one program of the ring kernel."""
 
 
-def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+def gdn_prefill(cache: StateCache, x_TC: Tensor, *inputs: Any, **options: Any) -> Tensor:
     """See :meth:`.StateOperations.gdn_prefill`; arguments and errors are those of :class:`Prefill`."""
     call = Prefill(cache, x_TC, *inputs, **options)
     if call.tokens and call.rows:
@@ -71,17 +72,17 @@ class Prefill:
     """
 
     cache: StateCache
-    x_TC: torch.Tensor
-    conv_weight_CW: torch.Tensor
-    a_TV: torch.Tensor
-    b_TV: torch.Tensor
-    a_log_V: torch.Tensor
-    dt_bias_V: torch.Tensor
-    state_read_BL: torch.Tensor
-    state_write_BL: torch.Tensor
-    cu_seqlens: torch.Tensor
-    start_B: torch.Tensor
-    checkpoint_table_BNL: torch.Tensor | None = None
+    x_TC: Tensor
+    conv_weight_CW: Tensor
+    a_TV: Tensor
+    b_TV: Tensor
+    a_log_V: Tensor
+    dt_bias_V: Tensor
+    state_read_BL: Tensor
+    state_write_BL: Tensor
+    cu_seqlens: Tensor
+    start_B: Tensor
+    checkpoint_table_BNL: Tensor | None = None
     checkpoint_interval: int = 0
     tiles: Tiles | None = None
     """:func:`~hybridcache.kernels.gdn_prefill.tiles.choose` decides where None."""
@@ -103,7 +104,7 @@ class Prefill:
         # The interpreter casts to bfloat16 by cutting bits off: what goes from launch to launch stays exact there.
         between = torch.float32 if interpreting() else x_TC.dtype
 
-        def scratch(*shape: int, dtype: torch.dtype = between) -> torch.Tensor:
+        def scratch(*shape: int, dtype: torch.dtype = between) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         channels = 2 * self.k_heads * self.constant["BLOCK_K"] + v_heads * self.constant["HEAD_V"]
@@ -117,15 +118,15 @@ class Prefill:
     def _constants(self, *names: str) -> dict[str, Any]:
         return {name: self.constant[name] for name in names}
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self) -> tuple[Tensor, Tensor]:
         return self.cu_seqlens, self.start_B
 
-    def _checkpoints(self) -> tuple[torch.Tensor, int, int]:
+    def _checkpoints(self) -> tuple[Tensor, int, int]:
         """The table, or anything of its type where there is none, and its strides."""
         table = self.checkpoint_table_BNL
         return (self.state_write_BL, 0, 0) if table is None else (table, table.stride(0), table.stride(1))
 
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self) -> tuple[Tensor, Tensor]:
         return self.state_read_BL, self.state_write_BL
 
     def _table_strides(self) -> tuple[int, int]:
@@ -255,12 +256,7 @@ class Prefill:
 
 
 def _check(
-    layout: StateLayout,
-    x_TC: torch.Tensor,
-    a_TV: torch.Tensor,
-    b_TV: torch.Tensor,
-    checkpoint_table_BNL: torch.Tensor | None,
-    interval: int,
+    layout: StateLayout, x_TC: Tensor, a_TV: Tensor, b_TV: Tensor, checkpoint_table_BNL: Tensor | None, interval: int
 ) -> None:
     if x_TC.stride(-1) != 1 or a_TV.stride(-1) != 1 or b_TV.stride(-1) != 1:
         raise ValueError(

@@ -5,9 +5,9 @@ A program writes one token's K and V rows of up to ``BLOCK_H`` heads.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -99,12 +99,7 @@ def options() -> dict[str, Any]:
 
 
 def kv_store(
-    cache: AttentionCache,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
+    cache: AttentionCache, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor
 ) -> None:
     """See :meth:`.AttentionOperations.kv_store`. ``k_TKD`` and ``v_TKD`` may have any strides but that of
     the last dimension, which is 1."""

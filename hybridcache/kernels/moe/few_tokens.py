@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
@@ -116,15 +117,15 @@ def constants(hidden: int, inner: int, k: int, tiles: Tiles) -> tuple[dict[str, 
 
 
 def mixture(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
-    shared_gate_up_ID: torch.Tensor,
-    shared_down_DI: torch.Tensor,
+    x_TD: Tensor,
+    weight_Ts: Tensor,
+    expert_Tk: Tensor,
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
+    shared_gate_up_ID: Tensor,
+    shared_down_DI: Tensor,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.LayerOperations.mixture`; the shared expert is as wide as the others. Not for float64."""
     tokens, hidden = x_TD.shape
     k, inner = expert_Tk.shape[1], down_EDI.shape[2]

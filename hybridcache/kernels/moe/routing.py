@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, R router rows, k experts per token.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
@@ -46,7 +47,7 @@ def moe_route_kernel(
     tl.store(expert_ptr + token * TOP_K + slot, chosen, mask=slot < TOP_K)
 
 
-def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits_TR: Tensor, experts: int, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """See :meth:`.LayerOperations.route`. Weights are float32; of equal logits the first expert is chosen."""
     tokens = logits_TR.shape[0]
     weight_Ts = torch.empty((tokens, k + 1), dtype=torch.float32, device=logits_TR.device)

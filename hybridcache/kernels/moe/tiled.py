@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
@@ -255,15 +256,15 @@ def constants(
 
 
 def mixture(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
-    shared_gate_up_JD: torch.Tensor,
-    shared_down_DJ: torch.Tensor,
+    x_TD: Tensor,
+    weight_Ts: Tensor,
+    expert_Tk: Tensor,
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
+    shared_gate_up_JD: Tensor,
+    shared_down_DJ: Tensor,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.LayerOperations.mixture`. bfloat16 or float32; weights are float32, rows of the matrices
     are multiples of 16 bytes.
 
@@ -284,13 +285,13 @@ def mixture(
 
 
 def routed(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
+    x_TD: Tensor,
+    weight_Ts: Tensor,
+    expert_Tk: Tensor,
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Every assignment's weighted result, ``[T, k, D]``."""
     (tokens, k), (experts, hidden, inner) = expert_Tk.shape, down_EDI.shape
     assignments, device = tokens * k, x_TD.device

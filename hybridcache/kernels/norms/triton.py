@@ -6,6 +6,7 @@ Shapes: T tokens, D hidden, H heads, E head dim.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
@@ -101,9 +102,7 @@ def sigmoid_mul_kernel(
     tl.store(out_ptr + (token * HEADS + head[:, None]) * DIM + e[None, :], out, mask=inside)
 
 
-def add_norm(
-    x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :meth:`.LayerOperations.add_norm`. Not for float64; the last dimension has stride 1."""
     tokens, dim = x_TD.shape
     out_TD = torch.empty((tokens, dim), dtype=x_TD.dtype, device=x_TD.device)
@@ -128,9 +127,7 @@ def add_norm(
     return sum_TD, out_TD
 
 
-def gated_norm(
-    x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
-) -> None:
+def gated_norm(x_THE: Tensor, gate_THE: Tensor, weight_E: Tensor, eps: float, out_THE: Tensor) -> None:
     """See :meth:`.LayerOperations.gated_norm`. Not for float64; ``out`` is contiguous, the last dimension of
     the others has stride 1."""
     tokens, heads, dim = x_THE.shape
@@ -154,7 +151,7 @@ def gated_norm(
         )
 
 
-def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+def sigmoid_mul(x_THE: Tensor, gate_THE: Tensor, out_THE: Tensor) -> None:
     """See :meth:`.LayerOperations.sigmoid_mul`. Not for float64; ``out`` is contiguous, the last dimension of
     the others has stride 1."""
     tokens, heads, dim = x_THE.shape

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -209,14 +210,14 @@ def combine_options(dependent: bool) -> dict[str, Any]:
 
 def paged_decode(
     cache: AttentionCache,
-    q_BHD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    context_len_B: torch.Tensor,
+    q_BHD: Tensor,
+    kv_table_BN: Tensor,
+    context_len_B: Tensor,
     scale: float,
     *,
     num_splits: int | None = None,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.AttentionOperations.paged_decode`. Padding rows of the output are 0.
 
     Args:
@@ -264,7 +265,7 @@ def paged_decode(
     return out_BHD
 
 
-def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor, *, dependent: bool = False) -> None:
+def combine(part_BHSD: Tensor, lse_BHS: Tensor, out_BHD: Tensor, *, dependent: bool = False) -> None:
     """One launch of :func:`combine_kernel` on the results of S splits. ``dependent``: as a dependent launch, behind a kernel
     that allows it."""
     rows, num_heads, splits, v_dim = part_BHSD.shape

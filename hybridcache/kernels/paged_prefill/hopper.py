@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -33,16 +34,16 @@ def constants(layout: AttentionLayout, num_heads: int, ring: Ring) -> dict[str, 
 
 def paged_prefill(
     cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
+    q_THD: Tensor,
+    kv_table_BN: Tensor,
+    cu_seqlens: Tensor,
+    context_len_B: Tensor,
     scale: float,
     max_query_len: int,
     max_context_len: int,
     *,
     ring: Ring | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :func:`hybridcache.kernels.paged_prefill.triton.paged_prefill`, whose results and errors these are.
 
     Args:

@@ -4,6 +4,7 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, N table entries
 """
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.paged_decode.naive import gather
@@ -11,14 +12,14 @@ from hybridcache.kernels.paged_decode.naive import gather
 
 def paged_prefill(
     cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
+    q_THD: Tensor,
+    kv_table_BN: Tensor,
+    cu_seqlens: Tensor,
+    context_len_B: Tensor,
     scale: float,
     max_query_len: int,
     max_context_len: int,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.AttentionOperations.paged_prefill`. Returns float64."""
     layout = cache.layout
     group = q_THD.shape[1] // layout.num_kv_heads

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -258,16 +259,16 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tiles
 
 def paged_prefill(
     cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
+    q_THD: Tensor,
+    kv_table_BN: Tensor,
+    cu_seqlens: Tensor,
+    context_len_B: Tensor,
     scale: float,
     max_query_len: int,
     max_context_len: int,
     *,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """See :meth:`.AttentionOperations.paged_prefill`. Output of padding rows and of tokens behind the last
     row is 0. ``max_context_len`` is not needed.
 

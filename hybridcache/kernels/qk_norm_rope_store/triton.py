@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
@@ -175,18 +176,18 @@ def options() -> dict[str, Any]:
 
 def qk_norm_rope_store(
     cache: AttentionCache,
-    q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    q_weight_D: torch.Tensor,
-    k_weight_D: torch.Tensor,
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
     eps: float,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
-) -> torch.Tensor:
+    cos_TP: Tensor,
+    sin_TP: Tensor,
+    kv_table_BN: Tensor,
+    row_T: Tensor,
+    position_T: Tensor,
+) -> Tensor:
     """Normalise and rotate q and k of every token, write K and V to their addresses, return q.
 
     The norm is ``x / sqrt(mean(x^2) + eps) * (1 + weight)`` over the head dim; the rotation turns dims ``(i, i + P)`` by
