@@ -74,15 +74,9 @@ def paged_decode(
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    kv_table_BN: Tensor,
-    cu_seqlens: Tensor,
-    context_len_B: Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_prefill`. What stands in the output behind the last
     row is undefined.
 

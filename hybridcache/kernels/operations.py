@@ -29,19 +29,9 @@ class AttentionOperations(Protocol):
         """Write K and V of every token to its address, as they are."""
 
     def qk_norm_rope_store(
-        self,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        q_weight_D: Tensor,
-        k_weight_D: Tensor,
-        eps: float,
-        cos_TP: Tensor,
-        sin_TP: Tensor,
-        kv_table_BN: Tensor,
-        row_T: Tensor,
-        position_T: Tensor,
-    ) -> Tensor:
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, eps: float,
+        cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Norm of q and k, ``x / rms(x) * (1 + weight)`` over the head dim; rotation of dims ``(i, i + P)`` by the token's
         angle ``i``, dims from ``2 P`` on passing; then :meth:`kv_store`. Arithmetic is at least float32, and each result is
         rounded once to the inputs' dtype. Returns q, ``[T, H, D]`` in its dtype, contiguous."""
@@ -53,15 +43,9 @@ class AttentionOperations(Protocol):
         ...
 
     def paged_prefill(
-        self,
-        q_THD: Tensor,
-        kv_table_BN: Tensor,
-        cu_seqlens: Tensor,
-        context_len_B: Tensor,
-        scale: float,
-        max_query_len: int,
-        max_context_len: int,
-    ) -> Tensor:
+        self, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+        max_query_len: int, max_context_len: int,
+    ) -> Tensor:  # fmt: skip
         """Causal attention of each row's new tokens over its whole context, which is stored already. Row ``b`` has queries
         ``cu_seqlens[b] .. cu_seqlens[b + 1]``; its query ``i`` is at position ``context_len - query_len + i``.
         Returns ``[T, H, v_dim]`` in q's dtype; padding rows, and tokens behind the last row, are 0."""
@@ -79,36 +63,18 @@ class StateOperations(Protocol):
     """
 
     def gdn_decode(
-        self,
-        x_BC: Tensor,
-        conv_weight_CW: Tensor,
-        a_BV: Tensor,
-        b_BV: Tensor,
-        a_log_V: Tensor,
-        dt_bias_V: Tensor,
-        state_read_BL: Tensor,
-        state_write_BL: Tensor,
-        position_B: Tensor,
-    ) -> Tensor:
+        self, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor,
+        state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+    ) -> Tensor:  # fmt: skip
         """One token per row through conv, SiLU, q/k l2norm, gates and the delta rule. Returns ``[B, V, value dim]`` in x's
         dtype; padding rows are 0."""
         ...
 
     def gdn_prefill(
-        self,
-        x_TC: Tensor,
-        conv_weight_CW: Tensor,
-        a_TV: Tensor,
-        b_TV: Tensor,
-        a_log_V: Tensor,
-        dt_bias_V: Tensor,
-        state_read_BL: Tensor,
-        state_write_BL: Tensor,
-        cu_seqlens: Tensor,
-        start_B: Tensor,
-        checkpoint_table_BNL: Tensor | None = None,
-        checkpoint_interval: int = 0,
-    ) -> Tensor:
+        self, x_TC: Tensor, conv_weight_CW: Tensor, a_TV: Tensor, b_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor,
+        state_read_BL: Tensor, state_write_BL: Tensor, cu_seqlens: Tensor, start_B: Tensor,
+        checkpoint_table_BNL: Tensor | None = None, checkpoint_interval: int = 0,
+    ) -> Tensor:  # fmt: skip
         """A chunk of several tokens per row; ``start_B`` (int32) is the position of each row's first token. Reads the state
         that position ``start - 1`` left, writes the one after the last token.
 
@@ -157,15 +123,9 @@ class LayerOperations:
         raise NotImplementedError
 
     def mixture(
-        self,
-        x_TD: Tensor,
-        weight_Ts: Tensor,
-        expert_Tk: Tensor,
-        gate_up_EID: Tensor,
-        down_EDI: Tensor,
-        shared_gate_up_JD: Tensor,
-        shared_down_DJ: Tensor,
-    ) -> Tensor:
+        self, x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+        shared_gate_up_JD: Tensor, shared_down_DJ: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Weighted sum of each token's experts and the shared one, ``[T, D]``. Gate's rows come before up's."""
         raise NotImplementedError
 

@@ -48,22 +48,11 @@ class AttentionCase:
 
 
 def attention_case(
-    generator: torch.Generator,
-    *,
-    lengths: Sequence[int],
-    order: str = "block_major",
-    layers: int = 2,
-    kernel_block_tokens: int = 8,
-    kernel_blocks: int = 11,
-    kv_heads: int = 2,
-    k_dim: int = 256,
-    v_dim: int = 256,
-    dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
-    pool_bytes: int = 0,
-    extra_entries: int = 1,
+    generator: torch.Generator, *, lengths: Sequence[int], order: str = "block_major", layers: int = 2,
+    kernel_block_tokens: int = 8, kernel_blocks: int = 11, kv_heads: int = 2, k_dim: int = 256, v_dim: int = 256,
+    dtype: str = "bfloat16", device: str | torch.device = "cpu", pool_bytes: int = 0, extra_entries: int = 1,
     fill: Sequence[int] | None = None,
-) -> AttentionCase:
+) -> AttentionCase:  # fmt: skip
     """Requests of ``lengths`` tokens in shuffled blocks of a poisoned pool, K and V standard normal.
 
     Args:
@@ -146,24 +135,11 @@ class StateCase:
 
 
 def state_case(
-    generator: torch.Generator,
-    *,
-    positions: Sequence[int],
-    order: str = "block_major",
-    layers: int = 2,
-    k_heads: int = 16,
-    v_heads: int = 32,
-    key_dim: int = 128,
-    value_dim: int = 128,
-    width: int = 4,
-    state_dtype: str = "float32",
-    conv_dtype: str = "bfloat16",
-    dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
-    pool_bytes: int = 0,
-    apart: bool = False,
-    spare: int = 0,
-) -> StateCase:
+    generator: torch.Generator, *, positions: Sequence[int], order: str = "block_major", layers: int = 2,
+    k_heads: int = 16, v_heads: int = 32, key_dim: int = 128, value_dim: int = 128, width: int = 4,
+    state_dtype: str = "float32", conv_dtype: str = "bfloat16", dtype: str = "bfloat16",
+    device: str | torch.device = "cpu", pool_bytes: int = 0, apart: bool = False, spare: int = 0,
+) -> StateCase:  # fmt: skip
     """States of requests at ``positions`` in shuffled slots of a poisoned pool; position -1 makes a padding row.
 
     Args:

@@ -30,16 +30,9 @@ def resume(cache: StateCache, source: int, target: int, position: int) -> tuple[
 
 
 def step(
-    state_VIJ: Tensor,
-    ring_WC: Tensor,
-    x_C: Tensor,
-    conv_weight_CW: Tensor,
-    a_V: Tensor,
-    b_V: Tensor,
-    a_log_V: Tensor,
-    dt_bias_V: Tensor,
-    position: int,
-) -> tuple[Tensor, Tensor]:
+    state_VIJ: Tensor, ring_WC: Tensor, x_C: Tensor, conv_weight_CW: Tensor, a_V: Tensor, b_V: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, position: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token. ``state_VIJ`` is float64; all of it must be 0 at position 0. Writes ``x_C`` to its ring column.
 
     Returns:
@@ -69,17 +62,9 @@ def step(
 
 
 def gdn_decode(
-    cache: StateCache,
-    x_BC: Tensor,
-    conv_weight_CW: Tensor,
-    a_BV: Tensor,
-    b_BV: Tensor,
-    a_log_V: Tensor,
-    dt_bias_V: Tensor,
-    state_read_BL: Tensor,
-    state_write_BL: Tensor,
-    position_B: Tensor,
-) -> Tensor:
+    cache: StateCache, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
     """See :meth:`.StateOperations.gdn_decode`. Returns float64; padding rows are 0."""
     v_heads, _, value_dim = cache.layout.recurrent_shape
     out_BVJ = x_BC.new_zeros((x_BC.shape[0], v_heads, value_dim), dtype=torch.float64)

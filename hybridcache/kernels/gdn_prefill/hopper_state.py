@@ -58,26 +58,10 @@ def mma_layout(columns):
 
 @gluon.jit
 def copy_chunks(
-    keys_queries,
-    tiles,
-    gates,
-    full,
-    empty,
-    key_desc,
-    value_desc,
-    solve_desc,
-    score_desc,
-    gates_desc,
-    first_chunk,
-    chunks,
-    head,
-    k_channel,
-    q_channel,
-    v_channel,
-    V_HEADS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    keys_queries, tiles, gates, full, empty, key_desc, value_desc, solve_desc, score_desc, gates_desc, first_chunk,
+    chunks, head, k_channel, q_channel, v_channel,
+    V_HEADS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Bring chunk after chunk into the stages as they fall empty."""
     BYTES: gl.constexpr = (TILES * TILE + 2 * BLOCK_K) * TILE * 2 + GATES * TILE * 4
     for n in range(chunks):
@@ -130,37 +114,12 @@ def stored_tile(state_ptr, j0, BLOCK_K: gl.constexpr, KEY_DIM: gl.constexpr, VAL
 
 @gluon.jit
 def carry(
-    keys_queries,
-    tiles,
-    gates,
-    full,
-    empty,
-    out_tile,
-    out_desc,
-    out_ptr,
-    gates_ptr,
-    state_ptr,
-    read_ptr,
-    write_ptr,
+    keys_queries, tiles, gates, full, empty, out_tile, out_desc, out_ptr, gates_ptr, state_ptr, read_ptr, write_ptr,
     checkpoint_ptr,
-    checkpoint_stride_n,
-    state_stride,
-    first_chunk,
-    chunks,
-    begin,
-    end,
-    start,
-    interval,
-    checkpoints,
-    head,
-    j0,
-    V_HEADS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    KEY_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    CHECKPOINTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    checkpoint_stride_n, state_stride, first_chunk, chunks, begin, end, start, interval, checkpoints, head, j0,
+    V_HEADS: gl.constexpr, BLOCK_K: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    CHECKPOINTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Carry ``[value dims from j0 on, key dims]`` of a state through a row's chunks."""
     DTYPE: gl.constexpr = tiles.dtype
     layout: gl.constexpr = mma_layout(TILE)
@@ -254,39 +213,13 @@ def carry(
     do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def hopper_state_kernel(
-    out_ptr,
-    state_ptr,
-    key_desc,
-    value_desc,
-    solve_desc,
-    score_desc,
-    gates_desc,
-    out_desc,
-    gates_ptr,
-    first_ptr,
-    read_ptr,
-    write_ptr,
-    checkpoint_ptr,
-    cu_ptr,
-    start_ptr,
-    layer,
-    interval,
-    checkpoints,
-    read_stride: gl.int64,
-    write_stride: gl.int64,
-    checkpoint_stride_b: gl.int64,
-    checkpoint_stride_n: gl.int64,
-    state_base: gl.int64,
-    state_stride: gl.int64,
-    K_HEADS: gl.constexpr,
-    V_HEADS: gl.constexpr,
-    KEY_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    HEAD_V: gl.constexpr,
-    CHECKPOINTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    out_ptr, state_ptr, key_desc, value_desc, solve_desc, score_desc, gates_desc, out_desc, gates_ptr, first_ptr,
+    read_ptr, write_ptr, checkpoint_ptr, cu_ptr, start_ptr, layer, interval, checkpoints,
+    read_stride: gl.int64, write_stride: gl.int64, checkpoint_stride_b: gl.int64, checkpoint_stride_n: gl.int64,
+    state_base: gl.int64, state_stride: gl.int64,
+    K_HEADS: gl.constexpr, V_HEADS: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_K: gl.constexpr,
+    HEAD_V: gl.constexpr, CHECKPOINTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """A program carries 64 value dims of one value head of one row; arguments as ``state_kernel``'s."""
     tile = gl.program_id(0)
     head = gl.program_id(1)

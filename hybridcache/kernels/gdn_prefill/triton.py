@@ -137,33 +137,13 @@ class Prefill:
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "WIDTH", "CHUNK", "BLOCK_K", "HEAD_V", "SCALE", "EPS")
         gate_programs = ceil_div(self.v_heads, self.constant["GATE_HEADS"])
         launcher(conv_kernel)[(gate_programs + 2 * self.k_heads + self.v_heads, self.max_chunks)](
-            self.y,
-            self.gates,
-            self.index,
-            self.first,
-            self.out_TVJ,
-            self.x_TC,
-            self.conv_weight_CW,
-            self.a_TV,
-            self.b_TV,
-            self.a_log_V,
-            self.dt_bias_V,
-            self.cache.ring,
-            *self._tables(),
-            *self._rows(),
-            self.layer,
-            self.rows,
-            self.tokens,
-            self.x_TC.stride(0),
-            self.a_TV.stride(0),
-            self.b_TV.stride(0),
-            *self._table_strides(),
-            *self.cache.ring_place,
-            WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0),
-            WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
-            **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"),
-            num_warps=self.cut.conv_warps,
-        )
+            self.y, self.gates, self.index, self.first, self.out_TVJ, self.x_TC, self.conv_weight_CW, self.a_TV,
+            self.b_TV, self.a_log_V, self.dt_bias_V, self.cache.ring, *self._tables(), *self._rows(), self.layer,
+            self.rows, self.tokens, self.x_TC.stride(0), self.a_TV.stride(0), self.b_TV.stride(0),
+            *self._table_strides(), *self.cache.ring_place,
+            WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0), WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
+            **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"), num_warps=self.cut.conv_warps,
+        )  # fmt: skip
 
     def rings(self) -> None:
         """The conv rings of rows and of their checkpoints."""
@@ -171,23 +151,10 @@ class Prefill:
         ranks = table.shape[1] if self.constant["CHECKPOINTS"] else 1
         grid = (ceil_div(self.layout.conv_channels, RING_TILE), ranks, self.rows)
         launcher(ring_kernel)[grid](
-            self.cache.ring,
-            self.x_TC,
-            *self._tables(),
-            table,
-            *self._rows(),
-            self.layer,
-            self.checkpoint_interval,
-            self.x_TC.stride(0),
-            *self._table_strides(),
-            stride_b,
-            stride_n,
-            *self.cache.ring_place,
-            CHANNELS=self.layout.conv_channels,
-            BLOCK=RING_TILE,
-            **self._constants("WIDTH", "CHECKPOINTS"),
-            num_warps=4,
-        )
+            self.cache.ring, self.x_TC, *self._tables(), table, *self._rows(), self.layer, self.checkpoint_interval,
+            self.x_TC.stride(0), *self._table_strides(), stride_b, stride_n, *self.cache.ring_place,
+            CHANNELS=self.layout.conv_channels, BLOCK=RING_TILE, **self._constants("WIDTH", "CHECKPOINTS"), num_warps=4,
+        )  # fmt: skip
 
     def chunks(self) -> None:
         """``solve`` and ``score`` of every chunk."""
@@ -210,24 +177,11 @@ class Prefill:
         form = self._hopper_states() if self.cut.hopper else self._triton_states()
         kernel, descriptors, value_tile, options = form
         launcher(kernel)[(self.constant["HEAD_V"] // value_tile, self.v_heads, self.rows)](
-            self.out_TVJ,
-            self.cache.state,
-            *descriptors,
-            self.gates,
-            self.first,
-            *self._tables(),
-            table,
-            *self._rows(),
-            self.layer,
-            self.checkpoint_interval,
-            table.shape[1],
-            *self._table_strides(),
-            stride_b,
-            stride_n,
+            self.out_TVJ, self.cache.state, *descriptors, self.gates, self.first, *self._tables(), table, *self._rows(),
+            self.layer, self.checkpoint_interval, table.shape[1], *self._table_strides(), stride_b, stride_n,
             *self.cache.state_place,
-            **self._constants(*names),
-            **options,
-        )
+            **self._constants(*names), **options,
+        )  # fmt: skip
 
     def _triton_states(self) -> tuple[Any, list[TensorDescriptor], int, dict[str, Any]]:
         """Kernel, tensor descriptors, value dims of a program, options."""

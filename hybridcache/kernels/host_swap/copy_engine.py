@@ -113,14 +113,9 @@ class HostSwap:
         return runs
 
     def _start(
-        self,
-        runs: Sequence[tuple[int, int, int]],
-        source: Tensor,
-        target: Tensor,
-        host: HostPool,
-        slots: Sequence[int],
-        stream: torch.cuda.Stream | None,
-    ) -> Transfer:
+        self, runs: Sequence[tuple[int, int, int]], source: Tensor, target: Tensor, host: HostPool,
+        slots: Sequence[int], stream: torch.cuda.Stream | None,
+    ) -> Transfer:  # fmt: skip
         size = host.block_bytes
 
         def copy() -> None:

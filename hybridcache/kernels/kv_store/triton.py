@@ -21,34 +21,13 @@ TILE_ELEMENTS = 4096
 
 @triton.jit(do_not_specialize_on_alignment=["table_ptr", "row_ptr", "position_ptr"])
 def kv_store_kernel(
-    pool_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    row_ptr,
-    position_ptr,
-    table_stride: tl.int64,
-    k_stride_t: tl.int64,
-    k_stride_h: tl.int64,
-    v_stride_t: tl.int64,
-    v_stride_h: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int64,
-    kernel_stride: tl.int64,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int64,
-    v_token_stride: tl.int64,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    HEADS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    pool_ptr, k_ptr, v_ptr, table_ptr, row_ptr, position_ptr,
+    table_stride: tl.int64, k_stride_t: tl.int64, k_stride_h: tl.int64, v_stride_t: tl.int64, v_stride_h: tl.int64,
+    base: tl.int64, manager_stride: tl.int64, kernel_stride: tl.int64, kv_stride: tl.int64, k_token_stride: tl.int64,
+    v_token_stride: tl.int64, k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     table_row = table_ptr + tl.load(row_ptr + token).to(tl.int64) * table_stride
     # A padding row's position may be stale and lie beyond the table: its first entry alone says that it is one.
@@ -110,18 +89,7 @@ def kv_store(
     constant = constants(cache.layout)
     grid = (k_TKD.shape[0], ceil_div(cache.layout.num_kv_heads, constant["BLOCK_H"]))
     launcher(kv_store_kernel)[grid](
-        cache.pool,
-        k_TKD,
-        v_TKD,
-        kv_table_BN,
-        row_T,
-        position_T,
-        kv_table_BN.stride(0),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        v_TKD.stride(0),
-        v_TKD.stride(1),
-        **cache.strides,
-        **constant,
-        **options(),
-    )
+        cache.pool, k_TKD, v_TKD, kv_table_BN, row_T, position_T,
+        kv_table_BN.stride(0), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
+        **cache.strides, **constant, **options(),
+    )  # fmt: skip

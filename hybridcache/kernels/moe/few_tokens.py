@@ -38,18 +38,10 @@ class Tiles:
 
 @triton.jit
 def moe_gate_up_kernel(
-    x_ptr,
-    expert_ptr,
-    gate_up_ptr,
-    shared_ptr,
-    out_ptr,
+    x_ptr, expert_ptr, gate_up_ptr, shared_ptr, out_ptr,
     x_stride,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``silu(gate x) * (up x)`` of one assignment into ``out [T, s, I]`` (float32)."""
     assignment = tl.program_id(1).to(tl.int64)
     token, slot = assignment // (TOP_K + 1), assignment % (TOP_K + 1)
@@ -76,18 +68,9 @@ def moe_gate_up_kernel(
 
 @triton.jit
 def moe_down_kernel(
-    narrow_ptr,
-    weight_ptr,
-    expert_ptr,
-    down_ptr,
-    shared_ptr,
-    out_ptr,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+    narrow_ptr, weight_ptr, expert_ptr, down_ptr, shared_ptr, out_ptr,
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """``sum over slots of weight * (down narrow)`` of one token."""
     token = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -117,15 +100,9 @@ def constants(hidden: int, inner: int, k: int, tiles: Tiles) -> tuple[dict[str, 
 
 
 def mixture(
-    x_TD: Tensor,
-    weight_Ts: Tensor,
-    expert_Tk: Tensor,
-    gate_up_EID: Tensor,
-    down_EDI: Tensor,
-    shared_gate_up_ID: Tensor,
-    shared_down_DI: Tensor,
-    tiles: Tiles | None = None,
-) -> Tensor:
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+    shared_gate_up_ID: Tensor, shared_down_DI: Tensor, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.LayerOperations.mixture`; the shared expert is as wide as the others. Not for float64."""
     tokens, hidden = x_TD.shape
     k, inner = expert_Tk.shape[1], down_EDI.shape[2]

@@ -40,41 +40,15 @@ COMBINE_DIMS = 64
 
 @triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "length_ptr"])
 def paged_decode_kernel(
-    pool_ptr,
-    q_ptr,
-    table_ptr,
-    length_ptr,
-    out_ptr,
-    lse_ptr,
-    scale_log2,
-    splits,
-    q_stride_b: tl.int64,
-    q_stride_h: tl.int64,
-    table_stride: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int32,
-    kernel_stride: tl.int32,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int32,
-    v_token_stride: tl.int32,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    pool_ptr, q_ptr, table_ptr, length_ptr, out_ptr, lse_ptr, scale_log2, splits,
+    q_stride_b: tl.int64, q_stride_h: tl.int64, table_stride: tl.int64, base: tl.int64, manager_stride: tl.int32,
+    kernel_stride: tl.int32, kv_stride: tl.int64, k_token_stride: tl.int32, v_token_stride: tl.int32,
+    k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SAME_ROWS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Grid: (rows x KV heads x tiles of a group's heads, splits).
 
     ``out_ptr`` is the output ``[B, H, V_DIM]``, or with ``SPLIT`` the splits' own results ``[B, H, splits, V_DIM]``
@@ -137,15 +111,9 @@ def paged_decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
-    part_ptr,
-    lse_ptr,
-    out_ptr,
-    splits,
-    V_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
+    part_ptr, lse_ptr, out_ptr, splits,
+    V_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
     """Sum of the splits' results of one head, weighted by their shares of the softmax; 0 where no split has tokens."""
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_wait()
@@ -209,15 +177,9 @@ def combine_options(dependent: bool) -> dict[str, Any]:
 
 
 def paged_decode(
-    cache: AttentionCache,
-    q_BHD: Tensor,
-    kv_table_BN: Tensor,
-    context_len_B: Tensor,
-    scale: float,
-    *,
-    num_splits: int | None = None,
-    tiles: Tiles | None = None,
-) -> Tensor:
+    cache: AttentionCache, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float, *,
+    num_splits: int | None = None, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_decode`. Padding rows of the output are 0.
 
     Args:
@@ -245,21 +207,10 @@ def paged_decode(
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
     constant = constants(layout, num_heads, q_BHD.dtype, tiles, split=splits > 1, dependent=device.dependent_launch)
     launcher(paged_decode_kernel)[(programs, splits)](
-        cache.pool,
-        q_BHD,
-        kv_table_BN,
-        context_len_B,
-        part,
-        lse,
-        scale * LOG2_E,
-        splits,
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        kv_table_BN.stride(0),
-        **cache.strides,
-        **constant,
-        num_warps=tiles.num_warps,
-    )
+        cache.pool, q_BHD, kv_table_BN, context_len_B, part, lse, scale * LOG2_E, splits,
+        q_BHD.stride(0), q_BHD.stride(1), kv_table_BN.stride(0),
+        **cache.strides, **constant, num_warps=tiles.num_warps,
+    )  # fmt: skip
     if splits > 1:
         combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"])
     return out_BHD

@@ -33,17 +33,9 @@ def constants(layout: AttentionLayout, num_heads: int, ring: Ring) -> dict[str, 
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    kv_table_BN: Tensor,
-    cu_seqlens: Tensor,
-    context_len_B: Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-    *,
-    ring: Ring | None = None,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int, *, ring: Ring | None = None,
+) -> Tensor:  # fmt: skip
     """See :func:`hybridcache.kernels.paged_prefill.triton.paged_prefill`, whose results and errors these are.
 
     Args:
@@ -67,21 +59,9 @@ def paged_prefill(
     tile_tokens = QUERIES // (num_heads // layout.num_kv_heads)
     strides = {name: stride for name, stride in cache.strides.items() if name != "v_token_stride"}
     launcher(hopper_prefill_kernel)[((tokens // tile_tokens + rows + 1) * layout.num_kv_heads,)](
-        cache.pool,
-        q_THD,
-        kv_table_BN,
-        cu_seqlens,
-        context_len_B,
-        out_THD,
-        scale * LOG2_E,
-        rows,
-        tokens,
+        cache.pool, q_THD, kv_table_BN, cu_seqlens, context_len_B, out_THD, scale * LOG2_E, rows, tokens,
         rows.bit_length(),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        kv_table_BN.stride(0),
-        **strides,
-        **constants(layout, num_heads, ring),
-        num_warps=4,
-    )
+        q_THD.stride(0), q_THD.stride(1), kv_table_BN.stride(0),
+        **strides, **constants(layout, num_heads, ring), num_warps=4,
+    )  # fmt: skip
     return out_THD

@@ -11,15 +11,9 @@ from hybridcache.kernels.paged_decode.naive import gather
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    kv_table_BN: Tensor,
-    cu_seqlens: Tensor,
-    context_len_B: Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_prefill`. Returns float64."""
     layout = cache.layout
     group = q_THD.shape[1] // layout.num_kv_heads

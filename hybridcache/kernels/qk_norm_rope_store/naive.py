@@ -21,19 +21,9 @@ def norm_rotate(x_THD: Tensor, weight_D: Tensor, eps: float, cos_TP: Tensor, sin
 
 
 def qk_norm_rope_store(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    q_weight_D: Tensor,
-    k_weight_D: Tensor,
-    eps: float,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    kv_table_BN: Tensor,
-    row_T: Tensor,
-    position_T: Tensor,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor,
+    eps: float, cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+) -> Tensor:  # fmt: skip
     """See :func:`hybridcache.kernels.qk_norm_rope_store.triton.qk_norm_rope_store`. Returns float64."""
     k_rotated_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP).to(k_TKD.dtype)
     kv_store.kv_store(cache, k_rotated_TKD, v_TKD, kv_table_BN, row_T, position_T)

@@ -44,19 +44,9 @@ def _slots(layout: AttentionLayout, entry: Tensor, position: Tensor) -> tuple[Te
 
 
 def qk_norm_rope_store(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    q_weight_D: Tensor,
-    k_weight_D: Tensor,
-    eps: float,
-    cos_TP: Tensor,
-    sin_TP: Tensor,
-    kv_table_BN: Tensor,
-    row_T: Tensor,
-    position_T: Tensor,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor,
+    eps: float, cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+) -> Tensor:  # fmt: skip
     """q and k normalised and rotated, K and V stored; returns q."""
     k_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP)
     kv_store(cache, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
@@ -83,15 +73,9 @@ def paged_decode(
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: Tensor,
-    kv_table_BN: Tensor,
-    cu_seqlens: Tensor,
-    context_len_B: Tensor,
-    scale: float,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
-) -> Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int = 0, max_context_len: int = 0,
+) -> Tensor:  # fmt: skip
     """Causal attention of each row's queries, the row's last positions, over its whole stored context.
 
     Rows of like lengths are padded into groups; a long row is a group of its own and needs no mask where it starts at
@@ -178,13 +162,9 @@ def _attend_row(q_RHQD: Tensor, k_RKLD: Tensor, v_RKLD: Tensor, scale: float) ->
 
 
 def _attend_group(
-    out_THD: Tensor,
-    q_THD: Tensor,
-    cache: AttentionCache,
-    kv_table_BN: Tensor,
-    group: list[tuple[int, int, int, int]],
+    out_THD: Tensor, q_THD: Tensor, cache: AttentionCache, kv_table_BN: Tensor, group: list[tuple[int, int, int, int]],
     scale: float,
-) -> None:
+) -> None:  # fmt: skip
     """Several rows, padded to one number of queries and of positions; the last row of the output takes the padding."""
     lengths, counts, begins, rows = (list(column) for column in zip(*group))
     length_R, count_R, begin_R, row_R = torch.tensor([lengths, counts, begins, rows], device=q_THD.device)

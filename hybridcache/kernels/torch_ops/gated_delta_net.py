@@ -28,17 +28,9 @@ CHUNK = 64
 
 
 def gdn_decode(
-    cache: StateCache,
-    x_BC: Tensor,
-    conv_weight_CW: Tensor,
-    a_BV: Tensor,
-    b_BV: Tensor,
-    a_log_V: Tensor,
-    dt_bias_V: Tensor,
-    state_read_BL: Tensor,
-    state_write_BL: Tensor,
-    position_B: Tensor,
-) -> Tensor:
+    cache: StateCache, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
     """One token per row. Padding rows give zeros."""
     layout, position = cache.layout, position_B.long()
     source, target = state_read_BL[:, cache.layer].long(), state_write_BL[:, cache.layer].long()
@@ -79,20 +71,10 @@ def gdn_decode(
 
 
 def gdn_prefill(
-    cache: StateCache,
-    x_TC: Tensor,
-    conv_weight_CW: Tensor,
-    a_TV: Tensor,
-    b_TV: Tensor,
-    a_log_V: Tensor,
-    dt_bias_V: Tensor,
-    state_read_BL: Tensor,
-    state_write_BL: Tensor,
-    cu_seqlens: Tensor,
-    start_B: Tensor,
-    checkpoint_table_BNL: Tensor | None = None,
-    checkpoint_interval: int = 0,
-) -> Tensor:
+    cache: StateCache, x_TC: Tensor, conv_weight_CW: Tensor, a_TV: Tensor, b_TV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, cu_seqlens: Tensor, start_B: Tensor,
+    checkpoint_table_BNL: Tensor | None = None, checkpoint_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """Several tokens per row, from the state that position ``start - 1`` left. Padding rows give zeros."""
     layout, layer = cache.layout, cache.layer
     kept = None if checkpoint_table_BNL is None else checkpoint_table_BNL[:, :, layer]
@@ -153,14 +135,9 @@ class _Rows:
 
     @classmethod
     def of(
-        cls,
-        cu_seqlens: Tensor,
-        start_B: Tensor,
-        source_B: Tensor,
-        target_B: Tensor,
-        kept_BN: Tensor | None,
+        cls, cu_seqlens: Tensor, start_B: Tensor, source_B: Tensor, target_B: Tensor, kept_BN: Tensor | None,
         interval: int,
-    ) -> "_Rows":
+    ) -> "_Rows":  # fmt: skip
         n, device = start_B.shape[0], cu_seqlens.device
         host = torch.cat([cu_seqlens.int(), start_B.int(), source_B.int(), target_B.int()]).tolist()
         offsets, starts, sources, targets = host[: n + 1], host[n + 1 :][:n], host[2 * n + 1 :][:n], host[3 * n + 1 :]
@@ -254,15 +231,9 @@ def _conv(x_TC: Tensor, weight_CW: Tensor, ring: Tensor, rows: _Rows, dtype: tor
 
 
 def _delta_rule(
-    state_RVDD: Tensor,
-    q_TKD: Tensor,
-    k_TKD: Tensor,
-    v_TVD: Tensor,
-    log_decay_TV: Tensor,
-    beta_TV: Tensor,
-    rows: _Rows,
+    state_RVDD: Tensor, q_TKD: Tensor, k_TKD: Tensor, v_TVD: Tensor, log_decay_TV: Tensor, beta_TV: Tensor, rows: _Rows,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Chunked gated delta rule of all rows. Returns the output ``[T, V, Dv]`` (zeros outside the rows), the rows' states
     followed by the one after each chunk ``[R + M, V, Dk, Dv]``, and which of them each row's last is."""
     chunks = _Chunks.of(rows, q_TKD.device)

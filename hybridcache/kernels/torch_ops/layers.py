@@ -44,14 +44,9 @@ def silu_mul(gate_up_AI: Tensor) -> Tensor:
 
 
 def mixture(
-    x_TD: Tensor,
-    weight_Ts: Tensor,
-    expert_Tk: Tensor,
-    gate_up_EID: Tensor,
-    down_EDI: Tensor,
-    shared_gate_up_JD: Tensor,
-    shared_down_DJ: Tensor,
-) -> Tensor:
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+    shared_gate_up_JD: Tensor, shared_down_DJ: Tensor,
+) -> Tensor:  # fmt: skip
     """Experts that were hit are done one by one, their number and sizes read by the host."""
     tokens, k = expert_Tk.shape
     expert_A, order_A = expert_Tk.flatten().sort(stable=True)
