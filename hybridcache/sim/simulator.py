@@ -30,12 +30,9 @@ class SimulationResult:
 
 
 def simulate(
-    workload: Workload,
-    strategy: Strategy,
-    scheduler_config: SchedulerConfig | None,
-    cost_model: CostModel,
+    workload: Workload, strategy: Strategy, scheduler_config: SchedulerConfig | None, cost_model: CostModel,
     recorder: Recorder | None = None,
-) -> SimulationResult:
+) -> SimulationResult:  # fmt: skip
     """Run a stream to its end. Deterministic: the same inputs give the same result.
 
     Every step, requests that have arrived are submitted, the scheduler takes memory from the strategy and chooses tokens,

@@ -54,12 +54,9 @@ class Caches:
 
 
 def read_layers(
-    hf_config: Any,
-    kv_dtype: "str | torch.dtype",
-    state_dtype: "str | torch.dtype",
-    tp_size: int,
+    hf_config: Any, kv_dtype: "str | torch.dtype", state_dtype: "str | torch.dtype", tp_size: int,
     conv_dtype: "str | torch.dtype | None",
-) -> tuple[str, tuple[LayerSpec, ...]]:
+) -> tuple[str, tuple[LayerSpec, ...]]:  # fmt: skip
     """Read the model type and the caches of every layer; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
     kv = dtype_name(kv_dtype, "kv_dtype")
     conv = kv if itemsize(kv) > 1 else "bfloat16"

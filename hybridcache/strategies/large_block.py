@@ -34,16 +34,10 @@ class LargeBlock(LayerMajor):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        manager_block_size: int | None = None,
-        kernel_block_size: int = MIN_KERNEL_BLOCK,
-        watermark: float = 0.0,
-        placement_seed: int | None = None,
+        self, spec: CacheSpec, budget_bytes: int, *, manager_block_size: int | None = None,
+        kernel_block_size: int = MIN_KERNEL_BLOCK, watermark: float = 0.0, placement_seed: int | None = None,
         **common: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         fix = "give a fraction of the pool from 0 up to, not including, 1"
         if not 0.0 <= number("watermark", watermark, fix) < 1.0:

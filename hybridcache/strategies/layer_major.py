@@ -25,14 +25,9 @@ class LayerMajor(Strategy):
     """Blocks at the start that are never handed out."""
 
     def _set_up_blocks(
-        self,
-        *,
-        block_tokens: int,
-        kernel_block_tokens: int,
-        group_size: int,
-        watermark: float = 0.0,
+        self, *, block_tokens: int, kernel_block_tokens: int, group_size: int, watermark: float = 0.0,
         placement_seed: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Cut the pool into blocks of ``block_tokens`` tokens, a multiple of ``kernel_block_tokens``, in ``group_size``
         tensors; the fraction ``watermark`` of all blocks stays free at admission."""
         spec = self.spec

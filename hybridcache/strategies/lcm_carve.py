@@ -36,15 +36,9 @@ class LcmCarve(Strategy):
     name: ClassVar[str] = "lcm_carve"
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        order: str = "fullest",
-        page_size: int = 64,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, order: str = "fullest", page_size: int = 64,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         if order not in ORDERS:
             raise bad("order", order, f"choose one of {', '.join(ORDERS)}")

@@ -45,17 +45,10 @@ class SharedPool(Strategy):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        mode: str = "exclusive",
-        kernel_block_tokens: int | None = None,
-        kernel_blocks_per_manager_block: int | None = None,
-        states_per_manager_block: int | None = None,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, mode: str = "exclusive", kernel_block_tokens: int | None = None,
+        kernel_blocks_per_manager_block: int | None = None, states_per_manager_block: int | None = None,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         if mode not in MODES:
             raise bad("mode", mode, f"choose one of {', '.join(MODES)}")

@@ -45,19 +45,10 @@ class StaticSplit(Strategy):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        ratio: float = 0.9,
-        slots: int | None = None,
-        page_size: int | None = None,
-        q: int = 1,
-        extra_buffer: bool = False,
-        max_running: int | None = None,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, ratio: float = 0.9, slots: int | None = None,
+        page_size: int | None = None, q: int = 1, extra_buffer: bool = False, max_running: int | None = None,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         default = PHYSICAL_PAGE_TOKENS if self.physical else 1
         self.page_size = whole("page_size", default if page_size is None else page_size)

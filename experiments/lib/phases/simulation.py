@@ -28,13 +28,9 @@ class SimulationPhase:
     """
 
     def __init__(
-        self,
-        choices: Sequence[StrategyChoice],
-        memory: CacheMemory,
-        streams: Sequence[tuple[int, Workload]],
-        scheduler: SchedulerConfig,
-        cost_model: CostModel,
-    ) -> None:
+        self, choices: Sequence[StrategyChoice], memory: CacheMemory, streams: Sequence[tuple[int, Workload]],
+        scheduler: SchedulerConfig, cost_model: CostModel,
+    ) -> None:  # fmt: skip
         self.memory, self.scheduler, self.cost_model = memory, scheduler, cost_model
         self.choices = with_best_ratio(choices, memory, [streams[0][1]], scheduler, cost_model)
         limits = [choice.build(memory).request_limit() for choice in self.choices]

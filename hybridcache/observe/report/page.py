@@ -78,13 +78,9 @@ def save_picture(folder: Path, name: str, figure: Figure, data: pd.DataFrame, ca
 
 
 def write_page(
-    run_dir: Path,
-    title: str,
-    about: Sequence[str],
-    sections: Sequence[Section],
-    header: Sequence[Sequence[str]] = (),
+    run_dir: Path, title: str, about: Sequence[str], sections: Sequence[Section], header: Sequence[Sequence[str]] = (),
     config: str = "",
-) -> Path:
+) -> Path:  # fmt: skip
     """``report.html`` of a run, with the environment of its ``environment.json`` where there is one.
 
     Args:
