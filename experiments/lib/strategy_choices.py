@@ -15,6 +15,8 @@ from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Strategy, build, strategy_class
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+AUTO: dict[str, dict[str, Any]] = yaml.safe_load((CONF / "auto.yaml").read_text(encoding="utf-8"))
+"""What ``auto`` means, by section and kind of device."""
 
 
 def cache_columns(spec: CacheSpec) -> dict[str, Any]:

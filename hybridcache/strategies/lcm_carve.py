@@ -13,12 +13,12 @@ from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Any, ClassVar
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import whole, whole_or_none
+from hybridcache.strategies.options import whole_or_none
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")

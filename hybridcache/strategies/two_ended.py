@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hybridcache.errors import whole
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Move, Units
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import whole
 
 
 class TwoEnded(Strategy):

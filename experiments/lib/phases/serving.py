@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
 from experiments.lib.settings import container
-from experiments.lib.strategy_choices import StrategyChoice
+from experiments.lib.strategy_choices import AUTO, StrategyChoice
 from experiments.lib.streams import offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
@@ -28,43 +28,10 @@ _LOG = logging.getLogger(__name__)
 
 PROFILED_STEPS = 16
 
-AUTO: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "model": "tiny",
-        "dtype": "float32",
-        "cache_bytes": 2 << 20,
-        "max_tokens_per_step": 256,
-        "profile_rows": 8,
-        "profile_context": 64,
-        "workloads": {
-            "bs1": (1, 16, 32),
-            "chat": (16, 128, 16),
-            "short": (32, 8, 32),
-            "long": (6, 384, 16),
-            "mixed": (16, 256, 8),
-        },
-    },
-    "cuda": {
-        "model": "qwen3_next_8l",
-        "dtype": "bfloat16",
-        "cache_bytes": 2 << 30,
-        "max_tokens_per_step": 8192,
-        "profile_rows": 256,
-        "profile_context": 128,
-        "workloads": {
-            "bs1": (1, 128, 256),
-            "chat": (256, 1024, 128),
-            "short": (512, 64, 256),
-            "long": (64, 4096, 128),
-            "mixed": (256, 2048, 64),
-        },
-    },
-}
-
 
 def resolve_serving(cfg: DictConfig) -> None:
     """Replace every ``auto`` of ``cfg.serving``; see :func:`resolve_section`."""
-    resolve_section(cfg, "serving", AUTO, ("cache_bytes", "profile_rows", "profile_context"))
+    resolve_section(cfg, "serving", AUTO["serving"], ("cache_bytes", "profile_rows", "profile_context"))
 
 
 def serving_streams(workloads: Any, vocabulary: int, seed: int) -> list[Workload]:
