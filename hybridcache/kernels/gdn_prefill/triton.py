@@ -160,15 +160,9 @@ class Prefill:
         """``solve`` and ``score`` of every chunk."""
         names = ("K_HEADS", "V_HEADS", "BLOCK_K", "HEAD_V", "KEY_TILE", "CHUNK", "LEVELS", "DOT", "SOLVE", "PRECISION")
         launcher(chunk_kernel)[(self.v_heads, self.max_chunks)](
-            self.solve,
-            self.score,
-            self.y,
-            self.gates,
-            self.index,
-            **self._constants(*names),
-            num_warps=self.cut.chunk_warps,
-            maxnreg=self.cut.chunk_registers,
-        )
+            self.solve, self.score, self.y, self.gates, self.index,
+            **self._constants(*names), num_warps=self.cut.chunk_warps, maxnreg=self.cut.chunk_registers,
+        )  # fmt: skip
 
     def states(self) -> None:
         """Outputs, and the states of rows and of their checkpoints."""

@@ -111,15 +111,10 @@ def mixture(
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
     launcher(moe_gate_up_kernel)[(-(-inner // tiles.gate_rows), tokens * (k + 1))](
-        x_TD,
-        expert_Tk,
-        gate_up_EID,
-        shared_gate_up_ID,
-        narrow,
+        x_TD, expert_Tk, gate_up_EID, shared_gate_up_ID, narrow,
         x_TD.stride(0),
-        **gate_constants,
-        num_warps=tiles.gate_warps,
-    )
+        **gate_constants, num_warps=tiles.gate_warps,
+    )  # fmt: skip
     launcher(moe_down_kernel)[(-(-hidden // tiles.down_rows), tokens)](
         narrow, weight_Ts, expert_Tk, down_EDI, shared_down_DI, out_TD, **down_constants, num_warps=tiles.down_warps
     )
