@@ -113,19 +113,11 @@ def shape_constants(
     k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
     stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
     return {
-        "WEIGHT_STRIDE_C": stride_c,
-        "WEIGHT_STRIDE_W": stride_w,
-        "V_HEADS": v_heads,
-        "GROUP": v_heads // k_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "CHANNELS": layout.conv_channels,
-        "WIDTH": layout.conv_kernel,
-        "EVICTION": "evict_first" if tiles.evict_first else "",
-        "DEPENDENT_LAUNCH": tiles.dependent_launch,
-        "SCALE": key_dim**-0.5,
-        "EPS": L2NORM_EPS,
-    }
+        "WEIGHT_STRIDE_C": stride_c, "WEIGHT_STRIDE_W": stride_w, "V_HEADS": v_heads, "GROUP": v_heads // k_heads,
+        "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "CHANNELS": layout.conv_channels, "WIDTH": layout.conv_kernel,
+        "EVICTION": "evict_first" if tiles.evict_first else "", "DEPENDENT_LAUNCH": tiles.dependent_launch,
+        "SCALE": key_dim**-0.5, "EPS": L2NORM_EPS,
+    }  # fmt: skip
 
 
 VERY_FEW_ROWS, FEW_ROWS = 2, 16

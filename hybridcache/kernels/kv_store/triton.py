@@ -61,15 +61,10 @@ def constants(layout: AttentionLayout) -> dict[str, int]:
     block_v = power_of_2(max(layout.v_dim, 1))
     fits = max(TILE_ELEMENTS // max(block_k, block_v), 1)
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "HEADS": layout.num_kv_heads,
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_H": min(power_of_2(layout.num_kv_heads), fits),
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
-    }
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "HEADS": layout.num_kv_heads,
+        "K_DIM": layout.k_dim, "V_DIM": layout.v_dim, "BLOCK_H": min(power_of_2(layout.num_kv_heads), fits),
+        "BLOCK_K": block_k, "BLOCK_V": block_v,
+    }  # fmt: skip
 
 
 def options() -> dict[str, Any]:

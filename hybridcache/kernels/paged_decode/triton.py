@@ -141,24 +141,16 @@ def constants(
     ``dependent``: whether the device has dependent launches."""
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": num_heads // layout.num_kv_heads,
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_H": head_tile(layout, num_heads, dtype),
-        "BLOCK_N": tiles.keys,
-        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
-        "BLOCK_V": max(power_of_2(layout.v_dim), 16),
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": num_heads // layout.num_kv_heads, "K_DIM": layout.k_dim, "V_DIM": layout.v_dim,
+        "BLOCK_H": head_tile(layout, num_heads, dtype), "BLOCK_N": tiles.keys,
+        "BLOCK_K": max(power_of_2(layout.k_dim), 16), "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
-        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
-        "SPLIT": split,
+        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1], "SPLIT": split,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
-        "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tiles.num_stages,
+        "DOT": tl.float32 if interpreting() else dot, "STAGES": tiles.num_stages,
         "DEPENDENT_LAUNCH": tiles.dependent_launch and dependent,
-    }
+    }  # fmt: skip
 
 
 def combine_constants(v_dim: int, splits: int, dependent: bool) -> dict[str, Any]:

@@ -20,16 +20,10 @@ QUERIES = 128
 def constants(layout: AttentionLayout, num_heads: int, ring: Ring) -> dict[str, Any]:
     """Compile-time parameters of :func:`hopper_prefill_kernel`."""
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": num_heads // layout.num_kv_heads,
-        "DIM": layout.k_dim,
-        "BLOCK_N": ring.keys,
-        "SLOTS": ring.slots,
-        "CONSUMER_REGISTERS": ring.consumer_registers,
-        "PRODUCER_REGISTERS": ring.producer_registers,
-    }
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": num_heads // layout.num_kv_heads, "DIM": layout.k_dim, "BLOCK_N": ring.keys, "SLOTS": ring.slots,
+        "CONSUMER_REGISTERS": ring.consumer_registers, "PRODUCER_REGISTERS": ring.producer_registers,
+    }  # fmt: skip
 
 
 def paged_prefill(

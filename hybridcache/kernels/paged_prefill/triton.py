@@ -186,24 +186,15 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tiles
     group = num_heads // layout.num_kv_heads
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": group,
-        "HEADS": min(group, tiles.queries),
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_M": tiles.queries,
-        "BLOCK_N": tiles.keys,
-        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": group, "HEADS": min(group, tiles.queries), "K_DIM": layout.k_dim, "V_DIM": layout.v_dim,
+        "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_K": max(power_of_2(layout.k_dim), 16),
         "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
-        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
-        "SEARCH": SEARCH_ROWS,
+        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1], "SEARCH": SEARCH_ROWS,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
-        "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tiles.num_stages,
-    }
+        "DOT": tl.float32 if interpreting() else dot, "STAGES": tiles.num_stages,
+    }  # fmt: skip
 
 
 def paged_prefill(

@@ -110,20 +110,11 @@ def constants(layout: AttentionLayout, q_heads: int, pairs: int, eps: float, dty
     dim, v_dim = layout.k_dim, layout.v_dim
     fits = max(TILE_ELEMENTS // power_of_2(max(dim, v_dim)), 1)
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "Q_HEADS": q_heads,
-        "KV_HEADS": layout.num_kv_heads,
-        "DIM": dim,
-        "V_DIM": v_dim,
-        "PAIRS": pairs,
-        "PAIR_RUN": min(pairs & -pairs, 16),
-        "BLOCK_H": min(power_of_2(q_heads), fits),
-        "BLOCK_D": power_of_2(dim),
-        "BLOCK_V": power_of_2(max(v_dim, 1)),
-        "EPS": eps,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-    }
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "Q_HEADS": q_heads,
+        "KV_HEADS": layout.num_kv_heads, "DIM": dim, "V_DIM": v_dim, "PAIRS": pairs,
+        "PAIR_RUN": min(pairs & -pairs, 16), "BLOCK_H": min(power_of_2(q_heads), fits), "BLOCK_D": power_of_2(dim),
+        "BLOCK_V": power_of_2(max(v_dim, 1)), "EPS": eps, "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
 
 
 def options() -> dict[str, Any]:
