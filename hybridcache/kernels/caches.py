@@ -43,15 +43,11 @@ def strided(flat: Tensor, base: int, entry_stride: int, shape: tuple[int, ...], 
 def row_strides(layout: AttentionLayout, layer: int) -> dict[str, int]:
     """Where K and V of a layer lie, in elements, by the name of the kernels' parameters."""
     in_bytes = {
-        "base": layout.base[layer],
-        "manager_stride": layout.manager_stride,
-        "kernel_stride": layout.kernel_stride,
-        "kv_stride": layout.kv_stride,
-        "k_token_stride": layout.token_stride[0],
-        "v_token_stride": layout.token_stride[1],
-        "k_head_stride": layout.head_stride[0],
+        "base": layout.base[layer], "manager_stride": layout.manager_stride, "kernel_stride": layout.kernel_stride,
+        "kv_stride": layout.kv_stride, "k_token_stride": layout.token_stride[0],
+        "v_token_stride": layout.token_stride[1], "k_head_stride": layout.head_stride[0],
         "v_head_stride": layout.head_stride[1],
-    }
+    }  # fmt: skip
     size = torch_dtype(layout.dtype).itemsize
     return {name: value // size for name, value in in_bytes.items()}
 

@@ -179,18 +179,13 @@ def state_case(
 
     rows = len(positions)
     return StateCase(
-        buffer=buffer,
-        layout=layout,
-        state_read_BL=read_BL if apart else write_BL,
-        state_write_BL=write_BL,
+        buffer=buffer, layout=layout, state_read_BL=read_BL if apart else write_BL, state_write_BL=write_BL,
         position_B=torch.tensor([max(position, 0) for position in positions], device=device),
-        x_BC=inputs(rows, channels),
-        conv_weight_CW=inputs(channels, width) / width**0.5,
-        a_BV=inputs(rows, v_heads),
+        x_BC=inputs(rows, channels), conv_weight_CW=inputs(channels, width) / width**0.5, a_BV=inputs(rows, v_heads),
         b_BV=inputs(rows, v_heads),
         a_log_V=torch.rand(v_heads, generator=generator).mul(16).add(0.01).log().to(device),
         dt_bias_V=inputs(v_heads).float() - 3.0,
-    )
+    )  # fmt: skip
 
 
 def _fill_state(generator: torch.Generator, cache: StateCache, entry: int, position: int) -> None:

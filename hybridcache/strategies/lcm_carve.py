@@ -56,12 +56,9 @@ class LcmCarve(Strategy):
         self._free = FreeList(self.num_large_pages, placement_seed=self._placement_seed)
         self._parents = Parents(self.children)
         return Cut(
-            state=Units((0,), self.large_page_bytes),
-            states_per_request=1,
-            kv=Units((0,), self.page_bytes),
-            entry_tokens=self.page_size,
-            least_bytes=2 * self.large_page_bytes,
-        )
+            state=Units((0,), self.large_page_bytes), states_per_request=1, kv=Units((0,), self.page_bytes),
+            entry_tokens=self.page_size, least_bytes=2 * self.large_page_bytes,
+        )  # fmt: skip
 
     def _fits(self, entries: int, states: bool) -> bool:
         empty = len(self._free) - states

@@ -150,12 +150,8 @@ class StaticSplit(Strategy):
         return Layout(
             pool_bytes=self.num_slots * self.slot_bytes + self.num_pages * self.page_bytes,
             attention=attention_layout(
-                self.spec,
-                base=kv.bases,
-                tokens_per_entry=self.page_size,
-                kernel_block_tokens=self.page_size,
-                manager_stride=kv.stride,
-                kernel_stride=kv.stride,
+                self.spec, base=kv.bases, tokens_per_entry=self.page_size, kernel_block_tokens=self.page_size,
+                manager_stride=kv.stride, kernel_stride=kv.stride,
             ),
             state=state_layout(self.spec, base=state.bases, stride=state.stride),
-        )
+        )  # fmt: skip

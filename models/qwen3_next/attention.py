@@ -61,14 +61,9 @@ class Attention(nn.Module):
         if step.has_prefill:
             rows = step.prefilling
             prefilled = cache.paged_prefill(
-                q_THE[n:],
-                rows.kv_table_BN,
-                batch.prefill_cu_seqlens,
-                rows.context_len_B,
-                self.scale,
-                batch.max_prefill_len,
-                batch.max_context_len,
-            )
+                q_THE[n:], rows.kv_table_BN, batch.prefill_cu_seqlens, rows.context_len_B, self.scale,
+                batch.max_prefill_len, batch.max_context_len,
+            )  # fmt: skip
             step.backend.sigmoid_mul(prefilled, gate_THE[n:], out_THE[n:])
         return F.linear(out_THE.flatten(1), self.out, self.out_bias)
 

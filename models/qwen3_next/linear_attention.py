@@ -58,18 +58,10 @@ class LinearAttention(nn.Module):
         if step.has_prefill:
             rows = step.prefilling
             prefilled = cache.gdn_prefill(
-                x_TC[n:],
-                weight_CW,
-                a_TV[n:],
-                b_TV[n:],
-                *gates,
-                rows.state_read_BL,
-                rows.state_write_BL,
-                batch.prefill_cu_seqlens,
-                batch.prefill_start_P,
-                batch.checkpoint_table_PNL,
+                x_TC[n:], weight_CW, a_TV[n:], b_TV[n:], *gates, rows.state_read_BL, rows.state_write_BL,
+                batch.prefill_cu_seqlens, batch.prefill_start_P, batch.checkpoint_table_PNL,
                 batch.checkpoint_interval,
-            )
+            )  # fmt: skip
             step.backend.gated_norm(prefilled, gate_TVF[n:], norm.weight, norm.eps, out_TVF[n:])
         return F.linear(out_TVF.flatten(1), self.out)
 

@@ -50,14 +50,10 @@ def prefill_case(
     tokens, v_heads = sum(lengths) + tail, state.a_BV.shape[1]
     a_TV, b_TV = normal(generator, (tokens, 2 * v_heads), device, dtype).split(v_heads, dim=1)
     return PrefillCase(
-        state=state,
-        x_TC=normal(generator, (tokens, state.x_BC.shape[1]), device, dtype),
-        a_TV=a_TV,
-        b_TV=b_TV,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-        start_B=state.position_B.int(),
+        state=state, x_TC=normal(generator, (tokens, state.x_BC.shape[1]), device, dtype), a_TV=a_TV, b_TV=b_TV,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32), start_B=state.position_B.int(),
         lengths=tuple(lengths),
-    )
+    )  # fmt: skip
 
 
 def checkpoint_table(case: PrefillCase, layer: int, interval: int, spare: int = 0) -> Tensor:
