@@ -49,12 +49,9 @@ def serve(llm: LLM, requests: int, prompt: int, output: int) -> dict[str, Any]:
         assert seq.finish_reason == "length", (seq.seq_id, seq.finish_reason, engine.error(seq.seq_id))
         engine.forget(seq.seq_id)
     record: dict[str, Any] = {
-        "requests": requests,
-        "seconds": seconds,
-        "output_tokens_per_s": requests * output / seconds,
-        "steps": times.steps - steps,
-        "preemptions": engine.scheduler.num_preemptions - preempted,
-    }
+        "requests": requests, "seconds": seconds, "output_tokens_per_s": requests * output / seconds,
+        "steps": times.steps - steps, "preemptions": engine.scheduler.num_preemptions - preempted,
+    }  # fmt: skip
     for kind, host in pd.DataFrame([(kind, ms) for kind, each in found.items() for ms in each]).groupby(0)[1]:
         record |= {f"{kind}_steps": len(host), f"{kind}_host_ms": host.median(), f"{kind}_host_mean_ms": host.mean()}
         record |= {f"{kind}_host_p90_ms": host.quantile(0.9), f"{kind}_host_max_ms": host.max()}

@@ -71,13 +71,10 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         torch.set_num_threads(1)
     rows: list[Row] = []
     record: dict[str, Any] = {
-        "environment": environment(),
-        "device": device_name() if on_cuda else "cpu",
-        "claim": "measured" if on_cuda else FUNCTIONAL,
-        "ceilings": vars(ceilings) if ceilings else None,
-        "peers": peers.states(),
-        "rows": rows,
-    }
+        "environment": environment(), "device": device_name() if on_cuda else "cpu",
+        "claim": "measured" if on_cuda else FUNCTIONAL, "ceilings": vars(ceilings) if ceilings else None,
+        "peers": peers.states(), "rows": rows,
+    }  # fmt: skip
     common = {"experiment": cfg.experiment_name, "phase": "kernels", "repetition": 0, "device": record["device"]}
     common["model"] = "qwen3_next_80b_a3b" if on_cuda else "tiny"
     bench = Bench(Setup.on(device, cfg.seed), ceilings)

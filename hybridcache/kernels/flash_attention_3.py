@@ -84,13 +84,9 @@ def paged_prefill(
         UserError: a layout, width or dtype that FlashAttention-3 cannot do.
     """
     return _attend(
-        q_THD,
-        **_paged(cache, q_THD, kv_table_BN, context_len_B),
-        cu_seqlens_q=cu_seqlens.int(),
-        max_seqlen_q=max_query_len,
-        softmax_scale=scale,
-        causal=True,
-    )
+        q_THD, **_paged(cache, q_THD, kv_table_BN, context_len_B), cu_seqlens_q=cu_seqlens.int(),
+        max_seqlen_q=max_query_len, softmax_scale=scale, causal=True,
+    )  # fmt: skip
 
 
 def _attend(q: Tensor, **arguments: Any) -> Tensor:

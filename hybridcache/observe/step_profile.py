@@ -16,18 +16,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 OURS: dict[str, str] = {
-    "combine_kernel": "attention",
-    "hopper_prefill_kernel": "attention",
-    "shared_decode_kernel": "gated delta net",
-    "conv_kernel": "gated delta net",
-    "ring_kernel": "gated delta net",
-    "chunk_kernel": "gated delta net",
-    "state_kernel": "gated delta net",
-    "hopper_state_kernel": "gated delta net",
-    "moe_route_kernel": "routing",
-    "moe_list_kernel": "routing",
-    "sample_part_kernel": "sampling",
-    "sample_best_kernel": "sampling",
+    **dict.fromkeys(("combine_kernel", "hopper_prefill_kernel"), "attention"),
+    **dict.fromkeys(("conv_kernel", "ring_kernel", "chunk_kernel", "state_kernel"), "gated delta net"),
+    **dict.fromkeys(("hopper_state_kernel", "shared_decode_kernel"), "gated delta net"),
+    **dict.fromkeys(("moe_route_kernel", "moe_list_kernel"), "routing"),
+    **dict.fromkeys(("sample_part_kernel", "sample_best_kernel"), "sampling"),
 }
 """This project's kernels by name, where :data:`CLASSES` would not know them."""
 CLASSES: tuple[tuple[str, str], ...] = (

@@ -62,12 +62,9 @@ def _scaled(request: Request, prompt_factor: Fraction, output_factor: Fraction, 
     if ids is not None:
         ids = tuple(ids[i * prompt_factor.denominator // prompt_factor.numerator] for i in range(prompt))
     return Request(
-        request_id=request.request_id,
-        arrival_s=request.arrival_s * float(prompt_factor) if with_time else 0.0,
-        prompt_tokens=prompt,
-        output_tokens=max(int(request.output_tokens * output_factor), 1),
-        prompt_ids=ids,
-    )
+        request_id=request.request_id, arrival_s=request.arrival_s * float(prompt_factor) if with_time else 0.0,
+        prompt_tokens=prompt, output_tokens=max(int(request.output_tokens * output_factor), 1), prompt_ids=ids,
+    )  # fmt: skip
 
 
 def license_text() -> str:

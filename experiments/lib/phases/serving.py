@@ -135,12 +135,9 @@ class ServingPhase(ModelPhase):
             }
         row["kernels_compiled"] = len(compiled)
         return {
-            **row,
-            **memory,
-            **self.columns(launches, engine.backend.name),
-            **choice.columns(),
+            **row, **memory, **self.columns(launches, engine.backend.name), **choice.columns(),
             **offered(workload, len(sequences)),
-        }
+        }  # fmt: skip
 
     def _serve(self, label: str, engine: Engine, workload: Workload) -> list[EngineSequence]:
         """All requests at once; the finished sequences."""

@@ -52,10 +52,6 @@ class SimulationPhase:
                 result = simulate(stream, strategy, self.scheduler, self.cost_model, recorder)
                 yield {
                     **recorder.finish(result.sequences, strategy, result.refused_requests),
-                    **cache_columns(self.memory.spec),
-                    **choice.columns(),
-                    **offered(stream, len(result.sequences)),
-                    "seed": seed,
-                    "device": f"cost model: {self.cost_model.label}",
-                    "backend": None,
-                }
+                    **cache_columns(self.memory.spec), **choice.columns(), **offered(stream, len(result.sequences)),
+                    "seed": seed, "device": f"cost model: {self.cost_model.label}", "backend": None,
+                }  # fmt: skip

@@ -282,13 +282,10 @@ def descriptors(
         return TensorDescriptor.from_tensor(tensor, [tile, columns], square)
 
     return {
-        "key_desc": tiled(y, block_k),
-        "value_desc": tiled(y),
-        "solve_desc": tiled(solve),
-        "score_desc": tiled(score),
+        "key_desc": tiled(y, block_k), "value_desc": tiled(y), "solve_desc": tiled(solve), "score_desc": tiled(score),
         "gates_desc": TensorDescriptor.from_tensor(gates, [GATES.value * tile], row),
         "out_desc": tiled(out_TVJ.flatten(1)),
-    }
+    }  # fmt: skip
 
 
 @lru_cache
