@@ -20,13 +20,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import arguments, keep
 from benchmarks.serving_pair import WORKLOADS, submit
 from hybridcache import LLM
-from hybridcache.observe.step_profile import summarize
+from hybridcache.observe.step_profile import kernel_spans, summarize
 
 STEPS, CONTEXT, PREFILL = 5, 64, 8192
 
@@ -79,11 +78,7 @@ def profiled(llm: LLM, steps: int, top: int) -> dict[str, Any]:
         for _ in range(steps):
             llm.engine.step()
         torch.cuda.synchronize()
-    spans = [
-        (event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
-    ]
+    spans = kernel_spans(profiler)
     by_kernel: dict[str, list[float]] = defaultdict(list)
     for start, end, name in spans:
         by_kernel[name].append((end - start) * 1e6)

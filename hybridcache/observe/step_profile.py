@@ -99,16 +99,18 @@ def profile_steps(
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     if on_cuda:
-        spans = [
-            (event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name)
-            for event in profiler.events()
-            if event.device_type == DeviceType.CUDA
-        ]
+        spans = kernel_spans(profiler)
         if not spans:
             raise RuntimeError("the profiler saw no kernel on the device")
         return summarize(spans, count)
     operators = [(e.key, e.self_cpu_time_total * 1e-6, e.count) for e in profiler.key_averages()]
     return _sum_up([(classify(name), seconds, calls) for name, seconds, calls in operators], wall_s, count, "cpu")
+
+
+def kernel_spans(profiler: profile) -> list[tuple[float, float, str]]:
+    """Kernels that the profiler saw on the device: ``(start, end, name)`` in seconds."""
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return [(event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name) for event in events]
 
 
 def summarize(spans: Iterable[tuple[float, float, str]], steps: int) -> StepProfile:

@@ -3,8 +3,6 @@
 A program writes one token's K and V rows of up to ``BLOCK_H`` heads.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +13,8 @@ from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 
+OPTIONS = {"num_warps": 4}
+"""Of a launch."""
 TILE_ELEMENTS = 4096
 """Elements of K (and of V) that one program writes at most."""
 
@@ -67,11 +67,6 @@ def constants(layout: AttentionLayout) -> dict[str, int]:
     }  # fmt: skip
 
 
-def options() -> dict[str, Any]:
-    """Launch options."""
-    return {"num_warps": 4}
-
-
 def kv_store(
     cache: AttentionCache, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor
 ) -> None:
@@ -86,5 +81,5 @@ def kv_store(
     launcher(kv_store_kernel)[grid](
         cache.pool, k_TKD, v_TKD, kv_table_BN, row_T, position_T,
         kv_table_BN.stride(0), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
-        **cache.strides, **constant, **options(),
+        **cache.strides, **constant, **OPTIONS,
     )  # fmt: skip

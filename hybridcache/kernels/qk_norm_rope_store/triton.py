@@ -18,6 +18,8 @@ from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 
+OPTIONS = {"num_warps": 4}
+"""Of a launch."""
 TILE_ELEMENTS = 1_024
 """Elements of q that one program takes at most."""
 
@@ -117,11 +119,6 @@ def constants(layout: AttentionLayout, q_heads: int, pairs: int, eps: float, dty
     }  # fmt: skip
 
 
-def options() -> dict[str, Any]:
-    """Launch options."""
-    return {"num_warps": 4}
-
-
 def qk_norm_rope_store(
     cache: AttentionCache, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor,
     eps: float, cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
@@ -163,6 +160,6 @@ def qk_norm_rope_store(
         position_T,
         kv_table_BN.stride(0), q_THD.stride(0), q_THD.stride(1), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0),
         v_TKD.stride(1), cos_TP.stride(0),
-        **cache.strides, **constant, **options(),
+        **cache.strides, **constant, **OPTIONS,
     )  # fmt: skip
     return out_THD
