@@ -85,3 +85,30 @@ def test_shared_pool_leaves_everything(tmp_path):
         assert picture.with_suffix(".csv").exists(), picture.name
     events = {json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()}
     assert {"capacity", "charge", "sample", "pool_map", "request"} <= events
+
+
+def test_requests_above_the_longest_are_refused_in_every_phase(tmp_path):
+    options = ["strategies=[shared_pool,two_ended]", "fast=true", "tracking=disabled"]
+    results = {}
+    for limit in ("64", "null"):
+        path = tmp_path / limit
+        done = run("+experiment=shared_pool", *options, f"engine.max_model_len={limit}", f"hydra.run.dir={path}")
+        assert done.returncode == 0, done.stderr
+        results[limit] = (
+            pd.read_parquet(path / "results.parquet").set_index(["phase", "strategy", "workload"]).sort_index()
+        )
+        asked = pd.read_json(path / "events.jsonl", lines=True).query("event == 'request'")
+        if limit == "64":
+            assert (asked["prompt_tokens"] + asked["output_tokens"] - 1).max() <= 64
+    few, all_of_them = results["64"], results["null"]
+    assert (all_of_them["requests_refused"] == 0).all()
+    assert set(few.loc[("capacity", slice(None), "length=2000"), "requests_refused"]) == {1}
+    assert set(few.loc[("capacity", slice(None), "length=12"), "requests_refused"]) == {0}
+    for phase in ("simulation", "inference"):
+        served, refused = (set(few.loc[phase, f"requests_{what}"]) for what in ("served", "refused"))
+        assert len(served) == len(refused) == 1, "every strategy refuses the same"
+        offered = all_of_them.loc[phase, "requests_served"].iat[0]
+        assert served.pop() + refused.pop() == offered > few.loc[phase, "requests_served"].iat[0]
+    shorter = few.loc["capacity", "reserved_bytes_mean"] - all_of_them.loc["capacity", "reserved_bytes_mean"]
+    assert (shorter <= 0).all()
+    assert (shorter.loc["two_ended"] < 0).all(), "the budget pays for shorter tables, here less than a block"
