@@ -19,6 +19,10 @@ EVERY_PHASE = [
     "seed", "tp_size", "num_devices", "kv_dtype", "state_dtype", "strategy_options", "requests_offered", "requests_served",
     "requests_refused",
 ]  # fmt: skip
+EVERY_EXPERIMENT = [
+    "experiment", "phase", "strategy", "workload", "repetition", "device", "model", "tp_size", "num_devices", "kv_dtype",
+    "state_dtype",
+]  # fmt: skip
 SERVED = ["shared_pool", "shared_pool_carve", "large_block", "padded_page", "static_split", "two_ended"]
 PHYSICAL = [*SERVED[:5], "static_split_tuned", *SERVED[5:]]
 
@@ -34,6 +38,19 @@ def test_runs_in_fast_form(name, tmp_path):
     for file in ("config.yaml", "environment.json", "results.parquet"):
         assert (tmp_path / file).exists(), file
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
+    results = pd.read_parquet(tmp_path / "results.parquet")
+    assert set(EVERY_EXPERIMENT) <= set(results.columns)
+    assert (results["tp_size"] == results["num_devices"]).all()
+    if name == "kernels":
+        kinds = {
+            op: rows[["kv_dtype", "state_dtype"]].fillna("").drop_duplicates().values.tolist()
+            for op, rows in results.groupby("op")
+        }
+        assert kinds["gdn_decode"] == [["", "float32"], ["", "bfloat16"]]
+        assert kinds["paged_decode"] == [["bfloat16", ""]]
+        assert kinds["block_copy"] == [["", ""]]
+    if name == "kernel_block_size":
+        assert set(results.loc[results["phase"] == "resources", "kv_dtype"]) == {"bfloat16"}
 
 
 def test_serve_throughput_serves_every_workload_under_every_strategy(tmp_path):
