@@ -24,11 +24,13 @@ from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.settings import Common
+from experiments.lib.strategy_choices import stored_columns
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
 from hybridcache.observe.report.page import save_picture
 from hybridcache.observe.report.style import Drawn
+from hybridcache.spec.dtypes import dtype_name
 
 Rows = Iterator[Row]
 
@@ -79,7 +81,8 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
             task = progress.add_task(phase, total=total)
             for row in produce():
                 common = {"experiment": cfg.experiment_name, "phase": phase, "repetition": 0, "device": device_text}
-                rows.append({**common, "model": "qwen3_next_80b_a3b", **row})
+                stored = stored_columns(dtype_name(block_size.DTYPE), None)
+                rows.append({**common, "model": "qwen3_next_80b_a3b", "seed": cfg.seed, **stored, **row})
                 results = write_results(rows, run_dir)  # what is measured is not lost
                 progress.advance(task)
             progress.update(task, completed=total)

@@ -23,7 +23,8 @@ def capacity_rows(
         def make(choice: StrategyChoice = choice) -> Strategy:
             return choice.build(memory)
 
-        corners, waste = waste_curve(make(), min(max(lengths), WASTE_UP_TO))
+        empty = make()
+        corners, waste = waste_curve(empty, min(max(lengths), WASTE_UP_TO, empty.request_limit()))
         events.write({"event": "waste_curve", "strategy": choice.label, "length": corners, "waste_bytes": waste})
         for length in lengths:
             count, usage = residents(make, length)

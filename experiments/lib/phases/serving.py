@@ -17,7 +17,7 @@ from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.sequence import Sequence as EngineSequence
-from hybridcache.errors import bad
+from hybridcache.errors import UserError, bad
 from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.observe.step_profile import profile_steps
@@ -27,6 +27,8 @@ from hybridcache.workloads.base import Workload
 _LOG = logging.getLogger(__name__)
 
 PROFILED_STEPS = 16
+PROFILED_OUTPUT = PROFILED_STEPS + 8
+"""Tokens that a request of the profiled decode steps samples: some come before those steps, while prompts are run."""
 
 
 def resolve_serving(cfg: DictConfig) -> None:
@@ -74,13 +76,22 @@ class ServingPhase(ModelPhase):
             for label, limit in limits.items():
                 if not stream.within(limit):
                     longest = max(r.prompt_tokens + r.output_tokens - 1 for r in stream.requests)
-                    raise bad(
-                        "serving.cache_bytes",
-                        self.settings.cache_bytes,
-                        f"{label} holds requests of at most {limit:,} tokens in it, workload {stream.name} has {longest:,}; "
-                        "give more, or leave one of them out",
+                    raise self._too_short(
+                        label, limit, f"workload {stream.name} has {longest:,}; leave one of them out"
                     )
+        profiled, first = self.settings.profile_context + PROFILED_OUTPUT - 1, self.choices[0].label
+        if profiled > limits[first]:
+            asked = f"a profiled one has {profiled:,}; give a smaller serving.profile_context"
+            raise self._too_short(first, limits[first], asked)
         self._allocated_before = torch.cuda.memory_allocated() if self.on_cuda else 0
+
+    def _too_short(self, label: str, limit: int, asked: str) -> UserError:
+        """The error of requests that are longer than ``limit``: names the key that sets it."""
+        if limit == self.max_request_tokens:
+            why = f"requests have at most {limit:,} tokens, {asked}, or more, up to the model's limit"
+            return bad("engine.max_model_len", self.max_model_len, why)
+        held = f"{label} holds requests of at most {limit:,} tokens in it, {asked}, or more memory"
+        return bad("serving.cache_bytes", self.settings.cache_bytes, held)
 
     def __len__(self) -> int:
         return len(self.choices) * len(self.workloads) * self.settings.repetitions
@@ -157,14 +168,14 @@ class ServingPhase(ModelPhase):
     def _profile(self, choice: StrategyChoice, engine: Engine, events: EventSink, trace_dir: Path | None) -> None:
         """A decode step of many rows, and a step that only prefills."""
         rows, context = self.settings.profile_rows, self.settings.profile_context
-        self._submit(engine, [context] * rows, PROFILED_STEPS + 8)
+        self._submit(engine, [context] * rows, PROFILED_OUTPUT)
         while engine.scheduler.waiting or any(seq.num_output < 2 for seq in engine.scheduler.running):
             engine.step()
         decoding = f"decode: {len(engine.scheduler.running)} requests of {context} tokens"
         self._profile_steps(choice, engine, PROFILED_STEPS, decoding, events, trace_dir)
-        budget = self.settings.max_tokens_per_step
-        self._submit(engine, [budget], 2)
-        self._profile_steps(choice, engine, 1, f"prefill: {budget:,} tokens of one prompt", events, trace_dir)
+        prompt = min(self.settings.max_tokens_per_step, engine.strategy.request_limit() - 1)
+        self._submit(engine, [prompt], 2)
+        self._profile_steps(choice, engine, 1, f"prefill: {prompt:,} tokens of one prompt", events, trace_dir)
 
     def _profile_steps(
         self, choice: StrategyChoice, engine: Engine, count: int, name: str, events: EventSink, trace_dir: Path | None
