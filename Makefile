@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 docs-check: $(STAMP)
-	$(BIN)/python -m benchmarks.checks.docs_figures
+	$(BIN)/python -m tests.checks.docs_figures
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

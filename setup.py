@@ -5,7 +5,7 @@ install takes the repository as it is.
 | in the repository | in the wheel |
 |---|---|
 | ``models/``, ``experiments/``, ``conf/``, ``run.py`` | the same below ``hybridcache/``, without notebooks |
-| ``benchmarks/`` | the same, without ``checks/`` and ``results/`` |
+| ``benchmarks/`` | the same, without ``results/`` |
 """
 
 import ast

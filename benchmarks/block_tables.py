@@ -1,11 +1,10 @@
 """Tables: what the host pays to give kernels a table of kernel blocks, given one of manager blocks.
 
-A manager block of ``n`` kernel blocks turns entry ``i`` into ``i n .. i n + n - 1``. All three ways end in the step's
-staging buffer, whose bytes are then copied to the device:
+A manager block of ``n`` kernel blocks turns entry ``i`` into ``i n .. i n + n - 1``. Both ways end in the step's staging
+buffer, whose bytes are then copied to the device:
 
 - ``loop``: requests one after another, each expanded by itself (vLLM 0.25.1 expands a request's new blocks so);
-- ``broadcast``: the whole batch at once, ``ids[:, :, None] * n + arange(n)`` (lmdeploy PR 4421);
-- ``none``: kernels read the manager table, so the step copies it as it is.
+- ``broadcast``: the whole batch at once, ``ids[:, :, None] * n + arange(n)`` (lmdeploy PR 4421).
 
 :func:`expansions` counts what kernels need beyond the manager's entries per decode step: under shared_pool's two modes, while
 every request grows by one manager block, and by the ways above.
@@ -42,12 +41,7 @@ def broadcast(ids_BN: Table, n: int, staging_BM: Table) -> None:
     staging_BM[:] = (ids_BN[:, :, None] * n + np.arange(n, dtype=np.int32)).reshape(staging_BM.shape)
 
 
-def none(ids_BN: Table, n: int, staging_BN: Table) -> None:
-    """No expansion: a copy."""
-    staging_BN[:] = ids_BN
-
-
-WAYS: dict[str, Callable[[Table, int, Table], None]] = {"loop": loop, "broadcast": broadcast, "none": none}
+WAYS: dict[str, Callable[[Table, int, Table], None]] = {"loop": loop, "broadcast": broadcast}
 
 
 def measure_table(
@@ -57,7 +51,7 @@ def measure_table(
     n = manager_tokens // kernel_tokens
     blocks = -(-tokens // manager_tokens)
     ids_BN = generator.integers(0, 1 << 20, (batch, blocks), dtype=np.int32)
-    staging = np.zeros((batch, blocks if way == "none" else blocks * n), dtype=np.int32)
+    staging = np.zeros((batch, blocks * n), dtype=np.int32)
     return time_host([lambda: WAYS[way](ids_BN, n, staging)], TARGET_MS).median_ms * 1e-3, staging.nbytes
 
 

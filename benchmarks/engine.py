@@ -20,13 +20,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import arguments, keep
 from benchmarks.serving_pair import WORKLOADS, submit
 from hybridcache import LLM
-from hybridcache.observe.step_profile import summarize
+from hybridcache.observe.step_profile import kernel_spans, summarize
 
 STEPS, CONTEXT, PREFILL = 5, 64, 8192
 
@@ -49,12 +48,9 @@ def serve(llm: LLM, requests: int, prompt: int, output: int) -> dict[str, Any]:
         assert seq.finish_reason == "length", (seq.seq_id, seq.finish_reason, engine.error(seq.seq_id))
         engine.forget(seq.seq_id)
     record: dict[str, Any] = {
-        "requests": requests,
-        "seconds": seconds,
-        "output_tokens_per_s": requests * output / seconds,
-        "steps": times.steps - steps,
-        "preemptions": engine.scheduler.num_preemptions - preempted,
-    }
+        "requests": requests, "seconds": seconds, "output_tokens_per_s": requests * output / seconds,
+        "steps": times.steps - steps, "preemptions": engine.scheduler.num_preemptions - preempted,
+    }  # fmt: skip
     for kind, host in pd.DataFrame([(kind, ms) for kind, each in found.items() for ms in each]).groupby(0)[1]:
         record |= {f"{kind}_steps": len(host), f"{kind}_host_ms": host.median(), f"{kind}_host_mean_ms": host.mean()}
         record |= {f"{kind}_host_p90_ms": host.quantile(0.9), f"{kind}_host_max_ms": host.max()}
@@ -82,11 +78,7 @@ def profiled(llm: LLM, steps: int, top: int) -> dict[str, Any]:
         for _ in range(steps):
             llm.engine.step()
         torch.cuda.synchronize()
-    spans = [
-        (event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
-    ]
+    spans = kernel_spans(profiler)
     by_kernel: dict[str, list[float]] = defaultdict(list)
     for start, end, name in spans:
         by_kernel[name].append((end - start) * 1e6)

@@ -99,14 +99,9 @@ def prefill(case: Case, setup: Setup, more: Mapping[str, Any] = MappingProxyType
     sets = setup.sets(footprint, 1, 4)
     kept = sum(length // case.checkpoint for length in case.lengths) if case.checkpoint else 0
     at = prefill_case(
-        setup.generator(),
-        lengths=case.lengths,
-        starts=[64 * START_CHUNKS[setup.device.type]] * rows,
-        layers=sets,
-        device=setup.device,
-        pool_bytes=(rows * sets + kept + rows + 3) * stored,
-        **_options(case),
-    )
+        setup.generator(), lengths=case.lengths, starts=[64 * START_CHUNKS[setup.device.type]] * rows, layers=sets,
+        device=setup.device, pool_bytes=(rows * sets + kept + rows + 3) * stored, **_options(case),
+    )  # fmt: skip
     part = _Part(at, stored)
     xs = [at.x_TC, *(at.x_TC.clone() for _ in range(sets - 1))]
     caches = [StateCache(at.buffer, at.state.layout, layer) for layer in range(sets)]

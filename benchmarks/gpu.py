@@ -29,28 +29,32 @@ class Stage:
 
 
 def _module(name: str, *args: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"benchmarks.{name}", *args)
+    return (sys.executable, "-m", name, *args)
 
 
 def _experiment(name: str, record: str, *overrides: str) -> tuple[tuple[str, ...], ...]:
     """A run, and its results as a record."""
     folder = f"{{out}}/{record}-run"
     run = (sys.executable, "run.py", f"+experiment={name}", "tracking=disabled", f"hydra.run.dir={folder}", *overrides)
-    return run, _module("record", folder, "--name", record, "--to", "{out}")
+    return run, _module("benchmarks.record", folder, "--name", record, "--to", "{out}")
 
 
 STAGES: dict[str, Stage] = {
-    "tests": Stage((_module("checks.gpu_tests", "--out", "{out}/gpu-tests.json"),), 540),
+    "tests": Stage((_module("tests.checks.gpu_tests", "--out", "{out}/gpu-tests.json"),), 540),
     "kernels": Stage(_experiment("kernels", "kernels")[:1], 400),
     "block_size": Stage(_experiment("kernel_block_size", "kernel_block_size"), 400),
     "serving": Stage(_experiment("serve_throughput", "serve_throughput"), 540),
     "serving_bf16": Stage(_experiment("serve_throughput", "serve_throughput-bf16", *BF16), 300),
     "shared_pool": Stage(_experiment("shared_pool", "shared_pool"), 400),
-    "engine": Stage((_module("engine", "--share", "1", "--mode", "carve", "--out", "{out}/engine.json"),), 300),
-    "soak": Stage((_module("checks.soak", "--device", "cuda", "--requests", "500", "--out", "{out}/soak.json"),), 200),
-    "sanitize": Stage((_module("checks.sanitize", "--out", "{out}/sanitize.json"),), 300),
-    "precision": Stage((_module("checks.precision", "--out", "{out}/precision.json"),), 300),
-    "variants": Stage((_module("variants", "--out", "{out}/variants.json"),), 540),
+    "engine": Stage(
+        (_module("benchmarks.engine", "--share", "1", "--mode", "carve", "--out", "{out}/engine.json"),), 300
+    ),
+    "soak": Stage(
+        (_module("tests.checks.soak", "--device", "cuda", "--requests", "500", "--out", "{out}/soak.json"),), 200
+    ),
+    "sanitize": Stage((_module("tests.checks.sanitize", "--out", "{out}/sanitize.json"),), 300),
+    "precision": Stage((_module("tests.checks.precision", "--out", "{out}/precision.json"),), 300),
+    "variants": Stage((_module("benchmarks.variants", "--out", "{out}/variants.json"),), 540),
 }
 
 

@@ -19,15 +19,9 @@ from benchmarks.resources import SHARED_MEMORY_LIMIT
 from hybridcache.observe.report import style
 from hybridcache.observe.report.page import Section, write_page
 from hybridcache.observe.report.style import Drawn
-from hybridcache.observe.report.units import bytes_text, seconds_text
+from hybridcache.observe.report.units import bytes_text
 
-NAMES = {
-    "page_tiled": "tile = page",
-    "independent": "tile independent of the page",
-    "loop": "expanded request by request",
-    "broadcast": "expanded by broadcast",
-    "none": "not expanded",
-}
+NAMES = {"page_tiled": "tile = page", "independent": "tile independent of the page"}
 """What a legend says of an implementation."""
 LIMIT_COLOR = "#C00000"
 COUNT = FuncFormatter(lambda value, _: f"{value:,g}")
@@ -190,37 +184,6 @@ def time(rows: pd.DataFrame) -> Drawn:
     style.set_title(figure, text)
     more = ["l2", "median_ms", "spread", "overflow"]
     return figure, rows.filter(["operation", "shape", "strategy", "kernel_block", *more])
-
-
-@style.styled()
-def table_cost(rows: pd.DataFrame) -> Drawn:
-    """Host time and bytes of a step's table against length, for the largest batch; a column per geometry."""
-    data = rows[rows["batch"] == rows["batch"].max()]
-    data = data.assign(host_us=data["host_s"] * 1e6, table_kib=data["table_bytes"] / 1024)
-    geometries = list(data.groupby(["manager_block", "kernel_block"], sort=False))
-    figure = style.new_figure(6.2)
-    grid = figure.subplots(2, len(geometries), sharex=True, sharey="row", squeeze=False)
-    texts = {"host_us": "host time of a step (µs)", "table_kib": "table of a step (KiB)"}
-    for line, (column, text) in zip(grid, texts.items()):
-        for axes, ((manager, kernel), part) in zip(line, geometries):
-            _lines(axes, part, "length", column, "tokens of a request")
-            axes.set_title(f"manager {manager:,.0f} / kernel {kernel:,.0f} tokens", loc="left", fontweight="bold")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(COUNT)
-        line[0].set_ylabel(text)
-    _legend(figure)
-    (manager, _), first = geometries[0]
-    longest = first[first["length"] == first["length"].max()].set_index("strategy")
-
-    def cost(way: object) -> str:
-        at = longest.loc[way]
-        return f"{seconds_text(at['host_s'])} and {bytes_text(at['table_bytes'])} a step"
-
-    cheapest = longest.drop("none")["host_s"].idxmin()
-    requests = f"{data['batch'].iloc[0]:,.0f} requests of {longest['length'].iloc[0]:,.0f} tokens"
-    title = f"{requests}, manager blocks of {manager:,.0f}"
-    style.set_title(figure, f"{title}: an expanded table costs {cost(cheapest)}, one that is not {cost('none')}")
-    return figure, rows[["manager_block", "kernel_block", "batch", "length", "strategy", "host_s", "table_bytes"]]
 
 
 def _operations(rows: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:

@@ -142,19 +142,13 @@ def constants(operation: str, layout: AttentionLayout, num_heads: int, dtype: to
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     group, decode = num_heads // layout.num_kv_heads, operation == "paged_decode"
     return {
-        "PAGE": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": group,
-        "DIM": layout.k_dim,
+        "PAGE": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads, "GROUP": group, "DIM": layout.k_dim,
         "BLOCK_M": max(power_of_2(group), 16) if decode else QUERY_TILE,
-        "BLOCK_N": max(power_of_2(layout.kernel_block_tokens), 16),
-        "BLOCK_D": max(power_of_2(layout.k_dim), 16),
-        "DECODE": decode,
-        "SPLIT": split,
+        "BLOCK_N": max(power_of_2(layout.kernel_block_tokens), 16), "BLOCK_D": max(power_of_2(layout.k_dim), 16),
+        "DECODE": decode, "SPLIT": split,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
-        "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": STAGES[operation],
-    }
+        "DOT": tl.float32 if interpreting() else dot, "STAGES": STAGES[operation],
+    }  # fmt: skip
 
 
 def _launch(

@@ -34,13 +34,9 @@ def states() -> dict[str, str]:
 
 
 def delta_rule(
-    q_BTVI: torch.Tensor,
-    k_BTVI: torch.Tensor,
-    v_BTVJ: torch.Tensor,
-    g_BTV: torch.Tensor,
-    beta_BTV: torch.Tensor,
+    q_BTVI: torch.Tensor, k_BTVI: torch.Tensor, v_BTVJ: torch.Tensor, g_BTV: torch.Tensor, beta_BTV: torch.Tensor,
     state_BVIJ: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Reference of the gated delta rule with normalised q and k, one token after the other, in float64. ``g`` is the
     logarithm of the decay."""
 

@@ -79,12 +79,9 @@ class Work:
     link: str = "copy"
 
     def offer(
-        self,
-        case: Case,
-        setup: Setup,
-        implementation: Callable[..., Implementation],
+        self, case: Case, setup: Setup, implementation: Callable[..., Implementation],
         more: Mapping[str, Any] = MappingProxyType({}),
-    ) -> "Work":
+    ) -> "Work":  # fmt: skip
         """Itself, with the library's implementations of the case's operation that run there (Triton's and Gluon's kernels,
         PyTorch's, FlashAttention-3 where it is installed), each given to ``implementation``; then ``more``."""
         operation, on_cuda = case.operation, setup.device.type == "cuda"

@@ -85,24 +85,14 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
 def _row(cfg: DictConfig, spec: CacheSpec, found: Geometry, rank: int, lengths: list[int]) -> dict[str, Any]:
     kb, m, n = found.kernel_block_tokens, found.kernel_blocks_per_manager_block, found.states_per_manager_block
     row = {
-        "experiment": "geometry",
-        "phase": "geometry",
-        "strategy": f"kb{kb}-m{m}-n{n}",
-        "workload": f"{spec.model_type}-tp{spec.tp_size}",
-        "repetition": 0,
-        "device": "accounting",
-        "model": cfg.model.name,
-        **cache_columns(spec),
-        "rank": rank,
-        "kernel_block_tokens": kb,
-        "kernel_blocks_per_manager_block": m,
-        "states_per_manager_block": n,
-        "manager_block_bytes": found.manager_block_bytes,
-        "manager_block_tokens": found.manager_block_tokens,
+        "experiment": "geometry", "phase": "geometry", "strategy": f"kb{kb}-m{m}-n{n}",
+        "workload": f"{spec.model_type}-tp{spec.tp_size}", "repetition": 0, "device": "accounting",
+        "model": cfg.model.name, **cache_columns(spec), "rank": rank, "kernel_block_tokens": kb,
+        "kernel_blocks_per_manager_block": m, "states_per_manager_block": n,
+        "manager_block_bytes": found.manager_block_bytes, "manager_block_tokens": found.manager_block_tokens,
         "state_blocks_per_request": found.state_blocks_per_request,
-        "state_padding_percent": 100 * found.state_padding,
-        "expected_waste_bytes": found.expected_waste_bytes,
-    }
+        "state_padding_percent": 100 * found.state_padding, "expected_waste_bytes": found.expected_waste_bytes,
+    }  # fmt: skip
     for length in lengths:
         row[f"blocks_at_{length}"] = found.request_blocks(length)
         row[f"held_bytes_at_{length}"] = found.request_blocks(length) * found.manager_block_bytes

@@ -1,8 +1,8 @@
-"""Experiment ``kernel_block_size``: what it costs when the kernels' block is the manager's, and what it costs when it is not.
+"""Experiment ``kernel_block_size``: what it costs when the kernels' block is the manager's.
 
-Three phases: *resources* (shared memory, registers and spills of attention kernels whose tile is the page, or is not, over
-kernel blocks; compiled for sm_90), *tables* (host time and bytes of expanding a table of manager blocks) and, on CUDA,
-*time* of the same kernels.
+Two phases: *resources* (shared memory, registers and spills of attention kernels whose tile is the page, or is not, over
+kernel blocks; compiled for sm_90) and, on CUDA, *time* of the same kernels. What it costs the host where the blocks differ
+and tables must be expanded is operation ``table_expansion`` of experiment ``kernels``.
 """
 
 import itertools
@@ -13,12 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
 from benchmarks import block_size, kernel_figures
-from benchmarks.block_tables import WAYS, measure_table
 from benchmarks.case import Case
 from benchmarks.measure import Bench, Row, failed
 from benchmarks.processes import describe, each_in_parallel, in_parallel, isolated
@@ -26,26 +24,17 @@ from benchmarks.resources import SHARED_MEMORY_LIMIT, Resources
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_results
 from experiments.lib.settings import Common
+from experiments.lib.strategy_choices import stored_columns
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name
 from hybridcache.observe.report.page import save_picture
 from hybridcache.observe.report.style import Drawn
+from hybridcache.spec.dtypes import dtype_name
 
 Rows = Iterator[Row]
 
-FAST = {
-    "operations": ["paged_decode"],
-    "blocks": [16, 256],
-    "tables": {"geometries": [[1056, 16]], "batches": [1, 64], "lengths": [1024, 65536]},
-}
-
-
-@dataclass
-class Tables:
-    geometries: list[list[int]]
-    batches: list[int]
-    lengths: list[int]
+FAST = {"operations": ["paged_decode"], "blocks": [16, 256]}
 
 
 @dataclass
@@ -56,7 +45,6 @@ class Settings:
     device: str
     decode: list[int]
     prefill: list[int]
-    tables: Tables
     limit_s: float
 
 
@@ -82,8 +70,7 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     _check(settings)
     device_text = device_name() if device.type == "cuda" else "cpu"
     phases: dict[str, tuple[int, Callable[[], Rows]]] = {
-        "resources": (2 * len(settings["operations"]) * len(settings["blocks"]), lambda: _resources(settings)),
-        "tables": (len(_table_points(settings["tables"])), lambda: _tables(settings["tables"], cfg.seed)),
+        "resources": (2 * len(settings["operations"]) * len(settings["blocks"]), lambda: _resources(settings))
     }
     if device.type == "cuda":
         timed, limits = _timed(settings), (settings["compile_up_to"], settings["limit_s"])
@@ -94,12 +81,11 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
             task = progress.add_task(phase, total=total)
             for row in produce():
                 common = {"experiment": cfg.experiment_name, "phase": phase, "repetition": 0, "device": device_text}
-                rows.append({**common, "model": "qwen3_next_80b_a3b", **row})
-                if phase != "tables":
-                    write_results(rows, run_dir)  # what is measured is not lost
+                stored = stored_columns(dtype_name(block_size.DTYPE), None)
+                rows.append({**common, "model": "qwen3_next_80b_a3b", "seed": cfg.seed, **stored, **row})
+                results = write_results(rows, run_dir)  # what is measured is not lost
                 progress.advance(task)
             progress.update(task, completed=total)
-    results = write_results(rows, run_dir)
     _show(results, run_dir)
     errors = [row for row in rows if row.get("error") and not row.get("overflow")]
     if errors:
@@ -116,14 +102,6 @@ def _check(settings: dict[str, Any]) -> None:
     for size in settings["blocks"]:
         if not isinstance(size, int) or size < 8 or size % 8:
             raise bad("kernel_block_size.blocks", size, "give multiples of 8 tokens")
-    for manager, kernel in settings["tables"]["geometries"]:
-        if kernel < 1 or manager % kernel:
-            sizes = [manager, kernel]
-            raise bad("kernel_block_size.tables.geometries", sizes, "the kernel block must divide the other")
-    for key in ("batches", "lengths"):
-        for value in settings["tables"][key]:
-            if not isinstance(value, int) or value < 1:
-                raise bad(f"kernel_block_size.tables.{key}", value, "give positive whole numbers")
 
 
 # -- phases ------------------------------------------------------------------------------------------------------------
@@ -156,19 +134,6 @@ def _compile(point: tuple[str, int, str]) -> Resources:
     return block_size.resources(kind, operation, size)
 
 
-def _table_points(tables: Any) -> list[tuple[Any, ...]]:
-    return list(itertools.product(tables["geometries"], tables["batches"], tables["lengths"], WAYS))
-
-
-def _tables(tables: Any, seed: int) -> Rows:
-    generator = np.random.default_rng(seed)
-    for (manager, kernel), batch, length, way in _table_points(tables):
-        seconds, num_bytes = measure_table(way, batch, length, manager, kernel, generator)
-        place = {"manager_block": manager, "kernel_block": kernel, "batch": batch, "length": length}
-        text = f"manager={manager} kernel={kernel} batch={batch} length={length}"
-        yield {"strategy": way, "workload": text, **place, "host_s": seconds, "table_bytes": num_bytes}
-
-
 def _timed(settings: dict[str, Any]) -> list[Case]:
     shapes = {"paged_decode": settings["decode"], "paged_prefill": settings["prefill"]}
     points = [(name, *shapes[name], size) for name in settings["operations"] for size in settings["blocks"]]
@@ -197,12 +162,7 @@ CAPTIONS = {
     f"{SHARED_MEMORY_LIMIT:,} B. White: not compiled, the least that one tile of K and one of V need. Head dim 256, 16 query "
     "and 2 KV heads.",
     "time": "Median time of one launch; a cross at the top: the kernel needs more shared memory than there is.",
-    "table_cost": "Host time to build one step's table of the largest batch, and its bytes, which are copied to the device.",
 }
-WAYS_TEXT = (
-    "The smallest and the largest batch and length; results.parquet has all. loop: requests expanded one after another; "
-    "broadcast: the batch at once; none: kernels read the table of manager blocks."
-)
 
 
 SECTIONS: dict[str, tuple[str, str, Callable[[pd.DataFrame], Drawn], dict[str, str]]] = {
@@ -216,11 +176,6 @@ SECTIONS: dict[str, tuple[str, str, Callable[[pd.DataFrame], Drawn], dict[str, s
         {"workload": "operation", "strategy": "kernel", "l2": "L2", "median_ms": "ms", "spread": "±", "gbps": "GB/s",
          "tflops": "TFLOP/s", "rel_error": "rel error", "overflow": "overflow", "error": "error"},
     ),
-    "tables": (
-        "Tables of a step", "host_s", kernel_figures.table_cost,
-        {"strategy": "way", "manager_block": "manager", "kernel_block": "kernel", "batch": "requests", "length": "tokens",
-         "host_us": "host time, µs", "table_bytes": "table, B"},
-    ),
 }  # fmt: skip
 """By phase: title, the value without which there is nothing to draw, the figure, and headings by column."""
 
@@ -228,13 +183,10 @@ SECTIONS: dict[str, tuple[str, str, Callable[[pd.DataFrame], Drawn], dict[str, s
 def _show(results: pd.DataFrame, run_dir: Path) -> None:
     sections = []
     for phase, (title, value, draw, headings) in SECTIONS.items():
-        rows = shown = results[results["phase"] == phase].dropna(axis=1, how="all")
+        rows = results[results["phase"] == phase].dropna(axis=1, how="all")
         if rows.empty:
             continue
-        if phase == "tables":
-            ends = [rows[name].isin([rows[name].min(), rows[name].max()]) for name in ("batch", "length")]
-            shown = rows.assign(host_us=rows["host_s"] * 1e6)[ends[0] & ends[1]]
-        sections.append(kernel_figures.section(title, shown, headings, [WAYS_TEXT] if phase == "tables" else []))
+        sections.append(kernel_figures.section(title, rows, headings))
         if value in rows:
             figure, data = draw(rows.dropna(subset=value) if phase == "resources" else rows)
             name = draw.__name__

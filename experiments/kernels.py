@@ -21,6 +21,7 @@ from benchmarks.processes import in_parallel, isolated
 from benchmarks.work import Setup
 from experiments.lib.harness import CONSOLE, ProgressBar, write_json, write_results
 from experiments.lib.settings import Common
+from experiments.lib.strategy_choices import stored_columns
 from hybridcache.device import choose_device
 from hybridcache.errors import bad
 from hybridcache.observe.environment import device_name, environment
@@ -71,15 +72,12 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
         torch.set_num_threads(1)
     rows: list[Row] = []
     record: dict[str, Any] = {
-        "environment": environment(),
-        "device": device_name() if on_cuda else "cpu",
-        "claim": "measured" if on_cuda else FUNCTIONAL,
-        "ceilings": vars(ceilings) if ceilings else None,
-        "peers": peers.states(),
-        "rows": rows,
-    }
+        "environment": environment(), "device": device_name() if on_cuda else "cpu",
+        "claim": "measured" if on_cuda else FUNCTIONAL, "ceilings": vars(ceilings) if ceilings else None,
+        "peers": peers.states(), "rows": rows,
+    }  # fmt: skip
     common = {"experiment": cfg.experiment_name, "phase": "kernels", "repetition": 0, "device": record["device"]}
-    common["model"] = "qwen3_next_80b_a3b" if on_cuda else "tiny"
+    common |= {"model": "qwen3_next_80b_a3b" if on_cuda else "tiny", "seed": cfg.seed}
     bench = Bench(Setup.on(device, cfg.seed), ceilings)
     if on_cuda if settings.isolate == "auto" else settings.isolate:
         found = isolated(bench.rows, cases, failed, limit_s=settings.limit_s)
@@ -112,11 +110,13 @@ def _cases(operations: list[str], on_cuda: bool, fast: bool) -> list[Case]:
     return cases
 
 
-def _names(row: Row) -> dict[str, str]:
-    """Of a row, what every experiment's results have: strategy and workload."""
+def _names(row: Row) -> dict[str, Any]:
+    """Of a row, what every experiment's results have: strategy, workload and what lies in the cache."""
     blocks = [f"kb={row['kernel_block']}", f"Tm={row['manager_block']}", row["layout"]] if row["kernel_block"] else []
     where = [row["op"], row["shape"], row["dtype"], *blocks, *([row["l2"]] if row["l2"] else [])]
-    return {"strategy": row["impl"], "workload": " ".join(map(str, where))}
+    states, copies = row["op"].startswith("gdn_"), row["dtype"] == "uint8"
+    stored = stored_columns(None if states or copies else row["dtype"], row["dtype"] if states else None)
+    return {"strategy": row["impl"], "workload": " ".join(map(str, where)), **stored}
 
 
 # -- tables, figures, page ---------------------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ from experiments.lib.harness import CONSOLE, Rows, collect
 from experiments.lib.phases.capacity import capacity_rows
 from experiments.lib.phases.simulation import SimulationPhase
 from experiments.lib.printed_tables import print_capacity, print_runs
-from experiments.lib.settings import container, model_chosen, resolve_model, scheduler_config, spec_of
+from experiments.lib.settings import (
+    container,
+    max_request_tokens,
+    model_chosen,
+    resolve_model,
+    scheduler_config,
+    spec_of,
+)
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, choose_strategies
 from experiments.lib.streams import make_streams, workload_target
@@ -127,6 +134,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
 def _resolve_geometry(cfg: DictConfig) -> None:
     """The model, dtypes and machine of capacity and simulation."""
     resolve_model(cfg, MODEL)
+    _longest(cfg)
     if cfg.tp_size == "auto":
         cfg.tp_size = least_ranks(container(cfg.model.hf_config), DeviceSpec(**container(cfg.device)))
     if isinstance(cfg.tp_size, str):
@@ -217,14 +225,17 @@ def _cost_model(cfg: DictConfig, memory: CacheMemory) -> CostModel:
 
 
 def _memory(cfg: DictConfig, budget_gib: float) -> CacheMemory:
-    longest = cfg.model.hf_config.get("max_position_embeddings")
-    return CacheMemory(spec_of(cfg), int(budget_gib * GIB), cfg.engine.max_running, longest)
+    return CacheMemory(spec_of(cfg), int(budget_gib * GIB), cfg.engine.max_running, _longest(cfg))
+
+
+def _longest(cfg: DictConfig) -> int | None:
+    return max_request_tokens(cfg, cfg.model.name, cfg.model.hf_config.get("max_position_embeddings"))
 
 
 def _check_tokens(results: pd.DataFrame) -> None:
     """Strategies that served the same requests must have sampled the same tokens, in float64 at least."""
     inference = results[results["phase"] == "inference"]
-    if inference.empty:
+    if inference.empty or inference["tokens_sha256"].isna().all():  # no such phase, or no request was served
         return
     alike = inference.groupby(["workload", "requests_served"])["tokens_sha256"]
     agree = bool((alike.nunique() == 1).all())

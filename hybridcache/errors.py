@@ -1,6 +1,9 @@
 """Errors a user can cause and mend, and the checks of numbers that raise them."""
 
 import math
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,3 +31,14 @@ def number(field: str, value: object, least: float = 0.0, *, above: bool = False
     if wrong_type or not math.isfinite(value) or value < least or (above and value == least):  # type: ignore[operator,arg-type]
         raise bad(field, value, fix or f"give a finite number {'above' if above else 'of at least'} {least:g}")
     return float(value)  # type: ignore[arg-type]
+
+
+def named(field: str, path: str, known: Iterable[str]) -> Any:
+    """What stands at a dotted path (``my_package.my_module.Name``); ``known`` are the names that may be given instead."""
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise bad(field, path, f"choose one of {', '.join(known)}, or give a dotted path of your own")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise bad(field, path, f"cannot be imported ({error})") from error

@@ -1,6 +1,8 @@
-"""What all tests share: a test that hangs ends by itself, and property tests do not mind a slow machine."""
+"""What all tests share: a test that hangs ends by itself, property tests do not mind a slow machine, and the garbage collector
+does not walk what was there before a test's module."""
 
 import faulthandler
+import gc
 import os
 
 import pytest
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TEST_S))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def light_heap():
+    """A process that runs all tests holds a million objects, which every full collection would look at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

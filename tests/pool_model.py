@@ -5,6 +5,7 @@ position and layer; each state is a running hash of the request's tokens, its co
 returns is a hash of the whole context's KV, of the states and of the rings, all read through tables and layout.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -194,15 +195,20 @@ class PoolModel:
         return total
 
 
+BUDGETS = [int(1024 * 1.01**i) for i in range(1400)]
+
+
 def smallest_budget(make: Callable[[int], Strategy], tokens: int) -> int:
-    """The least budget, to 1 %, at which a strategy holds one request of ``tokens`` tokens."""
-    budget = 1024
-    while budget < 1 << 30:
+    """A budget at which a strategy holds one request of ``tokens`` tokens and one of 1 % less does not."""
+
+    def holds(budget: int) -> bool:
         try:
-            if make(budget).request_limit() >= tokens:
-                return budget
+            return make(budget).request_limit() >= tokens
         except UserError as error:
             if "cannot hold one request" not in str(error):
                 raise
-        budget = int(budget * 1.01) + 1
-    raise AssertionError(f"no budget up to {budget} holds {tokens} tokens")
+            return False
+
+    at = bisect_left(BUDGETS, True, key=holds)
+    assert at < len(BUDGETS), f"no budget up to {BUDGETS[-1]} holds {tokens} tokens"
+    return BUDGETS[at]

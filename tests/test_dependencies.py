@@ -61,7 +61,7 @@ def test_the_product_imports_what_is_declared_and_nothing_else():
 
 def test_benchmarks_and_tests_import_what_the_dev_extra_declares():
     files = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "setup.py"]
-    helpers = {normalized(path.stem) for path in files}
+    helpers = {"tests", *(normalized(path.stem) for path in files)}
     found = {name: files for name, files in imported(files).items() if name not in helpers}
     known = declared([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
     missing = {name: files for name, files in found.items() if name not in known}

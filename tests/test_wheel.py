@@ -65,8 +65,9 @@ def site(wheel, tmp_path_factory) -> Path:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """The installed wheel comes first on the path; the environment's packages, an editable install among them, behind."""
-    return {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""}
+    """The installed wheel comes first on the path; the environment's packages, an editable install among them, behind. Modules
+    are compiled once for all tests."""
+    return {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "", "CUDA_VISIBLE_DEVICES": ""}
 
 
 SOURCE = """from models.qwen3_next import model

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridcache.observe.report.comparison import competitors, half_interval
-from hybridcache.observe.report.units import bytes_text, seconds_text
+from hybridcache.observe.report.units import budget_text, seconds_text
 
 MIB = 1 << 20
 WIDE = 118
@@ -47,7 +47,7 @@ def print_capacity(console: Console, results: pd.DataFrame) -> None:
     if rows.empty:
         return
     first = rows.iloc[0]
-    _title(console, f"capacity: resident requests of {first['model']} in {_machine(first)}, by length in tokens")
+    _title(console, f"capacity: resident requests of {first['model']} in {budget_text(first)}, by length in tokens")
     lengths = list(dict.fromkeys(rows["workload"]))
     for part in _parts(lengths, (console.width - 30) // 8):
         table = _table()
@@ -72,7 +72,7 @@ def print_runs(console: Console, results: pd.DataFrame, phase: str) -> None:
     of_phase = results[results["phase"] == phase]
     for workload, rows in of_phase.groupby("workload", sort=False):
         first = rows.iloc[0]
-        title = f"{phase}: {workload}, {_machine(first)}, {first['model']} on {first['device']}"
+        title = f"{phase}: {workload}, {budget_text(first)}, {first['model']} on {first['device']}"
         if phase == "inference":
             title += f", {first['backend']} backend, {first['dtype']}"
         _print_run(console, rows, title, first["workload_source"])
@@ -135,7 +135,7 @@ def print_throughput(console: Console, results: pd.DataFrame) -> None:
     """Output tokens per second by strategy and workload, means over repetitions, with the most residents behind them."""
     first = results.iloc[0]
     title = (
-        f"output tokens/s (residents at most): {first['model']}, {_machine(first)}, {first['device']}, "
+        f"output tokens/s (residents at most): {first['model']}, {budget_text(first)}, {first['device']}, "
         f"{first['backend']} backend, {first['dtype']}, {first['state_dtype']} states"
     )
     workloads = list(dict.fromkeys(results["workload"]))
@@ -180,9 +180,3 @@ def _table() -> Table:
 
 def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
     return [names[i : i + size] for i in range(0, len(names), size)]
-
-
-def _machine(row: pd.Series) -> str:
-    """``5 GiB``, or of several ranks ``5 GiB on each of 4 ranks``."""
-    text = bytes_text(row["budget_bytes"])
-    return text if row["tp_size"] == 1 else f"{text} on each of {row['tp_size']:.0f} ranks"

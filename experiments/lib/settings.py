@@ -47,13 +47,13 @@ class Tracking:
 
 
 def _section(cls: type, **types: Any) -> type:
-    """A dataclass of the same fields without the checks of ``cls``, which runs them later; ``types`` replace its own."""
+    """A dataclass of the same fields without the checks of ``cls``, which runs them later; ``types`` replace and add some."""
     hints = get_type_hints(cls)
-    return make_dataclass(f"{cls.__name__}Section", [(f.name, types.get(f.name, hints[f.name])) for f in fields(cls)])
+    return make_dataclass(f"{cls.__name__}Section", ({f.name: hints[f.name] for f in fields(cls)} | types).items())
 
 
-Engine = _section(SchedulerConfig, max_tokens_per_step=int | str)
-"""``conf/engine/``: the scheduler's policies. The token budget may be ``auto``."""
+Engine = _section(SchedulerConfig, max_tokens_per_step=int | str, max_model_len=int | None)
+"""``conf/engine/``: the scheduler's policies, whose token budget may be ``auto``, and the longest request to serve."""
 Device = _section(DeviceSpec)
 """``conf/device/``: the device of the cost model."""
 
@@ -184,8 +184,28 @@ def container(cfg: Any) -> dict[str, Any]:
 
 
 def scheduler_config(cfg: DictConfig) -> SchedulerConfig:
-    """``cfg.engine``, checked."""
-    return SchedulerConfig(**container(cfg.engine))
+    """The policies of ``cfg.engine``, checked."""
+    return SchedulerConfig(**{key: value for key, value in container(cfg.engine).items() if key != "max_model_len"})
+
+
+def max_request_tokens(cfg: DictConfig, model: str, longest: int | None) -> int | None:
+    """Most tokens that a request may store: ``engine.max_model_len`` or, where that is null, ``longest``.
+
+    Args:
+        cfg: of an experiment that reads ``engine``.
+        model: its name, for the error.
+        longest: what the model's positions allow; None where it does not say.
+
+    Raises:
+        UserError: fewer than 2 tokens, or more than the model allows.
+    """
+    given = cfg.engine.max_model_len
+    if given is None:
+        return longest
+    if given < 2 or given > (longest or given):
+        most = f"from 2 to the {longest} of {model}" if longest else "of at least 2"
+        raise bad("engine.max_model_len", given, f"give a number of tokens {most}, or null for all")
+    return int(given)
 
 
 def model_chosen(cfg: DictConfig) -> bool:

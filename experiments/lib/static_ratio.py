@@ -30,12 +30,9 @@ def wants_ratio(choices: Sequence[StrategyChoice]) -> bool:
 
 
 def with_best_ratio(
-    choices: Sequence[StrategyChoice],
-    memory: CacheMemory,
-    streams: Sequence[Workload],
-    scheduler: SchedulerConfig,
+    choices: Sequence[StrategyChoice], memory: CacheMemory, streams: Sequence[Workload], scheduler: SchedulerConfig,
     cost_model: CostModel,
-) -> list[StrategyChoice]:
+) -> list[StrategyChoice]:  # fmt: skip
     """The strategies with ``ratio: best`` replaced by the ratio that serves ``streams``, one after another, fastest.
 
     Raises:
@@ -60,12 +57,9 @@ def balanced_ratio(memory: CacheMemory, streams: Sequence[Workload]) -> float:
 
 
 def _best_ratio(
-    choice: StrategyChoice,
-    memory: CacheMemory,
-    streams: Sequence[Workload],
-    scheduler: SchedulerConfig,
+    choice: StrategyChoice, memory: CacheMemory, streams: Sequence[Workload], scheduler: SchedulerConfig,
     cost_model: CostModel,
-) -> float:
+) -> float:  # fmt: skip
     start = balanced_ratio(memory, streams)
     parameter = inspect.signature(strategy_class(choice.target)).parameters.get("ratio")
     default = [] if parameter is None or parameter.default is parameter.empty else [parameter.default]

@@ -15,16 +15,19 @@ from hybridcache.spec import CacheSpec
 from hybridcache.strategies import Strategy, build, strategy_class
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+AUTO: dict[str, dict[str, Any]] = yaml.safe_load((CONF / "auto.yaml").read_text(encoding="utf-8"))
+"""What ``auto`` means, by section and kind of device."""
 
 
 def cache_columns(spec: CacheSpec) -> dict[str, Any]:
     """The columns of a result row that say what was stored, and where."""
-    return {
-        "tp_size": spec.tp_size,
-        "num_devices": spec.tp_size,
-        "kv_dtype": spec.attention.dtype if spec.attention else None,
-        "state_dtype": spec.state.recurrent_dtype if spec.state else None,
-    }
+    kv_dtype = spec.attention.dtype if spec.attention else None
+    return stored_columns(kv_dtype, spec.state.recurrent_dtype if spec.state else None, spec.tp_size)
+
+
+def stored_columns(kv_dtype: str | None, state_dtype: str | None, tp_size: int = 1) -> dict[str, Any]:
+    """:func:`cache_columns` of a row that is about no whole model; None for what it does not touch."""
+    return {"tp_size": tp_size, "num_devices": tp_size, "kv_dtype": kv_dtype, "state_dtype": state_dtype}
 
 
 @dataclass(frozen=True)

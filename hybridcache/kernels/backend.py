@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import cache_of
@@ -38,7 +39,7 @@ class Caches:
     """A pool's caches under one backend, by the ordinals of their layers."""
 
     backend: "Backend"
-    buffer: torch.Tensor
+    buffer: Tensor
     layout: Layout
     attention: tuple[AttentionOperations, ...]
     states: tuple[StateOperations, ...]
@@ -68,19 +69,19 @@ class Backend(LayerOperations):
             setattr(self, operation, self._layer_operation(operation, entry))
         self._copy = load(BLOCK_COPY.triton_module if self.fused else BLOCK_COPY.torch_module, "block_copy")
 
-    def bind(self, buffer: torch.Tensor, layout: Layout) -> Caches:
+    def bind(self, buffer: Tensor, layout: Layout) -> Caches:
         """The caches of a pool, whose bytes are ``buffer``."""
         at = layout.attention, layout.state
         attention, states = ([self.bind_layer(buffer, kind, i) for i in range(len(kind.base))] for kind in at)
         return Caches(self, buffer, layout, tuple(attention), tuple(states))
 
-    def bind_layer(self, buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int) -> Any:
+    def bind_layer(self, buffer: Tensor, layout: AttentionLayout | StateLayout, layer: int) -> Any:
         """One layer's cache: :class:`AttentionOperations` or :class:`StateOperations`."""
         cache = cache_of(buffer, layout, layer, self.launches)
         entries = ATTENTION if isinstance(layout, AttentionLayout) else STATE
         return SimpleNamespace(**{name: self._cache_operation(name, entry, cache) for name, entry in entries.items()})
 
-    def block_copy(self, buffer: torch.Tensor, moves: Any) -> int:
+    def block_copy(self, buffer: Tensor, moves: Any) -> int:
         self.launches[f"block_copy[{self._language}]"] += 1
         if buffer.device.type != "cuda":
             return cast(int, self._copy(buffer, moves))

@@ -13,22 +13,23 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.memory.layout import AttentionLayout, StateLayout
 from hybridcache.spec.dtypes import torch_dtype
 
 
-def elements(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def elements(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole buffer as a flat tensor of ``dtype``; the last bytes that make no element are cut off. No copy."""
     return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def part(buffer: torch.Tensor, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def part(buffer: Tensor, address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of ``shape`` that starts at byte ``address`` of the buffer. No copy."""
     return buffer[address : address + prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
-def strided(flat: torch.Tensor, base: int, entry_stride: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+def strided(flat: Tensor, base: int, entry_stride: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
     """``[E, *shape]`` over a flat typed pool, for as many entries E as fit wholly. ``base``, ``entry_stride`` and ``strides``
     are bytes. Entries may overlap (state tables that count in units smaller than a state); the caller's table says which
     of them are real."""
@@ -42,15 +43,11 @@ def strided(flat: torch.Tensor, base: int, entry_stride: int, shape: tuple[int, 
 def row_strides(layout: AttentionLayout, layer: int) -> dict[str, int]:
     """Where K and V of a layer lie, in elements, by the name of the kernels' parameters."""
     in_bytes = {
-        "base": layout.base[layer],
-        "manager_stride": layout.manager_stride,
-        "kernel_stride": layout.kernel_stride,
-        "kv_stride": layout.kv_stride,
-        "k_token_stride": layout.token_stride[0],
-        "v_token_stride": layout.token_stride[1],
-        "k_head_stride": layout.head_stride[0],
+        "base": layout.base[layer], "manager_stride": layout.manager_stride, "kernel_stride": layout.kernel_stride,
+        "kv_stride": layout.kv_stride, "k_token_stride": layout.token_stride[0],
+        "v_token_stride": layout.token_stride[1], "k_head_stride": layout.head_stride[0],
         "v_head_stride": layout.head_stride[1],
-    }
+    }  # fmt: skip
     size = torch_dtype(layout.dtype).itemsize
     return {name: value // size for name, value in in_bytes.items()}
 
@@ -63,7 +60,7 @@ class AttentionCache:
     """
 
     def __init__(
-        self, buffer: torch.Tensor, layout: AttentionLayout, layer: int, launches: Counter[str] | None = None
+        self, buffer: Tensor, layout: AttentionLayout, layer: int, launches: Counter[str] | None = None
     ) -> None:
         self.buffer, self.layout, self.layer = buffer, layout, layer
         self.launches = Counter() if launches is None else launches
@@ -73,7 +70,7 @@ class AttentionCache:
         """What implementations chose for a shape of inputs."""
 
     @cached_property
-    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self) -> tuple[Tensor, Tensor]:
         """K and V, each ``[E, N, S, K, D]``."""
         at = self.layout
         tokens, size = at.kernel_block_tokens, self.pool.element_size()
@@ -89,7 +86,7 @@ class AttentionCache:
         )
         return k, v
 
-    def row(self, entry: int, position: int, kv: int, head: int) -> torch.Tensor:
+    def row(self, entry: int, position: int, kv: int, head: int) -> Tensor:
         """K (``kv=0``) or V of one position and head, by the layout's formula."""
         dim = self.layout.v_dim if kv else self.layout.k_dim
         return part(self.buffer, self.layout.address(self.layer, entry, position, kv, head), (dim,), self.pool.dtype)
@@ -98,9 +95,7 @@ class AttentionCache:
 class StateCache:
     """Recurrent states and conv rings of state ordinal ``layer``."""
 
-    def __init__(
-        self, buffer: torch.Tensor, layout: StateLayout, layer: int, launches: Counter[str] | None = None
-    ) -> None:
+    def __init__(self, buffer: Tensor, layout: StateLayout, layer: int, launches: Counter[str] | None = None) -> None:
         self.buffer, self.layout, self.layer = buffer, layout, layer
         self.launches = Counter() if launches is None else launches
         self.state = elements(buffer, torch_dtype(layout.recurrent_dtype))
@@ -113,7 +108,7 @@ class StateCache:
         """What implementations chose for a shape of inputs."""
 
     @cached_property
-    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self) -> tuple[Tensor, Tensor]:
         """Recurrent parts ``[E, V, key dim, value dim]`` and conv rings ``[E, W, C]``."""
         at, base = self.layout, self.layout.base[self.layer]
         heads, key_dim, value_dim = at.recurrent_shape
@@ -123,7 +118,7 @@ class StateCache:
         shape, strides_WC = (at.conv_kernel, at.conv_channels), (at.conv_channels * conv_size, conv_size)
         return recurrent, strided(self.ring, base + at.conv_offset, at.stride, shape, strides_WC)
 
-    def stored(self, entry: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def stored(self, entry: int) -> tuple[Tensor, Tensor]:
         """The recurrent part ``[V, key dim, value dim]`` and the conv ring ``[W, C]`` of one entry, by the layout's formula."""
         at, address = self.layout, self.layout.address(self.layer, entry)
         shape = (at.conv_kernel, at.conv_channels)
@@ -132,7 +127,7 @@ class StateCache:
 
 
 def cache_of(
-    buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int, launches: Counter[str] | None = None
+    buffer: Tensor, layout: AttentionLayout | StateLayout, layer: int, launches: Counter[str] | None = None
 ) -> Any:
     """The cache of either kind that a layout describes."""
     kind = AttentionCache if isinstance(layout, AttentionLayout) else StateCache

@@ -4,7 +4,7 @@ and for shapes where it is the slower one. Each returns the language of the kern
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache, StateCache
 from hybridcache.kernels.devices import is_hopper
@@ -15,17 +15,17 @@ from hybridcache.kernels.gdn_prefill import triton as prefill
 from hybridcache.kernels.paged_prefill import hopper, triton
 from hybridcache.kernels.paged_prefill.tiles import choose_ring
 
-Ran = tuple[str, torch.Tensor]
+Ran = tuple[str, Tensor]
 
 
-def paged_prefill(cache: AttentionCache, q_THD: torch.Tensor, *rest: Any) -> Ran:
+def paged_prefill(cache: AttentionCache, q_THD: Tensor, *rest: Any) -> Ran:
     ring = choose_ring(cache, q_THD) if is_hopper(q_THD.device) else None
     if ring is not None:
         return "gluon", hopper.paged_prefill(cache, q_THD, *rest, ring=ring)
     return "triton", triton.paged_prefill(cache, q_THD, *rest)
 
 
-def gdn_decode(cache: StateCache, x_BC: torch.Tensor, *rest: Any) -> Ran:
+def gdn_decode(cache: StateCache, x_BC: Tensor, *rest: Any) -> Ran:
     kind = (x_BC.shape[0], x_BC.dtype)
     if (tiles := cache.memo.get(kind)) is None:
         tiles = cache.memo[kind] = choose(cache.layout, x_BC)
@@ -33,7 +33,7 @@ def gdn_decode(cache: StateCache, x_BC: torch.Tensor, *rest: Any) -> Ran:
     return language, decode.gdn_decode(cache, x_BC, *rest, tiles=tiles)  # type: ignore[misc]
 
 
-def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *rest: Any, **checkpoints: Any) -> Ran:
+def gdn_prefill(cache: StateCache, x_TC: Tensor, *rest: Any, **checkpoints: Any) -> Ran:
     tiles = prefill_tiles.choose(cache.layout, x_TC, rest[8].shape[0])
     language = "gluon" if tiles.hopper else "triton"
     return language, prefill.gdn_prefill(cache, x_TC, *rest, **checkpoints, tiles=tiles)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache, strided
@@ -47,7 +48,7 @@ def pages(layout: AttentionLayout) -> Pages:
     return Pages(layout.kernel_stride, blocks, layout.manager_stride // layout.kernel_stride)
 
 
-def check(layout: AttentionLayout, q: torch.Tensor) -> None:
+def check(layout: AttentionLayout, q: Tensor) -> None:
     """Raises UserError for what FlashAttention-3 cannot compute."""
     name = dtype_name(q.dtype)
     if name not in ("bfloat16", "float16") or name != layout.dtype:
@@ -61,8 +62,8 @@ def check(layout: AttentionLayout, q: torch.Tensor) -> None:
 
 
 def paged_decode(
-    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
-) -> torch.Tensor:
+    cache: AttentionCache, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float
+) -> Tensor:
     """See :meth:`.AttentionOperations.paged_decode`.
 
     Raises:
@@ -73,15 +74,9 @@ def paged_decode(
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_prefill`. What stands in the output behind the last
     row is undefined.
 
@@ -89,25 +84,19 @@ def paged_prefill(
         UserError: a layout, width or dtype that FlashAttention-3 cannot do.
     """
     return _attend(
-        q_THD,
-        **_paged(cache, q_THD, kv_table_BN, context_len_B),
-        cu_seqlens_q=cu_seqlens.int(),
-        max_seqlen_q=max_query_len,
-        softmax_scale=scale,
-        causal=True,
-    )
+        q_THD, **_paged(cache, q_THD, kv_table_BN, context_len_B), cu_seqlens_q=cu_seqlens.int(),
+        max_seqlen_q=max_query_len, softmax_scale=scale, causal=True,
+    )  # fmt: skip
 
 
-def _attend(q: torch.Tensor, **arguments: Any) -> torch.Tensor:
+def _attend(q: Tensor, **arguments: Any) -> Tensor:
     """The package is imported at the first call: it is there only where this attention is chosen."""
     from flash_attn_interface import flash_attn_with_kvcache
 
-    return cast(torch.Tensor, flash_attn_with_kvcache(q, **arguments))
+    return cast(Tensor, flash_attn_with_kvcache(q, **arguments))
 
 
-def _paged(
-    cache: AttentionCache, q: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _paged(cache: AttentionCache, q: Tensor, kv_table_BN: Tensor, context_len_B: Tensor) -> dict[str, Tensor]:
     """The cache's arguments: K and V by page, the page table, and lengths (0 for padding rows)."""
     layout, size = cache.layout, cache.pool.element_size()
     check(layout, q)

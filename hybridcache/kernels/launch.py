@@ -8,7 +8,7 @@ with a step sooner than the device does the device not wait: ``docs/serving.md``
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 from triton import knobs
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -76,7 +76,7 @@ class Launcher:
             if of is int:
                 wide = not -SMALL <= arg < SMALL
                 kind.append((wide, arg == 1, arg % ALIGNMENT == 0) if not exempt else wide)
-            elif isinstance(arg, torch.Tensor):
+            elif isinstance(arg, Tensor):
                 kind.append(arg.dtype)
                 kind.append(anywhere or arg.data_ptr() % ALIGNMENT == 0)
             elif of is float or of is bool:

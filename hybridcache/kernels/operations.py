@@ -19,57 +19,33 @@ from importlib import import_module
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class AttentionOperations(Protocol):
     """Operations on the K and V of one attention layer."""
 
-    def kv_store(
-        self,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        row_T: torch.Tensor,
-        position_T: torch.Tensor,
-    ) -> None:
+    def kv_store(self, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor) -> None:
         """Write K and V of every token to its address, as they are."""
 
     def qk_norm_rope_store(
-        self,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        q_weight_D: torch.Tensor,
-        k_weight_D: torch.Tensor,
-        eps: float,
-        cos_TP: torch.Tensor,
-        sin_TP: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        row_T: torch.Tensor,
-        position_T: torch.Tensor,
-    ) -> torch.Tensor:
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor, eps: float,
+        cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Norm of q and k, ``x / rms(x) * (1 + weight)`` over the head dim; rotation of dims ``(i, i + P)`` by the token's
         angle ``i``, dims from ``2 P`` on passing; then :meth:`kv_store`. Arithmetic is at least float32, and each result is
         rounded once to the inputs' dtype. Returns q, ``[T, H, D]`` in its dtype, contiguous."""
         ...
 
-    def paged_decode(
-        self, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def paged_decode(self, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float) -> Tensor:
         """Attention of one query per row over positions ``0 .. context_len - 1`` (the query's own token is the last and
         already stored). Returns ``[B, H, v_dim]`` in q's dtype; padding rows are 0."""
         ...
 
     def paged_prefill(
-        self,
-        q_THD: torch.Tensor,
-        kv_table_BN: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        context_len_B: torch.Tensor,
-        scale: float,
-        max_query_len: int,
-        max_context_len: int,
-    ) -> torch.Tensor:
+        self, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+        max_query_len: int, max_context_len: int,
+    ) -> Tensor:  # fmt: skip
         """Causal attention of each row's new tokens over its whole context, which is stored already. Row ``b`` has queries
         ``cu_seqlens[b] .. cu_seqlens[b + 1]``; its query ``i`` is at position ``context_len - query_len + i``.
         Returns ``[T, H, v_dim]`` in q's dtype; padding rows, and tokens behind the last row, are 0."""
@@ -87,36 +63,18 @@ class StateOperations(Protocol):
     """
 
     def gdn_decode(
-        self,
-        x_BC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        a_BV: torch.Tensor,
-        b_BV: torch.Tensor,
-        a_log_V: torch.Tensor,
-        dt_bias_V: torch.Tensor,
-        state_read_BL: torch.Tensor,
-        state_write_BL: torch.Tensor,
-        position_B: torch.Tensor,
-    ) -> torch.Tensor:
+        self, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor,
+        state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+    ) -> Tensor:  # fmt: skip
         """One token per row through conv, SiLU, q/k l2norm, gates and the delta rule. Returns ``[B, V, value dim]`` in x's
         dtype; padding rows are 0."""
         ...
 
     def gdn_prefill(
-        self,
-        x_TC: torch.Tensor,
-        conv_weight_CW: torch.Tensor,
-        a_TV: torch.Tensor,
-        b_TV: torch.Tensor,
-        a_log_V: torch.Tensor,
-        dt_bias_V: torch.Tensor,
-        state_read_BL: torch.Tensor,
-        state_write_BL: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        start_B: torch.Tensor,
-        checkpoint_table_BNL: torch.Tensor | None = None,
-        checkpoint_interval: int = 0,
-    ) -> torch.Tensor:
+        self, x_TC: Tensor, conv_weight_CW: Tensor, a_TV: Tensor, b_TV: Tensor, a_log_V: Tensor, dt_bias_V: Tensor,
+        state_read_BL: Tensor, state_write_BL: Tensor, cu_seqlens: Tensor, start_B: Tensor,
+        checkpoint_table_BNL: Tensor | None = None, checkpoint_interval: int = 0,
+    ) -> Tensor:  # fmt: skip
         """A chunk of several tokens per row; ``start_B`` (int32) is the position of each row's first token. Reads the state
         that position ``start - 1`` left, writes the one after the last token.
 
@@ -139,29 +97,23 @@ class LayerOperations:
     """What a layer computes between its projections, the greedy choice of tokens, and copies of blocks. A backend sets each
     to its implementation."""
 
-    def add_norm(
-        self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``x + delta``, rounded to x's dtype, and of that ``x / rms(x) * (1 + weight)``, rounded to it too."""
         raise NotImplementedError
 
-    def gated_norm(
-        self, x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
-    ) -> None:
+    def gated_norm(self, x_THE: Tensor, gate_THE: Tensor, weight_E: Tensor, eps: float, out_THE: Tensor) -> None:
         """``x / rms(x) * weight * silu(gate)`` over the last dimension, into ``out``."""
         raise NotImplementedError
 
-    def sigmoid_mul(self, x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+    def sigmoid_mul(self, x_THE: Tensor, gate_THE: Tensor, out_THE: Tensor) -> None:
         """``x * sigmoid(gate)`` into ``out``."""
         raise NotImplementedError
 
-    def silu_mul(self, gate_up_TI: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up_TI: Tensor) -> Tensor:
         """``silu(gate) * up`` of rows that hold gate, then up."""
         raise NotImplementedError
 
-    def route(
-        self, logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, logits_TR: Tensor, experts: int, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
         """Softmax and top-k of the first ``experts`` logits, and the shared expert's gate.
 
         Returns:
@@ -171,19 +123,13 @@ class LayerOperations:
         raise NotImplementedError
 
     def mixture(
-        self,
-        x_TD: torch.Tensor,
-        weight_Ts: torch.Tensor,
-        expert_Tk: torch.Tensor,
-        gate_up_EID: torch.Tensor,
-        down_EDI: torch.Tensor,
-        shared_gate_up_JD: torch.Tensor,
-        shared_down_DJ: torch.Tensor,
-    ) -> torch.Tensor:
+        self, x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+        shared_gate_up_JD: Tensor, shared_down_DJ: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Weighted sum of each token's experts and the shared one, ``[T, D]``. Gate's rows come before up's."""
         raise NotImplementedError
 
-    def greedy(self, logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tensor) -> None:
+    def greedy(self, logits_RV: Tensor, sampled_R: Tensor, feed_R: Tensor) -> None:
         """The most likely token of each row, the first of equals. Nothing waits for the device.
 
         Args:
@@ -193,7 +139,7 @@ class LayerOperations:
         """
         raise NotImplementedError
 
-    def block_copy(self, buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
+    def block_copy(self, buffer: Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
         """Copy ``num_bytes`` from byte ``src`` to byte ``dst`` for every ``(src, dst, num_bytes)``, in order. Returns the
         bytes moved."""
         raise NotImplementedError

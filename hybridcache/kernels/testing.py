@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import StateCache, cache_of
 from hybridcache.memory.layout import AttentionLayout, StateLayout, attention_layout, state_layout
@@ -19,18 +20,18 @@ from hybridcache.spec.dtypes import itemsize, torch_dtype
 POISON_BYTE = 0xFF
 
 
-def rel_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+def rel_error(out: Tensor, reference: Tensor) -> float:
     """``||out - reference|| / ||reference||`` in float64; NaN where either holds one."""
     out, reference = out.double(), reference.double()
     return ((out - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
-def cached(buffer: torch.Tensor, layout: AttentionLayout | StateLayout, layer: int, *inputs: Any) -> tuple[Any, ...]:
+def cached(buffer: Tensor, layout: AttentionLayout | StateLayout, layer: int, *inputs: Any) -> tuple[Any, ...]:
     """Arguments of an implementation: the layer's cache, then the inputs."""
     return (cache_of(buffer, layout, layer), *inputs)
 
 
-def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:
+def poisoned(num_bytes: int, device: str | torch.device) -> Tensor:
     """A pool of NaN patterns."""
     return torch.full((num_bytes,), POISON_BYTE, dtype=torch.uint8, device=device)
 
@@ -39,30 +40,19 @@ def poisoned(num_bytes: int, device: str | torch.device) -> torch.Tensor:
 class AttentionCase:
     """A paged KV cache with requests in it. A row of length 0 is a padding row: its table is -1, its length stale."""
 
-    buffer: torch.Tensor
+    buffer: Tensor
     layout: AttentionLayout
-    kv_table_BN: torch.Tensor
-    context_len_B: torch.Tensor
+    kv_table_BN: Tensor
+    context_len_B: Tensor
     lengths: tuple[int, ...]
 
 
 def attention_case(
-    generator: torch.Generator,
-    *,
-    lengths: Sequence[int],
-    order: str = "block_major",
-    layers: int = 2,
-    kernel_block_tokens: int = 8,
-    kernel_blocks: int = 11,
-    kv_heads: int = 2,
-    k_dim: int = 256,
-    v_dim: int = 256,
-    dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
-    pool_bytes: int = 0,
-    extra_entries: int = 1,
+    generator: torch.Generator, *, lengths: Sequence[int], order: str = "block_major", layers: int = 2,
+    kernel_block_tokens: int = 8, kernel_blocks: int = 11, kv_heads: int = 2, k_dim: int = 256, v_dim: int = 256,
+    dtype: str = "bfloat16", device: str | torch.device = "cpu", pool_bytes: int = 0, extra_entries: int = 1,
     fill: Sequence[int] | None = None,
-) -> AttentionCase:
+) -> AttentionCase:  # fmt: skip
     """Requests of ``lengths`` tokens in shuffled blocks of a poisoned pool, K and V standard normal.
 
     Args:
@@ -109,7 +99,7 @@ def attention_case(
     return case
 
 
-def byte_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tensor:
+def byte_index(case: AttentionCase, layer: int, row: int, kv: int) -> Tensor:
     """Addresses of all bytes of one request's K (``kv=0``) or V, by the layout formula: int64 ``[S, K, bytes]``."""
     at, device = case.layout, case.buffer.device
     position_S = torch.arange(case.lengths[row], device=device)
@@ -126,17 +116,17 @@ def byte_index(case: AttentionCase, layer: int, row: int, kv: int) -> torch.Tens
 class StateCase:
     """Stored states of B requests and the inputs of one decode step. A row whose table is -1 is a padding row."""
 
-    buffer: torch.Tensor
+    buffer: Tensor
     layout: StateLayout
-    state_read_BL: torch.Tensor
-    state_write_BL: torch.Tensor
-    position_B: torch.Tensor
-    x_BC: torch.Tensor
-    conv_weight_CW: torch.Tensor
-    a_BV: torch.Tensor
-    b_BV: torch.Tensor
-    a_log_V: torch.Tensor
-    dt_bias_V: torch.Tensor
+    state_read_BL: Tensor
+    state_write_BL: Tensor
+    position_B: Tensor
+    x_BC: Tensor
+    conv_weight_CW: Tensor
+    a_BV: Tensor
+    b_BV: Tensor
+    a_log_V: Tensor
+    dt_bias_V: Tensor
 
     def step(self, layer: int) -> tuple:
         """Layout, layer and inputs of ``gdn_decode``."""
@@ -145,24 +135,11 @@ class StateCase:
 
 
 def state_case(
-    generator: torch.Generator,
-    *,
-    positions: Sequence[int],
-    order: str = "block_major",
-    layers: int = 2,
-    k_heads: int = 16,
-    v_heads: int = 32,
-    key_dim: int = 128,
-    value_dim: int = 128,
-    width: int = 4,
-    state_dtype: str = "float32",
-    conv_dtype: str = "bfloat16",
-    dtype: str = "bfloat16",
-    device: str | torch.device = "cpu",
-    pool_bytes: int = 0,
-    apart: bool = False,
-    spare: int = 0,
-) -> StateCase:
+    generator: torch.Generator, *, positions: Sequence[int], order: str = "block_major", layers: int = 2,
+    k_heads: int = 16, v_heads: int = 32, key_dim: int = 128, value_dim: int = 128, width: int = 4,
+    state_dtype: str = "float32", conv_dtype: str = "bfloat16", dtype: str = "bfloat16",
+    device: str | torch.device = "cpu", pool_bytes: int = 0, apart: bool = False, spare: int = 0,
+) -> StateCase:  # fmt: skip
     """States of requests at ``positions`` in shuffled slots of a poisoned pool; position -1 makes a padding row.
 
     Args:
@@ -197,23 +174,18 @@ def state_case(
                 _fill_state(generator, StateCache(buffer, layout, layer), int(read_BL[row, layer]), position)
     read_BL, write_BL = read_BL.to(device), write_BL.to(device)
 
-    def inputs(*shape: int) -> torch.Tensor:
+    def inputs(*shape: int) -> Tensor:
         return normal(generator, shape, buffer.device, dtype)
 
     rows = len(positions)
     return StateCase(
-        buffer=buffer,
-        layout=layout,
-        state_read_BL=read_BL if apart else write_BL,
-        state_write_BL=write_BL,
+        buffer=buffer, layout=layout, state_read_BL=read_BL if apart else write_BL, state_write_BL=write_BL,
         position_B=torch.tensor([max(position, 0) for position in positions], device=device),
-        x_BC=inputs(rows, channels),
-        conv_weight_CW=inputs(channels, width) / width**0.5,
-        a_BV=inputs(rows, v_heads),
+        x_BC=inputs(rows, channels), conv_weight_CW=inputs(channels, width) / width**0.5, a_BV=inputs(rows, v_heads),
         b_BV=inputs(rows, v_heads),
         a_log_V=torch.rand(v_heads, generator=generator).mul(16).add(0.01).log().to(device),
         dt_bias_V=inputs(v_heads).float() - 3.0,
-    )
+    )  # fmt: skip
 
 
 def _fill_state(generator: torch.Generator, cache: StateCache, entry: int, position: int) -> None:
@@ -226,9 +198,7 @@ def _fill_state(generator: torch.Generator, cache: StateCache, entry: int, posit
         ring_WC[past % width] = normal(generator, ring_WC.shape[1:], device, ring_WC.dtype)
 
 
-def normal(
-    generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: str | torch.dtype
-) -> torch.Tensor:
+def normal(generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: str | torch.dtype) -> Tensor:
     """Standard normal values; on CUDA they are drawn there, seeded from ``generator``."""
     if device.type == "cuda":
         seed = int(torch.randint(1 << 62, (1,), generator=generator))

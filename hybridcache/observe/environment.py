@@ -17,15 +17,10 @@ def environment() -> dict[str, Any]:
     """Everything a reader needs to place a figure. The command comes without the interpreter's path."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_cores": os.cpu_count(),
-        "device": device_name(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
+        "python": platform.python_version(), "platform": platform.platform(), "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(), "device": device_name(), "versions": {name: _version(name) for name in PACKAGES},
+    }  # fmt: skip
 
 
 def commit() -> str | None:

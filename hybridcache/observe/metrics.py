@@ -144,26 +144,17 @@ class Recorder:
         finished = [seq.finish_s for seq in done if seq.finish_s is not None]
         duration_s = max(finished) - min(seq.arrival_s for seq in done) if finished else math.nan
         return {
-            **self.labels,
-            "budget_bytes": strategy.budget_bytes,
-            "requests_offered": len(done) + len(refused),
-            "requests_served": sum(seq.finish_reason in SERVED for seq in done),
-            "requests_refused": len(refused),
-            "steps": self.steps,
-            "duration_s": duration_s,
-            "residents_peak": self.residents_peak,
-            "running_mean": mean["running"],
-            "held_bytes_mean": mean["useful_bytes"] + mean["padding_bytes"],
+            **self.labels, "budget_bytes": strategy.budget_bytes, "requests_offered": len(done) + len(refused),
+            "requests_served": sum(seq.finish_reason in SERVED for seq in done), "requests_refused": len(refused),
+            "steps": self.steps, "duration_s": duration_s, "residents_peak": self.residents_peak,
+            "running_mean": mean["running"], "held_bytes_mean": mean["useful_bytes"] + mean["padding_bytes"],
             **{f"{name}_mean": mean[name] for name in ("useful_bytes", "reserved_bytes", "cached_bytes", "free_bytes")},
-            "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes,
-            **sums,
+            "utilization_mean": mean["useful_bytes"] / strategy.budget_bytes, **sums,
             "output_tokens_per_s": sums["output_tokens"] / duration_s if duration_s > 0 else math.nan,
             **_percentiles("ttft", [seq.ttft_s for seq in done]),
-            **_percentiles("tpot", [seq.tpot_s for seq in done]),
-            "tokens_sha256": tokens_sha256(done),
-            "bytes_moved": strategy.bytes_moved,
-            "table_entries_appended": strategy.table_entries_appended,
-        }
+            **_percentiles("tpot", [seq.tpot_s for seq in done]), "tokens_sha256": tokens_sha256(done),
+            "bytes_moved": strategy.bytes_moved, "table_entries_appended": strategy.table_entries_appended,
+        }  # fmt: skip
 
     def _series(self) -> Iterable[dict[str, Any]]:
         for at in self._samples.entries:
@@ -176,20 +167,13 @@ class Recorder:
 
     def _request(self, seq: Sequence, first_id: int) -> dict[str, Any]:
         return {
-            "event": "request",
-            "seq_id": seq.seq_id - first_id,
-            "arrival_s": seq.arrival_s - self.origin_s,
-            "prompt_tokens": seq.prompt_len,
-            "output_tokens": seq.num_output,
-            "ttft_s": seq.ttft_s,
-            "tpot_s": seq.tpot_s,
-            "latency_s": None if seq.finish_s is None else seq.finish_s - seq.arrival_s,
-            "preemptions": seq.num_preemptions,
-            "recomputed_tokens_preemption": seq.recomputed_tokens,
-            "recomputed_tokens_failure": seq.recomputed_after_failure,
-            "hit_tokens": seq.hit_tokens,
+            "event": "request", "seq_id": seq.seq_id - first_id, "arrival_s": seq.arrival_s - self.origin_s,
+            "prompt_tokens": seq.prompt_len, "output_tokens": seq.num_output, "ttft_s": seq.ttft_s,
+            "tpot_s": seq.tpot_s, "latency_s": None if seq.finish_s is None else seq.finish_s - seq.arrival_s,
+            "preemptions": seq.num_preemptions, "recomputed_tokens_preemption": seq.recomputed_tokens,
+            "recomputed_tokens_failure": seq.recomputed_after_failure, "hit_tokens": seq.hit_tokens,
             "finish_reason": seq.finish_reason,
-        }
+        }  # fmt: skip
 
     def _refusal(self, request: Request, first_id: int) -> dict[str, Any]:
         return {

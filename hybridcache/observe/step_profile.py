@@ -16,18 +16,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 OURS: dict[str, str] = {
-    "combine_kernel": "attention",
-    "hopper_prefill_kernel": "attention",
-    "shared_decode_kernel": "gated delta net",
-    "conv_kernel": "gated delta net",
-    "ring_kernel": "gated delta net",
-    "chunk_kernel": "gated delta net",
-    "state_kernel": "gated delta net",
-    "hopper_state_kernel": "gated delta net",
-    "moe_route_kernel": "routing",
-    "moe_list_kernel": "routing",
-    "sample_part_kernel": "sampling",
-    "sample_best_kernel": "sampling",
+    **dict.fromkeys(("combine_kernel", "hopper_prefill_kernel"), "attention"),
+    **dict.fromkeys(("conv_kernel", "ring_kernel", "chunk_kernel", "state_kernel"), "gated delta net"),
+    **dict.fromkeys(("hopper_state_kernel", "shared_decode_kernel"), "gated delta net"),
+    **dict.fromkeys(("moe_route_kernel", "moe_list_kernel"), "routing"),
+    **dict.fromkeys(("sample_part_kernel", "sample_best_kernel"), "sampling"),
 }
 """This project's kernels by name, where :data:`CLASSES` would not know them."""
 CLASSES: tuple[tuple[str, str], ...] = (
@@ -106,16 +99,18 @@ def profile_steps(
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     if on_cuda:
-        spans = [
-            (event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name)
-            for event in profiler.events()
-            if event.device_type == DeviceType.CUDA
-        ]
+        spans = kernel_spans(profiler)
         if not spans:
             raise RuntimeError("the profiler saw no kernel on the device")
         return summarize(spans, count)
     operators = [(e.key, e.self_cpu_time_total * 1e-6, e.count) for e in profiler.key_averages()]
     return _sum_up([(classify(name), seconds, calls) for name, seconds, calls in operators], wall_s, count, "cpu")
+
+
+def kernel_spans(profiler: profile) -> list[tuple[float, float, str]]:
+    """Kernels that the profiler saw on the device: ``(start, end, name)`` in seconds."""
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return [(event.time_range.start * 1e-6, event.time_range.end * 1e-6, event.name) for event in events]
 
 
 def summarize(spans: Iterable[tuple[float, float, str]], steps: int) -> StepProfile:

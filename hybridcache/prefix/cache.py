@@ -381,7 +381,9 @@ class PrefixCache:
         """Raise AssertionError where the books do not add up: index, live checkpoints, and what the strategy holds."""
         self.index.check()
         handed = [key for key, _ in self._handed.values()]
-        assert sorted([*self._points, *handed]) == sorted(self.strategy.cached), "a checkpoint has no blocks, or nobody's"
+        assert sorted([*self._points, *handed]) == sorted(self.strategy.cached), (
+            "a checkpoint has no blocks, or nobody's"
+        )
         live = {node.point.key: node.point for node in self.index.nodes() if _alive(node)}
         assert live == self._points, "a live checkpoint is not in the index"
         for key, point in self._points.items():

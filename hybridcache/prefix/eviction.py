@@ -184,7 +184,9 @@ class Farthest(_Ordered):
     def __init__(self, values: Values, *, next_use: NextUse | None = None, seed: int = 0) -> None:
         super().__init__(values)
         if next_use is None:
-            raise bad("eviction", self.name, "needs the future: it runs in simulation of streams that know their next use")
+            raise bad(
+                "eviction", self.name, "needs the future: it runs in simulation of streams that know their next use"
+            )
         self.next_use = next_use
 
     def priority(self, point: Point, now_s: float) -> float:

@@ -49,9 +49,7 @@ class PartingDepths:
         return self._counts[bucket] / self._counts.sum() / 2.0**bucket * np.gradient(distances.astype(float))
 
 
-def optimal(
-    start: int, end: int, count: int, depths: PartingDepths, work: Callable[[int, int], float]
-) -> list[int]:
+def optimal(start: int, end: int, count: int, depths: PartingDepths, work: Callable[[int, int], float]) -> list[int]:
     """The ``count`` positions in ``start + 1 .. end - 1`` that leave the least expected work.
 
     A later prompt parts at position ``p`` with the learnt probability and computes from the last checkpoint at or before
@@ -84,8 +82,10 @@ def optimal(
             came[m, j] = int(total.argmin())
             best[m, j] = total[came[m, j]]
     last = np.arange(n)
-    tail = best[many] + (moments[-1] - np.where(last > 0, moments[last - 1], 0.0)) - cost[last] * (
-        sums[-1] - np.where(last > 0, sums[last - 1], 0.0)
+    tail = (
+        best[many]
+        + (moments[-1] - np.where(last > 0, moments[last - 1], 0.0))
+        - cost[last] * (sums[-1] - np.where(last > 0, sums[last - 1], 0.0))
     )
     j, found = int(tail.argmin()), []
     for m in range(many, 0, -1):

@@ -7,14 +7,15 @@ from hybridcache.strategies.base import Strategy, Usage
 
 
 def residents(strategy_factory: Callable[[], Strategy], length: int) -> tuple[int, Usage]:
-    """Admit identical live requests of ``length`` tokens to an empty pool until one is refused.
+    """Admit identical live requests of ``length`` tokens to an empty pool until one is refused. None is admitted that is longer
+    than the longest request to be served.
 
     Returns:
         How many fit, and the budget's usage with all of them resident. ``(0, usage of the empty pool)`` where not one fits.
     """
     strategy = strategy_factory()
     count = 0
-    while strategy.admit(count, length):
+    while length <= strategy.request_limit() and strategy.admit(count, length):
         count += 1
     return count, strategy.usage()
 

@@ -121,14 +121,9 @@ class CostModel:
 
     @classmethod
     def from_config(
-        cls,
-        hf_config: Any,
-        spec: CacheSpec,
-        device: DeviceSpec | None = None,
-        *,
-        cache_bytes: int = 0,
+        cls, hf_config: Any, spec: CacheSpec, device: DeviceSpec | None = None, *, cache_bytes: int = 0,
         weight_bytes: float = 2.0,
-    ) -> "CostModel":
+    ) -> "CostModel":  # fmt: skip
         """A cost model of a Hugging Face config.
 
         Args:

@@ -79,17 +79,12 @@ class ModelParameters:
         if any(weight.dim() < 2 or weight.shape[0] != num_experts for _, weight in experts):
             raise bad("hf_config", config.model_type, "experts are not stacked alike; give ModelParameters by hand")
         return cls(
-            dense=dense,
-            head=head.numel(),
-            stored=sum(weight.numel() for weight in model.parameters()),
-            num_experts=num_experts,
-            experts_per_token=config.num_experts_per_tok if experts else 0,
+            dense=dense, head=head.numel(), stored=sum(weight.numel() for weight in model.parameters()),
+            num_experts=num_experts, experts_per_token=config.num_experts_per_tok if experts else 0,
             expert=sum(weight.numel() for _, weight in experts) // (num_experts * expert_layers) if experts else 0,
-            expert_layers=expert_layers,
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
+            expert_layers=expert_layers, num_layers=config.num_hidden_layers, hidden_size=config.hidden_size,
             num_query_heads=config.num_attention_heads,
-        )
+        )  # fmt: skip
 
 
 @lru_cache(maxsize=8)

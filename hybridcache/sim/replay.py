@@ -14,7 +14,6 @@ from itertools import count
 
 from hybridcache.engine.sequence import Status
 from hybridcache.engine.step import ScheduledTokens
-from hybridcache.errors import bad
 from hybridcache.prefix.cache import PrefixCache
 from hybridcache.sim.simulator import SimulatedSequence
 from hybridcache.strategies.base import Strategy

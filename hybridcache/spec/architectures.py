@@ -23,14 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 LAYER_KINDS = {
-    "full_attention": (True, False),
-    "attention": (True, False),
-    "linear_attention": (False, True),
-    "mamba": (False, True),
-    "conv": (False, True),
+    **dict.fromkeys(("full_attention", "attention"), (True, False)),
+    **dict.fromkeys(("linear_attention", "mamba", "conv"), (False, True)),
     "hybrid": (True, True),
-    "mlp": (False, False),
-    "moe": (False, False),
+    **dict.fromkeys(("mlp", "moe"), (False, False)),
 }
 """Layer type in a config (current and older names) -> whether such a layer keeps KV, and whether it keeps a state."""
 
@@ -54,12 +50,9 @@ class Caches:
 
 
 def read_layers(
-    hf_config: Any,
-    kv_dtype: "str | torch.dtype",
-    state_dtype: "str | torch.dtype",
-    tp_size: int,
+    hf_config: Any, kv_dtype: "str | torch.dtype", state_dtype: "str | torch.dtype", tp_size: int,
     conv_dtype: "str | torch.dtype | None",
-) -> tuple[str, tuple[LayerSpec, ...]]:
+) -> tuple[str, tuple[LayerSpec, ...]]:  # fmt: skip
     """Read the model type and the caches of every layer; see :meth:`hybridcache.spec.CacheSpec.from_config`."""
     kv = dtype_name(kv_dtype, "kv_dtype")
     conv = kv if itemsize(kv) > 1 else "bfloat16"
@@ -275,11 +268,7 @@ def _minimax(config: Fields, tp_size: int, dtypes: Dtypes) -> Caches:
 
 
 ARCHITECTURES: dict[str, Callable[[Fields, int, Dtypes], Caches]] = {
-    "qwen3_next": _gated_delta_net,
-    "qwen3_5": _gated_delta_net,
-    "qwen3_5_text": _gated_delta_net,
-    "qwen3_5_moe": _gated_delta_net,
-    "qwen3_5_moe_text": _gated_delta_net,
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _gated_delta_net),
     "olmo_hybrid": _gated_delta_net,
     "kimi_linear": _kimi_delta_attention,
     "bamba": _bamba,

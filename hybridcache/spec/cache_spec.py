@@ -29,13 +29,9 @@ class CacheSpec:
 
     @classmethod
     def from_config(
-        cls,
-        hf_config: Any,
-        kv_dtype: "str | torch.dtype" = "bfloat16",
-        state_dtype: "str | torch.dtype" = "float32",
-        tp_size: int = 1,
-        conv_dtype: "str | torch.dtype | None" = None,
-    ) -> "CacheSpec":
+        cls, hf_config: Any, kv_dtype: "str | torch.dtype" = "bfloat16", state_dtype: "str | torch.dtype" = "float32",
+        tp_size: int = 1, conv_dtype: "str | torch.dtype | None" = None,
+    ) -> "CacheSpec":  # fmt: skip
         """The caches of a Hugging Face model.
 
         Args:

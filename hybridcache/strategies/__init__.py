@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, named
 from hybridcache.memory.spans import Kind, Move, Span, Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy, Tables, Usage
@@ -45,15 +45,7 @@ def strategy_class(name: str) -> type[Strategy]:
     name, _ = _PRESETS.get(name, (name, {}))
     if name in _CLASSES:
         return getattr(import_module(f"hybridcache.strategies.{name}"), _CLASSES[name])
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise bad(
-            "strategy", name, f"choose one of {', '.join((*STRATEGIES, *_PRESETS))}, or give the dotted path of a class"
-        )
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise bad("strategy", name, f"cannot be imported ({error})") from error
+    found = named("strategy", name, (*STRATEGIES, *_PRESETS))
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise bad("strategy", name, "is no subclass of hybridcache.strategies.Strategy")
     return found

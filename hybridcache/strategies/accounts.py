@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.errors import UserError, bad
+from hybridcache.errors import UserError, bad, whole
 from hybridcache.memory.layout import Layout, check_kv_rows
 from hybridcache.memory.owners import Checkpoint, Resident, Segment, SharedKv, StateSet
 from hybridcache.memory.spans import Kind, Move, Span
 from hybridcache.spec import CacheSpec
-from hybridcache.strategies.options import whole, whole_or_none
+from hybridcache.strategies.options import whole_or_none
 from hybridcache.strategies.usage import Cut, Usage
 
 ENTRY_BYTES = 4

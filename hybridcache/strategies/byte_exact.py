@@ -28,12 +28,9 @@ class ByteExact(Strategy):
     def _cut(self, pool_bytes: int) -> Cut:
         self._free = pool_bytes
         return Cut(
-            state=Units((0,), self.spec.state_bytes),
-            states_per_request=1,
-            kv=Units((0,), self.spec.kv_bytes_per_token),
-            entry_tokens=1,
-            least_bytes=self.spec.request_bytes(1),
-        )
+            state=Units((0,), self.spec.state_bytes), states_per_request=1,
+            kv=Units((0,), self.spec.kv_bytes_per_token), entry_tokens=1, least_bytes=self.spec.request_bytes(1),
+        )  # fmt: skip
 
     @property
     def table_bytes(self) -> int:

@@ -11,10 +11,9 @@ In lmdeploy 0.18.0 the states still live in slots of their own; this is what the
 
 from typing import Any, ClassVar
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, number
 from hybridcache.spec import CacheSpec, round_up
 from hybridcache.strategies.layer_major import LayerMajor
-from hybridcache.strategies.options import number
 
 MIN_KERNEL_BLOCK = 16
 
@@ -34,19 +33,13 @@ class LargeBlock(LayerMajor):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        manager_block_size: int | None = None,
-        kernel_block_size: int = MIN_KERNEL_BLOCK,
-        watermark: float = 0.0,
-        placement_seed: int | None = None,
+        self, spec: CacheSpec, budget_bytes: int, *, manager_block_size: int | None = None,
+        kernel_block_size: int = MIN_KERNEL_BLOCK, watermark: float = 0.0, placement_seed: int | None = None,
         **common: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         fix = "give a fraction of the pool from 0 up to, not including, 1"
-        if not 0.0 <= number("watermark", watermark, fix) < 1.0:
+        if number("watermark", watermark, fix=fix) >= 1.0:
             raise bad("watermark", watermark, fix)
         self._set_up_blocks(
             block_tokens=_block_tokens(spec, manager_block_size, kernel_block_size, self.physical),

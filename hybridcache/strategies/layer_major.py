@@ -25,14 +25,9 @@ class LayerMajor(Strategy):
     """Blocks at the start that are never handed out."""
 
     def _set_up_blocks(
-        self,
-        *,
-        block_tokens: int,
-        kernel_block_tokens: int,
-        group_size: int,
-        watermark: float = 0.0,
+        self, *, block_tokens: int, kernel_block_tokens: int, group_size: int, watermark: float = 0.0,
         placement_seed: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Cut the pool into blocks of ``block_tokens`` tokens, a multiple of ``kernel_block_tokens``, in ``group_size``
         tensors; the fraction ``watermark`` of all blocks stays free at admission."""
         spec = self.spec
@@ -68,14 +63,10 @@ class LayerMajor(Strategy):
         least = int(need / (1.0 - self._watermark)) + 1 if self._watermark else need
         pages = Units(tuple(i * self.num_blocks * self.page_bytes for i in range(self.group_size)), self.page_bytes)
         return Cut(
-            state=pages,
-            states_per_request=self.state_groups,
-            kv=pages,
-            entry_tokens=self.block_tokens,
-            kernel_tokens=self.kernel_block_tokens,
-            entry_units=self.attention_groups,
+            state=pages, states_per_request=self.state_groups, kv=pages, entry_tokens=self.block_tokens,
+            kernel_tokens=self.kernel_block_tokens, entry_units=self.attention_groups,
             least_bytes=least * self.block_bytes,
-        )
+        )  # fmt: skip
 
     def _fits(self, entries: int, states: bool) -> bool:
         return entries + states * self.state_groups <= len(self._free)
@@ -119,11 +110,8 @@ class LayerMajor(Strategy):
         return Layout(
             pool_bytes=self.num_blocks * self.block_bytes,
             attention=attention_layout(
-                self.spec,
-                base=bases[: len(self.spec.attention_layers)],
-                tokens_per_entry=self.block_tokens,
-                kernel_block_tokens=self.kernel_block_tokens,
-                manager_stride=self.page_bytes,
+                self.spec, base=bases[: len(self.spec.attention_layers)], tokens_per_entry=self.block_tokens,
+                kernel_block_tokens=self.kernel_block_tokens, manager_stride=self.page_bytes,
                 kernel_stride=self.kernel_block_tokens * self.spec.kv_bytes_per_token_per_layer,
             ),
             state=state_layout(
@@ -131,4 +119,4 @@ class LayerMajor(Strategy):
                 base=tuple(bases[j // self.state_groups] for j in range(len(self.spec.state_layers))),
                 stride=self.page_bytes,
             ),
-        )
+        )  # fmt: skip

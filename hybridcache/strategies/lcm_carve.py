@@ -13,12 +13,12 @@ from array import array
 from collections.abc import MutableSequence, Sequence
 from typing import Any, ClassVar
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, whole
 from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import whole, whole_or_none
+from hybridcache.strategies.options import whole_or_none
 from hybridcache.strategies.parents import Parents
 
 ORDERS = ("fullest", "jenga")
@@ -36,15 +36,9 @@ class LcmCarve(Strategy):
     name: ClassVar[str] = "lcm_carve"
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        order: str = "fullest",
-        page_size: int = 64,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, order: str = "fullest", page_size: int = 64,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         if order not in ORDERS:
             raise bad("order", order, f"choose one of {', '.join(ORDERS)}")
@@ -62,12 +56,9 @@ class LcmCarve(Strategy):
         self._free = FreeList(self.num_large_pages, placement_seed=self._placement_seed)
         self._parents = Parents(self.children)
         return Cut(
-            state=Units((0,), self.large_page_bytes),
-            states_per_request=1,
-            kv=Units((0,), self.page_bytes),
-            entry_tokens=self.page_size,
-            least_bytes=2 * self.large_page_bytes,
-        )
+            state=Units((0,), self.large_page_bytes), states_per_request=1, kv=Units((0,), self.page_bytes),
+            entry_tokens=self.page_size, least_bytes=2 * self.large_page_bytes,
+        )  # fmt: skip
 
     def _fits(self, entries: int, states: bool) -> bool:
         empty = len(self._free) - states

@@ -1,30 +1,14 @@
 """Options of strategies: what a class takes, and checks of their values, which raise a UserError that names the field."""
 
 from inspect import Parameter, signature
-from math import isfinite
-from numbers import Real
 from typing import Any
 
-from hybridcache.errors import bad
-
-
-def whole(field: str, value: Any, least: int = 1) -> int:
-    """A whole number from ``least``; a boolean is none."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise bad(field, value, f"give a whole number from {least}")
-    return value
+from hybridcache.errors import whole
 
 
 def whole_or_none(field: str, value: Any, least: int = 1) -> int | None:
-    """As :func:`whole`, or None."""
+    """As :func:`hybridcache.errors.whole`, or None."""
     return None if value is None else whole(field, value, least)
-
-
-def number(field: str, value: Any, fix: str) -> float:
-    """A finite number, which is no boolean; ``fix`` says what to give."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not isfinite(value):
-        raise bad(field, value, fix)
-    return float(value)
 
 
 def options_of(cls: type) -> list[str]:

@@ -45,17 +45,10 @@ class SharedPool(Strategy):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        mode: str = "exclusive",
-        kernel_block_tokens: int | None = None,
-        kernel_blocks_per_manager_block: int | None = None,
-        states_per_manager_block: int | None = None,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, mode: str = "exclusive", kernel_block_tokens: int | None = None,
+        kernel_blocks_per_manager_block: int | None = None, states_per_manager_block: int | None = None,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         if mode not in MODES:
             raise bad("mode", mode, f"choose one of {', '.join(MODES)}")
@@ -151,15 +144,12 @@ class SharedPool(Strategy):
         return Layout(
             pool_bytes=self.num_blocks * self._block_bytes,
             attention=attention_layout(
-                self.spec,
-                base=tuple(i * layer_bytes for i in range(layers)),
-                tokens_per_entry=self.cut.entry_tokens,
-                kernel_block_tokens=kb,
-                manager_stride=self.cut.kv.stride,
+                self.spec, base=tuple(i * layer_bytes for i in range(layers)), tokens_per_entry=self.cut.entry_tokens,
+                kernel_block_tokens=kb, manager_stride=self.cut.kv.stride,
                 kernel_stride=self.geometry.kernel_block_bytes,
             ),
             state=state_layout(self.spec, base=(0,) * len(self.spec.state_layers), stride=self._state_unit),
-        )
+        )  # fmt: skip
 
 
 def _geometry(spec: CacheSpec, kb: int | None, m: int | None, n: int | None) -> Geometry:

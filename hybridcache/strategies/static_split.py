@@ -15,13 +15,13 @@ from collections.abc import MutableSequence, Sequence
 from math import ceil
 from typing import Any, ClassVar
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, number, whole
 from hybridcache.memory.free_list import FreeList
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Units
 from hybridcache.spec import CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import number, whole, whole_or_none
+from hybridcache.strategies.options import whole_or_none
 
 PHYSICAL_PAGE_TOKENS = 64
 EXTRA_SLOTS = 2
@@ -45,19 +45,10 @@ class StaticSplit(Strategy):
     supports_physical: ClassVar[bool] = True
 
     def __init__(
-        self,
-        spec: CacheSpec,
-        budget_bytes: int,
-        *,
-        ratio: float = 0.9,
-        slots: int | None = None,
-        page_size: int | None = None,
-        q: int = 1,
-        extra_buffer: bool = False,
-        max_running: int | None = None,
-        placement_seed: int | None = None,
-        **common: Any,
-    ) -> None:
+        self, spec: CacheSpec, budget_bytes: int, *, ratio: float = 0.9, slots: int | None = None,
+        page_size: int | None = None, q: int = 1, extra_buffer: bool = False, max_running: int | None = None,
+        placement_seed: int | None = None, **common: Any,
+    ) -> None:  # fmt: skip
         super().__init__(spec, budget_bytes, **common)
         default = PHYSICAL_PAGE_TOKENS if self.physical else 1
         self.page_size = whole("page_size", default if page_size is None else page_size)
@@ -68,9 +59,7 @@ class StaticSplit(Strategy):
         self._q = whole("q", q, self._slots_held)
         self._asked_slots = whole_or_none("slots", slots, q)
         self._max_running = whole_or_none("max_running", max_running)
-        if number("ratio", ratio, "give a number above 0") <= 0:
-            raise bad("ratio", ratio, "give a number above 0")
-        self.ratio = ratio
+        self.ratio = number("ratio", ratio, above=True)
         layer_bytes = spec.stored_state_bytes_per_layer if self.physical else spec.state_bytes_per_layer
         self._state_bytes_per_layer = layer_bytes
         self.slot_bytes = layer_bytes * len(spec.state_layers)
@@ -161,12 +150,8 @@ class StaticSplit(Strategy):
         return Layout(
             pool_bytes=self.num_slots * self.slot_bytes + self.num_pages * self.page_bytes,
             attention=attention_layout(
-                self.spec,
-                base=kv.bases,
-                tokens_per_entry=self.page_size,
-                kernel_block_tokens=self.page_size,
-                manager_stride=kv.stride,
-                kernel_stride=kv.stride,
+                self.spec, base=kv.bases, tokens_per_entry=self.page_size, kernel_block_tokens=self.page_size,
+                manager_stride=kv.stride, kernel_stride=kv.stride,
             ),
             state=state_layout(self.spec, base=state.bases, stride=state.stride),
-        )
+        )  # fmt: skip

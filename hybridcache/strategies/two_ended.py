@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hybridcache.errors import whole
 from hybridcache.memory.layout import Layout, attention_layout, state_layout
 from hybridcache.memory.spans import Move, Units
 from hybridcache.spec import STATE_ALIGNMENT, CacheSpec
 from hybridcache.strategies.base import Cut, Strategy
-from hybridcache.strategies.options import whole
 
 
 class TwoEnded(Strategy):
@@ -147,11 +147,8 @@ class TwoEnded(Strategy):
         return Layout(
             pool_bytes=self._top,
             attention=attention_layout(
-                self.spec,
-                base=tuple(base + i * layer_bytes for i in range(len(self.spec.attention_layers))),
-                tokens_per_entry=self.page_size,
-                kernel_block_tokens=self.page_size,
-                manager_stride=self.page_bytes,
+                self.spec, base=tuple(base + i * layer_bytes for i in range(len(self.spec.attention_layers))),
+                tokens_per_entry=self.page_size, kernel_block_tokens=self.page_size, manager_stride=self.page_bytes,
                 kernel_stride=self.page_bytes,
             ),
             state=state_layout(
@@ -159,7 +156,7 @@ class TwoEnded(Strategy):
                 base=tuple(i * self._state_bytes_per_layer for i in range(len(self.spec.state_layers))),
                 stride=self.slot_bytes,
             ),
-        )
+        )  # fmt: skip
 
 
 def _renumber(units: array, now_at: np.ndarray) -> bool:

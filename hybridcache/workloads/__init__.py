@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from hybridcache.errors import bad
+from hybridcache.errors import bad, named
 from hybridcache.workloads.base import Request, Stream, Workload, open_loop
 from hybridcache.workloads.resize import cut_to_size, with_text_prompts
 
@@ -43,13 +43,7 @@ def workload_builder(name: str) -> Callable[..., Stream]:
     """
     if name in _READERS:
         return getattr(import_module(_READERS[name]), name)
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise bad("workload", name, f"choose one of {', '.join(WORKLOADS)}, or give the dotted path of a callable")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise bad("workload", name, f"cannot be imported ({error})") from error
+    found = named("workload", name, WORKLOADS)
     if not callable(found):
         raise bad(
             "workload", name, "is not callable; give a function or class that returns a Workload or another Stream"

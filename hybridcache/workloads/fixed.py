@@ -7,15 +7,9 @@ from hybridcache.workloads.base import Request, Workload, check_ids
 
 
 def fixed_lengths(
-    *,
-    num_requests: int = 256,
-    prompt_tokens: int = 1024,
-    output_tokens: int = 128,
-    first_id: int = 1000,
-    end_id: int = 150_000,
-    label: str = "fixed_lengths",
-    seed: int = 0,
-) -> Workload:
+    *, num_requests: int = 256, prompt_tokens: int = 1024, output_tokens: int = 128, first_id: int = 1000,
+    end_id: int = 150_000, label: str = "fixed_lengths", seed: int = 0,
+) -> Workload:  # fmt: skip
     """All requests arrive at once, with the same lengths; prompt ids are uniform and independent.
 
     Args:

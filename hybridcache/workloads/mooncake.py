@@ -16,14 +16,9 @@ _MASK = (1 << 64) - 1
 
 
 def mooncake(
-    *,
-    path: str | Path | None = None,
-    max_requests: int | None = None,
-    start_s: float = 0.0,
-    time_scale: float = 1.0,
-    with_prompt_ids: bool = False,
-    vocab_size: int = 151_936,
-) -> Workload:
+    *, path: str | Path | None = None, max_requests: int | None = None, start_s: float = 0.0, time_scale: float = 1.0,
+    with_prompt_ids: bool = False, vocab_size: int = 151_936,
+) -> Workload:  # fmt: skip
     """Read a Mooncake trace (JSON lines with ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``).
 
     Args:

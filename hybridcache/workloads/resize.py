@@ -16,14 +16,9 @@ ARRIVALS = ("at_once", "scaled")
 
 
 def cut_to_size(
-    workload: Workload,
-    *,
-    max_prompt: int,
-    max_output: int,
-    num_requests: int | None = None,
-    arrivals: str = "at_once",
+    workload: Workload, *, max_prompt: int, max_output: int, num_requests: int | None = None, arrivals: str = "at_once",
     keep_ratio: bool = True,
-) -> Workload:
+) -> Workload:  # fmt: skip
     """The same stream in small: its first ``num_requests`` requests with every length multiplied by one factor.
 
     The factor is the largest, at most 1, with which the longest prompt has at most ``max_prompt`` tokens and the longest

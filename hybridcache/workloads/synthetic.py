@@ -8,17 +8,10 @@ from hybridcache.workloads.base import Request, Workload
 
 
 def synthetic_chat(
-    *,
-    num_requests: int = 900,
-    rate_per_s: float | None = 44.0,
-    prompt_median: float = 1024,
-    prompt_sigma: float = 1.0,
-    output_median: float = 128,
-    output_sigma: float = 0.7,
-    max_prompt: int = 8192,
-    max_output: int = 1024,
+    *, num_requests: int = 900, rate_per_s: float | None = 44.0, prompt_median: float = 1024, prompt_sigma: float = 1.0,
+    output_median: float = 128, output_sigma: float = 0.7, max_prompt: int = 8192, max_output: int = 1024,
     seed: int = 0,
-) -> Workload:
+) -> Workload:  # fmt: skip
     """Requests whose prompt and output lengths are lognormal: ``median * exp(sigma * N(0, 1))``, rounded, cut to ``1 .. max``.
 
     Lengths and arrivals come from separate random streams, so that another rate leaves the lengths as they are.

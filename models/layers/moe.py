@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from hybridcache.kernels.backend import Backend
 from hybridcache.kernels.moe import router_rows
@@ -24,7 +24,7 @@ class MLP(nn.Module):
         self.gate_up = parameter(2 * intermediate, hidden, dtype=dtype, device=device)
         self.down = parameter(hidden, intermediate, dtype=dtype, device=device)
 
-    def forward(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, backend: Backend) -> Tensor:
         return F.linear(backend.silu_mul(F.linear(x_TD, self.gate_up)), self.down)
 
     def slots(self, prefix: str, names: Container[str]) -> Slots:
@@ -78,13 +78,13 @@ class SparseMoe(nn.Module):
         self.experts = Experts(self.num_experts, hidden, config.moe_intermediate_size, dtype, device)
         self.shared = MLP(hidden, config.shared_expert_intermediate_size, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, backend: Backend) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, backend: Backend) -> Tensor:
         logits_TR = F.linear(x_TD, self.router)
         weight_Ts, expert_Tk = backend.route(logits_TR, self.num_experts, self.top_k, self.renormalise)
         experts, shared = self.experts, self.shared
         return backend.mixture(x_TD, weight_Ts, expert_Tk, experts.gate_up, experts.down, shared.gate_up, shared.down)
 
-    def _routes(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _routes(self) -> tuple[Tensor, Tensor]:
         """The router's rows for experts, and for the shared expert's gate."""
         return self.router[: self.num_experts], self.router[self.num_experts : self.num_experts + 1]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Slots = Iterator[tuple[str, "Slot"]]
 
@@ -18,10 +18,10 @@ class Slot:
     """Where one checkpoint tensor goes: ``write`` copies a tensor of ``shape``, any dtype or device, into place."""
 
     shape: tuple[int, ...]
-    write: Callable[[torch.Tensor], object]
+    write: Callable[[Tensor], object]
 
     @classmethod
-    def of(cls, destination: torch.Tensor) -> "Slot":
+    def of(cls, destination: Tensor) -> "Slot":
         """A slot that is a whole tensor, or a view of a part of one."""
         return cls(tuple(destination.shape), destination.copy_)
 

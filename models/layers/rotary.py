@@ -6,7 +6,7 @@ Shapes: T tokens, P rotated pairs (half the rotated dims).
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hybridcache.errors import bad
@@ -35,7 +35,7 @@ def check_rotary(config: Any) -> None:
 class Rotary(nn.Module):
     """Rotary positions of the first ``2 P`` dims of a head; the others pass."""
 
-    frequency_P: torch.Tensor
+    frequency_P: Tensor
 
     def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Rotary(nn.Module):
             frequency_P, self.scaling = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
         self.register_buffer("frequency_P", frequency_P.to(device, dtype), persistent=False)
 
-    def forward(self, position_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[T, P]``, in float32 or more."""
         angle = position_T.to(self.frequency_P.dtype)[:, None] * self.frequency_P
         if self.scaling == 1.0:

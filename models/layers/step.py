@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
@@ -11,10 +11,10 @@ from hybridcache.kernels.batch import StepBatch
 class Rows(NamedTuple):
     """Requests that decode, or those that prefill: cut out once a step, for every layer to read."""
 
-    kv_table_BN: torch.Tensor
-    state_read_BL: torch.Tensor
-    state_write_BL: torch.Tensor
-    context_len_B: torch.Tensor
+    kv_table_BN: Tensor
+    state_read_BL: Tensor
+    state_write_BL: Tensor
+    context_len_B: Tensor
 
 
 class Step:
@@ -24,7 +24,7 @@ class Step:
         rotary: cosines and sines of the tokens' positions, as :class:`~models.layers.rotary.Rotary` gives them.
     """
 
-    def __init__(self, batch: StepBatch, caches: Caches, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def __init__(self, batch: StepBatch, caches: Caches, rotary: tuple[Tensor, Tensor]) -> None:
         self.batch = batch
         self.caches = caches
         self.backend: Backend = caches.backend

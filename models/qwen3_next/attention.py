@@ -8,7 +8,7 @@ from collections.abc import Container
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 
 from models.layers.norms import RMSNorm
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         """Normalises and rotates q and k, stores the step's K and V, then attends: decode rows first, prefilling rows behind
         them."""
         qg, k, v = F.linear(x_TD, self.qkv, self.qkv_bias).split(self.sizes, dim=1)
@@ -61,14 +61,9 @@ class Attention(nn.Module):
         if step.has_prefill:
             rows = step.prefilling
             prefilled = cache.paged_prefill(
-                q_THE[n:],
-                rows.kv_table_BN,
-                batch.prefill_cu_seqlens,
-                rows.context_len_B,
-                self.scale,
-                batch.max_prefill_len,
-                batch.max_context_len,
-            )
+                q_THE[n:], rows.kv_table_BN, batch.prefill_cu_seqlens, rows.context_len_B, self.scale,
+                batch.max_prefill_len, batch.max_context_len,
+            )  # fmt: skip
             step.backend.sigmoid_mul(prefilled, gate_THE[n:], out_THE[n:])
         return F.linear(out_THE.flatten(1), self.out, self.out_bias)
 

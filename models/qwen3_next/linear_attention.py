@@ -9,7 +9,7 @@ from collections.abc import Container
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 
 from models.layers.norms import GatedRMSNorm
@@ -42,7 +42,7 @@ class LinearAttention(nn.Module):
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps, dtype, device)
         self.out = parameter(config.hidden_size, values, dtype=dtype, device=device)
 
-    def forward(self, x_TD: torch.Tensor, step: Step) -> torch.Tensor:
+    def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         """Advances the state of every row: decode rows first, prefilling rows behind them."""
         x_TC, z, b_TV, a_TV = F.linear(x_TD, self.in_proj).split(self.sizes, dim=1)
         cache, batch, n = step.caches.states[self.ordinal], step.batch, step.batch.num_decode
@@ -58,18 +58,10 @@ class LinearAttention(nn.Module):
         if step.has_prefill:
             rows = step.prefilling
             prefilled = cache.gdn_prefill(
-                x_TC[n:],
-                weight_CW,
-                a_TV[n:],
-                b_TV[n:],
-                *gates,
-                rows.state_read_BL,
-                rows.state_write_BL,
-                batch.prefill_cu_seqlens,
-                batch.prefill_start_P,
-                batch.checkpoint_table_PNL,
+                x_TC[n:], weight_CW, a_TV[n:], b_TV[n:], *gates, rows.state_read_BL, rows.state_write_BL,
+                batch.prefill_cu_seqlens, batch.prefill_start_P, batch.checkpoint_table_PNL,
                 batch.checkpoint_interval,
-            )
+            )  # fmt: skip
             step.backend.gated_norm(prefilled, gate_TVF[n:], norm.weight, norm.eps, out_TVF[n:])
         return F.linear(out_TVF.flatten(1), self.out)
 
@@ -83,14 +75,14 @@ class LinearAttention(nn.Module):
         yield from self.norm.slots(f"{prefix}norm.", names)
         yield f"{prefix}out_proj.weight", Slot.of(self.out)
 
-    def _write_qkvz(self, source: torch.Tensor) -> None:
+    def _write_qkvz(self, source: Tensor) -> None:
         keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
         self._write_by_key_head(source, self.in_proj[: self.channels + values], [keys, keys, values, values])
 
-    def _write_ba(self, source: torch.Tensor) -> None:
+    def _write_ba(self, source: Tensor) -> None:
         self._write_by_key_head(source, self.in_proj[-2 * self.value_heads :], [self.value_heads, self.value_heads])
 
-    def _write_by_key_head(self, source: torch.Tensor, rows: torch.Tensor, sizes: list[int]) -> None:
+    def _write_by_key_head(self, source: Tensor, rows: Tensor, sizes: list[int]) -> None:
         """Rows grouped by key head, sections of every group in order, to whole sections with key heads in order."""
         by_head = rearrange(source, "(k n) d -> k n d", k=self.key_heads)
         groups = by_head.split([size // self.key_heads for size in sizes], dim=1)

@@ -10,7 +10,7 @@ from collections.abc import Container
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 
 from hybridcache.kernels.backend import Caches
@@ -55,9 +55,7 @@ class DecoderLayer(nn.Module):
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
-    def forward(
-        self, x_TD: torch.Tensor, delta_TD: torch.Tensor | None, step: Step
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x_TD: Tensor, delta_TD: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """Takes the stream and what is still to be added to it, None for nothing, and returns the same: the addition is
         part of the norm behind it."""
         backend, mixer_norm, mlp_norm = step.backend, self.mixer_norm, self.mlp_norm
@@ -128,7 +126,7 @@ class Qwen3Next(nn.Module):
         """Upper bound of what a forward pass holds at once; see :func:`.workspace.scratch_bytes`."""
         return scratch_bytes(self.config, self.dtype, tokens, rows, prefilling)
 
-    def forward(self, batch: StepBatch, caches: Caches) -> torch.Tensor:
+    def forward(self, batch: StepBatch, caches: Caches) -> Tensor:
         """One step: the tokens' K, V and states go into the caches. Returns logits ``[R, V]`` of the tokens that
         ``batch.logit_index_R`` names, in the model's dtype."""
         step = Step(batch, caches, self.rotary(batch.position_T))

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.checks import docs_figures
-from benchmarks.checks.docs_figures import agrees, blocks, check, check_documents, documents, evaluate
+from tests.checks import docs_figures
+from tests.checks.docs_figures import agrees, blocks, check, check_documents, documents, evaluate
 
 ROWS = [
     {"strategy": "a", "workload": "x", "rate": 1069.4},

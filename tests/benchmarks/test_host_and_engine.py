@@ -50,7 +50,7 @@ def test_a_step_is_timed_by_one_command(tmp_path):
 
 
 def test_a_mixed_backend_has_what_is_asked_for():
-    from benchmarks.checks.precision import STATE, Mixed, variants, wide_add_norm
+    from tests.checks.precision import STATE, Mixed, variants, wide_add_norm
 
     generator = torch.Generator().manual_seed(1)
     attention = attention_case(generator, lengths=[9], kv_heads=1, k_dim=16, v_dim=16)

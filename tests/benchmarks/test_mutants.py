@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checks import mutants
-from benchmarks.checks.mutants import Fault, Outcome, passes, read_faults, try_fault, try_faults
+from tests.checks import mutants
+from tests.checks.mutants import Fault, Outcome, passes, read_faults, try_fault, try_faults
 
 SOURCE = "def area(width, height):\n    return width * height\n\n\ndef name():\n    return 'a'\n"
 TEST = "from shapes import area\n\n\ndef test_area():\n    assert area(2, 3) == 6\n"

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def script():
-    from benchmarks.checks import sanitize
+    from tests.checks import sanitize
 
     return sanitize
 

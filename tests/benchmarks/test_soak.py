@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.checks import soak
+from tests.checks import soak
 
 
 @pytest.fixture(scope="module")

@@ -19,27 +19,48 @@ EVERY_PHASE = [
     "seed", "tp_size", "num_devices", "kv_dtype", "state_dtype", "strategy_options", "requests_offered", "requests_served",
     "requests_refused",
 ]  # fmt: skip
+EVERY_EXPERIMENT = [
+    "experiment", "phase", "strategy", "workload", "repetition", "device", "model", "tp_size", "num_devices", "kv_dtype",
+    "state_dtype",
+]  # fmt: skip
 SERVED = ["shared_pool", "shared_pool_carve", "large_block", "padded_page", "static_split", "two_ended"]
+READ_CLOSELY = {"serve_throughput", "shared_pool"}
+"""Those whose files have tests of their own."""
 PHYSICAL = [*SERVED[:5], "static_split_tuned", *SERVED[5:]]
 
 
 def test_every_experiment_is_listed():
-    assert {"geometry", "shared_pool"} <= set(EXPERIMENTS)
+    assert {"geometry", *READ_CLOSELY} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_runs_in_fast_form(name, tmp_path):
-    done = run(f"+experiment={name}", "fast=true", "tracking=disabled", f"hydra.run.dir={tmp_path}")
+def run_fast(name, tmp_path, *options):
+    done = run(f"+experiment={name}", "fast=true", "tracking=disabled", f"hydra.run.dir={tmp_path}", *options)
     assert done.returncode == 0, done.stderr
     for file in ("config.yaml", "environment.json", "results.parquet"):
         assert (tmp_path / file).exists(), file
     assert json.loads((tmp_path / "environment.json").read_text())["versions"]["torch"]
+    results = pd.read_parquet(tmp_path / "results.parquet")
+    assert set(EVERY_EXPERIMENT) <= set(results.columns)
+    assert (results["tp_size"] == results["num_devices"]).all()
+    if name == "kernels":
+        kinds = {
+            op: rows[["kv_dtype", "state_dtype"]].fillna("").drop_duplicates().values.tolist()
+            for op, rows in results.groupby("op")
+        }
+        assert kinds["gdn_decode"] == [["", "float32"], ["", "bfloat16"]]
+        assert kinds["paged_decode"] == [["bfloat16", ""]]
+        assert kinds["block_copy"] == [["", ""]]
+    if name == "kernel_block_size":
+        assert set(results.loc[results["phase"] == "resources", "kv_dtype"]) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", sorted({*EXPERIMENTS} - READ_CLOSELY))
+def test_runs_in_fast_form(name, tmp_path):
+    run_fast(name, tmp_path)
 
 
 def test_serve_throughput_serves_every_workload_under_every_strategy(tmp_path):
-    options = ["fast=true", "tracking=disabled", "serve_trace=true", f"hydra.run.dir={tmp_path}"]
-    done = run("+experiment=serve_throughput", *options)
-    assert done.returncode == 0, done.stderr
+    run_fast("serve_throughput", tmp_path, "serve_trace=true")
     results = pd.read_parquet(tmp_path / "results.parquet")
     assert set(REQUIRED) <= set(results.columns)
     assert set(EVERY_PHASE) <= set(results.columns[results.notna().all()])
@@ -57,8 +78,7 @@ def test_serve_throughput_serves_every_workload_under_every_strategy(tmp_path):
 
 
 def test_shared_pool_leaves_everything(tmp_path):
-    done = run("+experiment=shared_pool", "fast=true", "tracking=disabled", f"hydra.run.dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    run_fast("shared_pool", tmp_path)
     results = pd.read_parquet(tmp_path / "results.parquet")
     assert set(REQUIRED) <= set(results.columns)
     assert set(results["phase"]) == {"capacity", "simulation", "inference"}
@@ -85,3 +105,30 @@ def test_shared_pool_leaves_everything(tmp_path):
         assert picture.with_suffix(".csv").exists(), picture.name
     events = {json.loads(line)["event"] for line in (tmp_path / "events.jsonl").read_text().splitlines()}
     assert {"capacity", "charge", "sample", "pool_map", "request"} <= events
+
+
+def test_requests_above_the_longest_are_refused_in_every_phase(tmp_path):
+    options = ["strategies=[shared_pool,two_ended]", "fast=true", "tracking=disabled"]
+    results = {}
+    for limit in ("64", "null"):
+        path = tmp_path / limit
+        done = run("+experiment=shared_pool", *options, f"engine.max_model_len={limit}", f"hydra.run.dir={path}")
+        assert done.returncode == 0, done.stderr
+        results[limit] = (
+            pd.read_parquet(path / "results.parquet").set_index(["phase", "strategy", "workload"]).sort_index()
+        )
+        asked = pd.read_json(path / "events.jsonl", lines=True).query("event == 'request'")
+        if limit == "64":
+            assert (asked["prompt_tokens"] + asked["output_tokens"] - 1).max() <= 64
+    few, all_of_them = results["64"], results["null"]
+    assert (all_of_them["requests_refused"] == 0).all()
+    assert set(few.loc[("capacity", slice(None), "length=2000"), "requests_refused"]) == {1}
+    assert set(few.loc[("capacity", slice(None), "length=12"), "requests_refused"]) == {0}
+    for phase in ("simulation", "inference"):
+        served, refused = (set(few.loc[phase, f"requests_{what}"]) for what in ("served", "refused"))
+        assert len(served) == len(refused) == 1, "every strategy refuses the same"
+        offered = all_of_them.loc[phase, "requests_served"].iat[0]
+        assert served.pop() + refused.pop() == offered > few.loc[phase, "requests_served"].iat[0]
+    shorter = few.loc["capacity", "reserved_bytes_mean"] - all_of_them.loc["capacity", "reserved_bytes_mean"]
+    assert (shorter <= 0).all()
+    assert (shorter.loc["two_ended"] < 0).all(), "the budget pays for shorter tables, here less than a block"

@@ -7,8 +7,9 @@ from command_line import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from experiments import shared_pool
 from experiments.lib.harness import experiment_module, settings_of
-from experiments.lib.settings import check_model_fields
+from experiments.lib.settings import check_model_fields, max_request_tokens, scheduler_config
 from experiments.lib.strategy_choices import choose_strategies
 from hybridcache.errors import UserError
 from models.configs import shipped_fields
@@ -83,6 +84,23 @@ def test_the_default_simulates_a_machine_that_exists() -> None:
     found = cfg.inference
     assert (found.model, found.dtype, found.kv_dtype, found.state_dtype) == ("tiny", *["float64"] * 3)
     assert found.max_tokens_per_step == 128
+
+
+@pytest.mark.parametrize(("given", "tokens"), [("null", 262_144), ("600", 600), ("262144", 262_144)])
+def test_the_longest_request_is_the_configurations_or_the_models(given: str, tokens: int) -> None:
+    cfg = recorded("shared_pool", "phases=[simulation]", f"engine.max_model_len={given}")
+    assert shared_pool._memory(cfg, 1).max_request_tokens == tokens
+    assert scheduler_config(cfg).max_running == cfg.engine.max_running == 256
+
+
+def test_a_model_that_does_not_say_its_longest_request_takes_any() -> None:
+    cfg = OmegaConf.create({"engine": {"max_model_len": None}})
+    assert max_request_tokens(cfg, "mine", None) is None
+    cfg.engine.max_model_len = 10**6
+    assert max_request_tokens(cfg, "mine", None) == 10**6
+    cfg.engine.max_model_len = 0
+    with pytest.raises(UserError, match=r"engine\.max_model_len=0: give a number of tokens of at least 2, or null"):
+        max_request_tokens(cfg, "mine", None)
 
 
 @pytest.mark.parametrize("budget", [1, 10, 30])

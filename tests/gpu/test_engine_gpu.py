@@ -18,10 +18,7 @@ from hybridcache.strategies import Span, build
 
 triton = pytest.importorskip("hybridcache.kernels.greedy.triton")
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def make_model(experts: int):

@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 if torch.cuda.is_available():
     from kernel_checks import block_errors, checkpointed, reference64
 

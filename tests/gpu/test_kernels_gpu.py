@@ -8,10 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 if torch.cuda.is_available():
     from kernel_checks import Functions, block_errors, run, state_error
 

@@ -5,10 +5,7 @@ import random
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 if torch.cuda.is_available():
     from hybridcache.kernels.paged_decode.naive import gather
     from hybridcache.kernels.paged_prefill import hopper, triton

@@ -5,10 +5,7 @@ import random
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 if torch.cuda.is_available():
     from hybridcache.kernels.qk_norm_rope_store import naive
     from hybridcache.kernels.qk_norm_rope_store.triton import qk_norm_rope_store

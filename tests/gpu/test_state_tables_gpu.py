@@ -7,10 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 if torch.cuda.is_available():
     from kernel_checks import block_errors, reference64, run, state_error
     from state_tables import LAYER, check_checkpoints, check_equal_tables, check_moves, check_shared_source

@@ -27,6 +27,11 @@ def test_decode_on_static_rows():
     rng = random.Random(seed)
     config = shipped_config("tiny")
     config.initializer_range = 0.1
+    # As few programs as there can be of every kernel, and states of two layers.
+    config.layer_types = ["linear_attention", "full_attention", "linear_attention"]
+    config.num_hidden_layers = len(config.layer_types)
+    config.linear_num_key_heads, config.linear_num_value_heads = 1, 2
+    config.linear_key_head_dim = config.linear_value_head_dim = 16
     model = build_model(config, "float32", "cpu", seed=seed)
     spec = CacheSpec.from_config(config, kv_dtype="float32", state_dtype="float32")
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (7, 3, 1)]

@@ -65,7 +65,7 @@ def check(case, tiles, out_tolerance, state_tolerance):
     [
         pytest.param([0, 1, 63, 64, 65], [0, 0, 0, 0, 0], id="from-0"),
         pytest.param([65, 1, 0, 3, 70], [63, 64, 9, 1, 100], id="resumed"),
-        pytest.param([200], [0], id="T200"),
+        pytest.param([136], [0], id="T136"),
         pytest.param([2, 40, 1], [62, -1, 5], id="with-padding-row"),
     ],
 )
@@ -103,8 +103,8 @@ def test_gdn_prefill_of_other_shapes(generator, k_heads, v_heads, key_dim, value
 @pytest.mark.parametrize(("steps", "by_channel"), [(4, False), (16, False), (64, True)])
 def test_slots_of_a_thread_and_weights_by_channel(generator, steps, by_channel):
     """Whole chunks, and those at a row's ends, whatever a thread walks down; weights in either order."""
-    options = {**FLOAT32, **SMALL, "width": 4}
-    case = prefill_case(generator, lengths=[200, 70, 2], starts=[0, 126, 1], **options)
+    options = {**FLOAT32, **SMALL, "v_heads": 1, "width": 4}
+    case = prefill_case(generator, lengths=[130, 66, 2], starts=[0, 126, 1], **options)
     if by_channel:
         case.state.conv_weight_CW = case.state.conv_weight_CW.contiguous()
     check(case, replace(LARGE_CHUNKS, conv_steps=steps), 1e-4, 1e-4)
@@ -121,9 +121,9 @@ def test_gdn_prefill_in_16_bits(generator, dtype, tolerance, state_dtype):
 
 def test_gdn_prefill_with_more_rows_than_a_tile(generator):
     """Rows are looked for 32 at a time."""
-    lengths = torch.randint(-8, 3, (130,), generator=generator).clamp(min=0).tolist()
+    lengths = torch.randint(-8, 3, (70,), generator=generator).clamp(min=0).tolist()
     lengths[-1] = 2
-    starts = torch.randint(-1, 70, (130,), generator=generator).tolist()
+    starts = torch.randint(-1, 70, (70,), generator=generator).tolist()
     options = {"k_heads": 1, "v_heads": 1, "key_dim": 8, "value_dim": 8, "width": 2}
     check(prefill_case(generator, lengths=lengths, starts=starts, **FLOAT32, **options), None, 1e-5, 1e-5)
 

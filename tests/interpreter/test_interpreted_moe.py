@@ -71,8 +71,7 @@ def test_routing_of_nan_names_experts(generator):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k", "hidden", "inner"),
-    [(1, 6, 2, 64, 16), (3, 9, 4, 48, 24), (4, 2, 2, 130, 10)],
+    ("tokens", "experts", "k", "hidden", "inner"), [(1, 6, 2, 64, 16), (3, 9, 4, 48, 24), (4, 2, 2, 130, 10)]
 )
 def test_few_tokens(generator, tokens, experts, k, hidden, inner, dtype):
     matrices = weights(generator, experts, hidden, inner, inner, dtype)

@@ -54,10 +54,7 @@ def test_decode_apart_is_the_reference(generator):
 @device_loop_bounds
 @pytest.mark.parametrize(
     ("lengths", "starts"),
-    [
-        pytest.param([17, 1, 2, 3], [15, 16, -1, 1], id="resumed"),
-        pytest.param([5, 1], [0, 2], id="from-0"),
-    ],
+    [pytest.param([17, 1, 2, 3], [15, 16, -1, 1], id="resumed"), pytest.param([5, 1], [0, 2], id="from-0")],
 )
 def test_prefill_moves_the_whole_state(generator, lengths, starts):
     options = {"apart": True, "order": "layer_major", "tail": 2, **SMALL, **FLOAT32}

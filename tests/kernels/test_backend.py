@@ -92,13 +92,7 @@ LAYOUTS = [
 
 def case_and_backend(generator, order, kb, blocks, lengths):
     case = attention_case(
-        generator,
-        lengths=lengths,
-        order=order,
-        kernel_block_tokens=kb,
-        kernel_blocks=blocks,
-        k_dim=32,
-        v_dim=32,
+        generator, lengths=lengths, order=order, kernel_block_tokens=kb, kernel_blocks=blocks, k_dim=32, v_dim=32
     )
     return case, Backend("triton", "fa3")
 

@@ -11,8 +11,7 @@ from hybridcache.kernels.testing import state_case
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "field"),
-    [({"num_warps": 3}, "num_warps"), ({"block_v": 48}, "block_v"), ({"chunks": 0}, "chunks")],
+    ("kwargs", "field"), [({"num_warps": 3}, "num_warps"), ({"block_v": 48}, "block_v"), ({"chunks": 0}, "chunks")]
 )
 def test_impossible_tiles_are_refused(kwargs, field):
     with pytest.raises(UserError, match=field):

@@ -185,9 +185,7 @@ def test_kv_store(kv_dtype, tmp_path):
         **dict.fromkeys(("table_ptr", "row_ptr"), "*i32"),
         "position_ptr": "*i64",
     }
-    compiled = compile_for_hopper(
-        kv_store.kv_store_kernel, pointers, {}, kv_store.constants(layout), kv_store.options()
-    )
+    compiled = compile_for_hopper(kv_store.kv_store_kernel, pointers, {}, kv_store.constants(layout), kv_store.OPTIONS)
     assert_fits(compiled, tmp_path)
 
 

@@ -8,13 +8,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from dispatch_proof import unordered  # noqa: E402
-from test_kernels_compile import (  # noqa: E402
-    KERNEL_BLOCK_TOKENS,
-    TRITON_TYPE,
-    assert_fits,
-    compile_for_hopper,
-    ptxas_report,
-)
+from test_kernels_compile import KERNEL_BLOCK_TOKENS, TRITON_TYPE, assert_fits, compile_for_hopper, ptxas_report  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 

@@ -115,5 +115,5 @@ def test_it_compiles_for_hopper(dtype, kv_dtype, heads, kv_heads, dim, pairs, tm
         "position_ptr": "*i64",
     }
     constants = fused.constants(layout, heads, pairs, 1e-6, getattr(torch, dtype))
-    compiled = compile_for_hopper(fused.qk_norm_rope_store_kernel, pointers, {}, constants, fused.options())
+    compiled = compile_for_hopper(fused.qk_norm_rope_store_kernel, pointers, {}, constants, fused.OPTIONS)
     assert_fits(compiled, tmp_path)

@@ -197,12 +197,7 @@ def test_decode(rng, kind, dtype, pool_dtype):
 )
 @pytest.mark.parametrize(
     "rows",
-    [
-        [(1, 1)],
-        [(63, 63), (64, 64), (65, 65)],
-        [(5, 70)],
-        [(1, 129), (64, 128), (0, 0), (1, 1), (3, 200), (33, 33)],
-    ],
+    [[(1, 1)], [(63, 63), (64, 64), (65, 65)], [(5, 70)], [(1, 129), (64, 128), (0, 0), (1, 1), (3, 200), (33, 33)]],
     ids=lambda rows: "-".join(f"{queries}of{context}" for queries, context in rows),
 )
 def test_prefill(rng, rows, dtype, pool_dtype):

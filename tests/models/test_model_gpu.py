@@ -15,10 +15,7 @@ from hybridcache.kernels.testing import rel_error
 from hybridcache.kernels.torch_ops import layers
 from models.qwen3_next import build_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hybridcache.observe.report import NoData, load_run, style, write_report
 from hybridcache.observe.report.capacity_figures import residents_by_length, waste_by_length
 from hybridcache.observe.report.comparison import contests
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
-from hybridcache.observe.report.report import _answers, serving_table, shortfall, token_agreement
+from hybridcache.observe.report.report import _answers, _header, _title, serving_table, shortfall, token_agreement
 from hybridcache.observe.report.speed_figures import latency, throughput
 from hybridcache.observe.report.units import bytes_text, seconds_text
 from hybridcache.strategies import build
@@ -285,10 +285,7 @@ def test_without_events_the_tables_remain_and_stale_figures_go(run_dir, tmp_path
 
 def test_one_strategy_and_one_request(tmp_path):
     path = write_run(
-        tmp_path / "one",
-        strategies={"shared_pool": ("shared_pool", {})},
-        lengths=(12,),
-        **{**SMALL, "requests": 1},
+        tmp_path / "one", strategies={"shared_pool": ("shared_pool", {})}, lengths=(12,), **{**SMALL, "requests": 1}
     )
     page = write_report(path).read_text()
     assert "Left out" not in page
@@ -364,6 +361,16 @@ def test_the_header_says_experiment_model_workload_and_budget(run_dir):
     head = re.sub(r"<[^>]+>", " ", page[page.index("<h1>") : page.index("<nav>")])
     assert re.search(r"inference\s+qwen3_next\s+chat\s+256 MiB\s+cpu · none", head)
     assert "2026-01-01 00:00:00 UTC" in head
+
+
+@pytest.mark.parametrize(("ranks", "text"), [(1, "256 MiB"), (4, "256 MiB on each of 4 ranks"), (None, "256 MiB")])
+def test_a_budget_of_several_ranks_says_so_in_the_header_and_in_the_figure(run, ranks, text):
+    results = run.results.drop(columns="tp_size", errors="ignore")
+    changed = dataclasses.replace(run, results=results if ranks is None else results.assign(tp_size=ranks))
+    assert [row[3] for row in _header(changed)] == ["budget", *[text] * 3]
+    assert _title(changed).endswith(f" · {text}")
+    figure, _ = residents_by_length(changed)
+    assert f" in {text} " in " ".join(figure.get_suptitle().split())
 
 
 def test_repetitions_have_error_bars_of_one_standard_deviation(run):

@@ -76,6 +76,13 @@ def test_a_length_that_never_fits() -> None:
         charge(make, 10**7)
 
 
+def test_a_request_longer_than_the_longest_to_be_served_is_not_admitted() -> None:
+    make = factory("shared_pool", GIB, max_request_tokens=100)
+    assert residents(make, 100)[0] == residents(factory("shared_pool", GIB), 100)[0] > 0
+    count, usage = residents(make, 101)
+    assert (count, usage.held) == (0, 0)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_waste_curve_is_the_charge_of_every_length(name: str) -> None:
     """Linear between its corners, which are the teeth of a saw: 2 a block."""

@@ -332,13 +332,7 @@ def test_work_divides_by_ranks_and_costs_collectives() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [
-        ("bandwidth", 0),
-        ("bandwidth", float("nan")),
-        ("flops", "fast"),
-        ("kv_efficiency", 1.2),
-        ("step_overhead_s", -1),
-    ],
+    [("bandwidth", 0), ("bandwidth", float("nan")), ("flops", "fast"), ("kv_efficiency", 1.2), ("step_overhead_s", -1)],
 )
 def test_device_refuses(field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{field}="):

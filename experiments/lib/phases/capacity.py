@@ -23,7 +23,8 @@ def capacity_rows(
         def make(choice: StrategyChoice = choice) -> Strategy:
             return choice.build(memory)
 
-        corners, waste = waste_curve(make(), min(max(lengths), WASTE_UP_TO))
+        empty = make()
+        corners, waste = waste_curve(empty, min(max(lengths), WASTE_UP_TO, empty.request_limit()))
         events.write({"event": "waste_curve", "strategy": choice.label, "length": corners, "waste_bytes": waste})
         for length in lengths:
             count, usage = residents(make, length)
@@ -35,14 +36,10 @@ def capacity_rows(
             common = {"strategy": choice.label, "length": length}
             events.write(
                 {
-                    "event": "capacity",
-                    **common,
-                    "residents": count,
-                    "useful_bytes": usage.useful,
-                    "held_bytes": usage.held,
-                    "budget_bytes": memory.budget_bytes,
+                    "event": "capacity", **common, "residents": count, "useful_bytes": usage.useful,
+                    "held_bytes": usage.held, "budget_bytes": memory.budget_bytes,
                 }
-            )
+            )  # fmt: skip
             events.write({"event": "charge", **common, "held_bytes": one.held, "useful_bytes": one.useful})
             yield {**row, "held_bytes_per_request": float(one.held)}
 
@@ -50,19 +47,9 @@ def capacity_rows(
 def _row(length: int, count: int, usage: Usage) -> dict[str, Any]:
     """A length of which not one fits is refused."""
     return {
-        "phase": "capacity",
-        "workload": f"length={length}",
-        "repetition": 0,
-        "device": "accounting",
-        "backend": None,
-        "budget_bytes": usage.budget,
-        "requests_offered": max(count, 1),
-        "requests_served": count,
-        "requests_refused": int(count == 0),
-        "residents_peak": count,
-        "useful_bytes_mean": float(usage.useful),
-        "held_bytes_mean": float(usage.held),
-        "reserved_bytes_mean": float(usage.reserved),
-        "free_bytes_mean": float(usage.free),
-        "utilization_mean": usage.utilization,
-    }
+        "phase": "capacity", "workload": f"length={length}", "repetition": 0, "device": "accounting", "backend": None,
+        "budget_bytes": usage.budget, "requests_offered": max(count, 1), "requests_served": count,
+        "requests_refused": int(count == 0), "residents_peak": count, "useful_bytes_mean": float(usage.useful),
+        "held_bytes_mean": float(usage.held), "reserved_bytes_mean": float(usage.reserved),
+        "free_bytes_mean": float(usage.free), "utilization_mean": usage.utilization,
+    }  # fmt: skip

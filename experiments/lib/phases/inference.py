@@ -6,36 +6,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
-from experiments.lib.strategy_choices import StrategyChoice
+from experiments.lib.strategy_choices import AUTO, StrategyChoice
 from experiments.lib.streams import comparable_streams, offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.errors import bad
 from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.workloads import Workload, cut_to_size, with_text_prompts
-
-AUTO: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "model": "tiny",
-        "dtype": "float64",
-        "budget_bytes": None,
-        "budget_requests": 4.0,
-        "num_requests": 16,
-        "max_prompt": 160,
-        "max_output": 64,
-        "max_tokens_per_step": 128,
-    },
-    "cuda": {
-        "model": "qwen3_next_8l",
-        "dtype": "bfloat16",
-        "budget_bytes": None,
-        "budget_requests": 10.0,
-        "num_requests": 64,
-        "max_prompt": 2048,
-        "max_output": 1024,
-        "max_tokens_per_step": 8192,
-    },
-}
 
 
 def resolve_inference(cfg: DictConfig) -> None:
@@ -44,7 +21,7 @@ def resolve_inference(cfg: DictConfig) -> None:
     Raises:
         UserError: a value that makes no sense.
     """
-    resolve_section(cfg, "inference", AUTO, ("num_requests", "max_prompt", "max_output"))
+    resolve_section(cfg, "inference", AUTO["inference"], ("num_requests", "max_prompt", "max_output"))
     for name in ("budget_bytes", "budget_requests"):
         value = cfg.inference[name]
         if value is not None and (not isinstance(value, int | float) or not 0 < value < float("inf")):

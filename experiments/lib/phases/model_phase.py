@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from experiments.lib.settings import container, model_chosen, scheduler_config
+from experiments.lib.settings import container, max_request_tokens, model_chosen, scheduler_config
 from experiments.lib.static_ratio import wants_ratio, with_best_ratio
 from experiments.lib.strategy_choices import CacheMemory, StrategyChoice, cache_columns
 from hybridcache.engine.engine import Engine
@@ -87,7 +87,7 @@ class ModelPhase:
     def __init__(self, cfg: DictConfig, section: str) -> None:
         self.settings = settings = cfg[section]
         self.on_cuda = settings.device == "cuda"
-        self.seed = cfg.seed
+        self.seed, self.max_model_len = cfg.seed, cfg.engine.max_model_len
         self.scheduler = replace(scheduler_config(cfg), max_tokens_per_step=settings.max_tokens_per_step)
         if not self.on_cuda:
             torch.set_num_threads(settings.cpu_threads)
@@ -96,15 +96,19 @@ class ModelPhase:
         if settings.checkpoint is None:
             chosen = model_chosen(cfg) and cfg.model.name == settings.model
             fields = container(cfg.model.hf_config) if chosen else shipped_fields(settings.model)
+        max_request_tokens(
+            cfg, settings.model, (fields or {}).get("max_position_embeddings")
+        )  # before anything is loaded
         self.model, self.tokenizer = load_for_inference(settings.model, fields, **of)
+        longest = self.model.config.max_position_embeddings
+        self.max_request_tokens = max_request_tokens(cfg, settings.model, longest)
         self.spec = CacheSpec.from_config(
             self.model.config, kv_dtype=settings.kv_dtype, state_dtype=settings.state_dtype
         )
 
     def memory(self, budget_bytes: int) -> CacheMemory:
         """What every strategy gets."""
-        longest = self.model.config.max_position_embeddings
-        return CacheMemory(self.spec, budget_bytes, self.scheduler.max_running, longest)
+        return CacheMemory(self.spec, budget_bytes, self.scheduler.max_running, self.max_request_tokens)
 
     def tuned(
         self, choices: Sequence[StrategyChoice], memory: CacheMemory, streams: Sequence[Workload]

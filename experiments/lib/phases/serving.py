@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 
 from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
 from experiments.lib.settings import container
-from experiments.lib.strategy_choices import StrategyChoice
+from experiments.lib.strategy_choices import AUTO, StrategyChoice
 from experiments.lib.streams import offered
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.sequence import Sequence as EngineSequence
-from hybridcache.errors import bad
+from hybridcache.errors import UserError, bad
 from hybridcache.observe.compilations import compilations
 from hybridcache.observe.metrics import EventSink, Recorder
 from hybridcache.observe.step_profile import profile_steps
@@ -27,44 +27,13 @@ from hybridcache.workloads.base import Workload
 _LOG = logging.getLogger(__name__)
 
 PROFILED_STEPS = 16
-
-AUTO: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "model": "tiny",
-        "dtype": "float32",
-        "cache_bytes": 2 << 20,
-        "max_tokens_per_step": 256,
-        "profile_rows": 8,
-        "profile_context": 64,
-        "workloads": {
-            "bs1": (1, 16, 32),
-            "chat": (16, 128, 16),
-            "short": (32, 8, 32),
-            "long": (6, 384, 16),
-            "mixed": (16, 256, 8),
-        },
-    },
-    "cuda": {
-        "model": "qwen3_next_8l",
-        "dtype": "bfloat16",
-        "cache_bytes": 2 << 30,
-        "max_tokens_per_step": 8192,
-        "profile_rows": 256,
-        "profile_context": 128,
-        "workloads": {
-            "bs1": (1, 128, 256),
-            "chat": (256, 1024, 128),
-            "short": (512, 64, 256),
-            "long": (64, 4096, 128),
-            "mixed": (256, 2048, 64),
-        },
-    },
-}
+PROFILED_OUTPUT = PROFILED_STEPS + 8
+"""Tokens that a request of the profiled decode steps samples: some come before those steps, while prompts are run."""
 
 
 def resolve_serving(cfg: DictConfig) -> None:
     """Replace every ``auto`` of ``cfg.serving``; see :func:`resolve_section`."""
-    resolve_section(cfg, "serving", AUTO, ("cache_bytes", "profile_rows", "profile_context"))
+    resolve_section(cfg, "serving", AUTO["serving"], ("cache_bytes", "profile_rows", "profile_context"))
 
 
 def serving_streams(workloads: Any, vocabulary: int, seed: int) -> list[Workload]:
@@ -107,13 +76,22 @@ class ServingPhase(ModelPhase):
             for label, limit in limits.items():
                 if not stream.within(limit):
                     longest = max(r.prompt_tokens + r.output_tokens - 1 for r in stream.requests)
-                    raise bad(
-                        "serving.cache_bytes",
-                        self.settings.cache_bytes,
-                        f"{label} holds requests of at most {limit:,} tokens in it, workload {stream.name} has {longest:,}; "
-                        "give more, or leave one of them out",
+                    raise self._too_short(
+                        label, limit, f"workload {stream.name} has {longest:,}; leave one of them out"
                     )
+        profiled, first = self.settings.profile_context + PROFILED_OUTPUT - 1, self.choices[0].label
+        if profiled > limits[first]:
+            asked = f"a profiled one has {profiled:,}; give a smaller serving.profile_context"
+            raise self._too_short(first, limits[first], asked)
         self._allocated_before = torch.cuda.memory_allocated() if self.on_cuda else 0
+
+    def _too_short(self, label: str, limit: int, asked: str) -> UserError:
+        """The error of requests that are longer than ``limit``: names the key that sets it."""
+        if limit == self.max_request_tokens:
+            why = f"requests have at most {limit:,} tokens, {asked}, or more, up to the model's limit"
+            return bad("engine.max_model_len", self.max_model_len, why)
+        held = f"{label} holds requests of at most {limit:,} tokens in it, {asked}, or more memory"
+        return bad("serving.cache_bytes", self.settings.cache_bytes, held)
 
     def __len__(self) -> int:
         return len(self.choices) * len(self.workloads) * self.settings.repetitions
@@ -168,12 +146,9 @@ class ServingPhase(ModelPhase):
             }
         row["kernels_compiled"] = len(compiled)
         return {
-            **row,
-            **memory,
-            **self.columns(launches, engine.backend.name),
-            **choice.columns(),
+            **row, **memory, **self.columns(launches, engine.backend.name), **choice.columns(),
             **offered(workload, len(sequences)),
-        }
+        }  # fmt: skip
 
     def _serve(self, label: str, engine: Engine, workload: Workload) -> list[EngineSequence]:
         """All requests at once; the finished sequences."""
@@ -193,14 +168,14 @@ class ServingPhase(ModelPhase):
     def _profile(self, choice: StrategyChoice, engine: Engine, events: EventSink, trace_dir: Path | None) -> None:
         """A decode step of many rows, and a step that only prefills."""
         rows, context = self.settings.profile_rows, self.settings.profile_context
-        self._submit(engine, [context] * rows, PROFILED_STEPS + 8)
+        self._submit(engine, [context] * rows, PROFILED_OUTPUT)
         while engine.scheduler.waiting or any(seq.num_output < 2 for seq in engine.scheduler.running):
             engine.step()
         decoding = f"decode: {len(engine.scheduler.running)} requests of {context} tokens"
         self._profile_steps(choice, engine, PROFILED_STEPS, decoding, events, trace_dir)
-        budget = self.settings.max_tokens_per_step
-        self._submit(engine, [budget], 2)
-        self._profile_steps(choice, engine, 1, f"prefill: {budget:,} tokens of one prompt", events, trace_dir)
+        prompt = min(self.settings.max_tokens_per_step, engine.strategy.request_limit() - 1)
+        self._submit(engine, [prompt], 2)
+        self._profile_steps(choice, engine, 1, f"prefill: {prompt:,} tokens of one prompt", events, trace_dir)
 
     def _profile_steps(
         self, choice: StrategyChoice, engine: Engine, count: int, name: str, events: EventSink, trace_dir: Path | None

@@ -28,13 +28,9 @@ class SimulationPhase:
     """
 
     def __init__(
-        self,
-        choices: Sequence[StrategyChoice],
-        memory: CacheMemory,
-        streams: Sequence[tuple[int, Workload]],
-        scheduler: SchedulerConfig,
-        cost_model: CostModel,
-    ) -> None:
+        self, choices: Sequence[StrategyChoice], memory: CacheMemory, streams: Sequence[tuple[int, Workload]],
+        scheduler: SchedulerConfig, cost_model: CostModel,
+    ) -> None:  # fmt: skip
         self.memory, self.scheduler, self.cost_model = memory, scheduler, cost_model
         self.choices = with_best_ratio(choices, memory, [streams[0][1]], scheduler, cost_model)
         limits = [choice.build(memory).request_limit() for choice in self.choices]
@@ -56,10 +52,6 @@ class SimulationPhase:
                 result = simulate(stream, strategy, self.scheduler, self.cost_model, recorder)
                 yield {
                     **recorder.finish(result.sequences, strategy, result.refused_requests),
-                    **cache_columns(self.memory.spec),
-                    **choice.columns(),
-                    **offered(stream, len(result.sequences)),
-                    "seed": seed,
-                    "device": f"cost model: {self.cost_model.label}",
-                    "backend": None,
-                }
+                    **cache_columns(self.memory.spec), **choice.columns(), **offered(stream, len(result.sequences)),
+                    "seed": seed, "device": f"cost model: {self.cost_model.label}", "backend": None,
+                }  # fmt: skip

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 
-def block_copy(buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
+def block_copy(buffer: Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
     """See :meth:`.LayerOperations.block_copy`."""
     total = 0
     for src, dst, num_bytes in moves:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import elements
 from hybridcache.kernels.launch import launcher
@@ -127,7 +128,7 @@ def options(tiles: Tiles = DEFAULT_TILES) -> dict[str, Any]:
 class Batch:
     """Independent moves on the device: ``move_M3`` int64 ``(src, dst, length)`` in units of ``unit_bytes``."""
 
-    move_M3: torch.Tensor
+    move_M3: Tensor
     unit_bytes: int
     longest: int
     """Bytes of the longest move."""
@@ -159,7 +160,7 @@ def upload(move_M3: npt.NDArray[np.int64], device: torch.device) -> Batch:
     return Batch(units_M3, unit_bytes, int(move_M3[:, 2].max()))
 
 
-def plan(buffer: torch.Tensor, moves: Sequence[Move]) -> list[Batch]:
+def plan(buffer: Tensor, moves: Sequence[Move]) -> list[Batch]:
     """Cut moves into batches that run one after the other, on the buffer's device.
 
     Raises:
@@ -178,7 +179,7 @@ def plan(buffer: torch.Tensor, moves: Sequence[Move]) -> list[Batch]:
     return [upload(np.asarray(batch, dtype=np.int64), buffer.device) for batch in batches]
 
 
-def plan_between(source: torch.Tensor, target: torch.Tensor, moves: Sequence[Move]) -> list[Batch]:
+def plan_between(source: Tensor, target: Tensor, moves: Sequence[Move]) -> list[Batch]:
     """One batch of moves from one buffer to another; either may be pinned host memory, the other is on a CUDA device.
 
     Raises:
@@ -194,7 +195,7 @@ def plan_between(source: torch.Tensor, target: torch.Tensor, moves: Sequence[Mov
     return [upload(move_M3, device)] if len(move_M3) else []
 
 
-def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], tiles: Tiles = DEFAULT_TILES) -> None:
+def run(source: Tensor, target: Tensor, batches: Iterable[Batch], tiles: Tiles = DEFAULT_TILES) -> None:
     """Launch every batch, from bytes of ``source`` to bytes of ``target`` (the same buffer for moves inside one)."""
     for batch in batches:
         dtype, constant = _ELEMENT[batch.unit_bytes], constants(batch.unit_bytes, tiles)
@@ -204,7 +205,7 @@ def run(source: torch.Tensor, target: torch.Tensor, batches: Iterable[Batch], ti
         )
 
 
-def block_copy(buffer: torch.Tensor, moves: Sequence[Move]) -> int:
+def block_copy(buffer: Tensor, moves: Sequence[Move]) -> int:
     """See :meth:`.LayerOperations.block_copy`.
 
     Raises:

@@ -7,16 +7,17 @@ I key dim, J value dim.
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
+from torch import Tensor
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
 
 
-def _l2norm(x_KI: torch.Tensor) -> torch.Tensor:
+def _l2norm(x_KI: Tensor) -> Tensor:
     return x_KI * torch.rsqrt((x_KI * x_KI).sum(-1, keepdim=True) + L2NORM_EPS)
 
 
-def resume(cache: StateCache, source: int, target: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+def resume(cache: StateCache, source: int, target: int, position: int) -> tuple[Tensor, Tensor]:
     """The state that a step at ``position`` starts from, ``[V, I, J]`` in float64, and the ring ``[W, C]`` that it writes: that
     of entry ``target``, with the inputs before ``position`` in it."""
     stored_VIJ, ring_WC = cache.stored(target)
@@ -29,16 +30,9 @@ def resume(cache: StateCache, source: int, target: int, position: int) -> tuple[
 
 
 def step(
-    state_VIJ: torch.Tensor,
-    ring_WC: torch.Tensor,
-    x_C: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_V: torch.Tensor,
-    b_V: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    position: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state_VIJ: Tensor, ring_WC: Tensor, x_C: Tensor, conv_weight_CW: Tensor, a_V: Tensor, b_V: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, position: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token. ``state_VIJ`` is float64; all of it must be 0 at position 0. Writes ``x_C`` to its ring column.
 
     Returns:
@@ -68,17 +62,9 @@ def step(
 
 
 def gdn_decode(
-    cache: StateCache,
-    x_BC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_BV: torch.Tensor,
-    b_BV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    position_B: torch.Tensor,
-) -> torch.Tensor:
+    cache: StateCache, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
     """See :meth:`.StateOperations.gdn_decode`. Returns float64; padding rows are 0."""
     v_heads, _, value_dim = cache.layout.recurrent_shape
     out_BVJ = x_BC.new_zeros((x_BC.shape[0], v_heads, value_dim), dtype=torch.float64)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.devices import capability, warn_once
@@ -112,19 +113,11 @@ def shape_constants(
     k_heads = (layout.conv_channels - v_heads * value_dim) // (2 * key_dim)
     stride_c, stride_w = weight_stride_CW or (layout.conv_kernel, 1)
     return {
-        "WEIGHT_STRIDE_C": stride_c,
-        "WEIGHT_STRIDE_W": stride_w,
-        "V_HEADS": v_heads,
-        "GROUP": v_heads // k_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "CHANNELS": layout.conv_channels,
-        "WIDTH": layout.conv_kernel,
-        "EVICTION": "evict_first" if tiles.evict_first else "",
-        "DEPENDENT_LAUNCH": tiles.dependent_launch,
-        "SCALE": key_dim**-0.5,
-        "EPS": L2NORM_EPS,
-    }
+        "WEIGHT_STRIDE_C": stride_c, "WEIGHT_STRIDE_W": stride_w, "V_HEADS": v_heads, "GROUP": v_heads // k_heads,
+        "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "CHANNELS": layout.conv_channels, "WIDTH": layout.conv_kernel,
+        "EVICTION": "evict_first" if tiles.evict_first else "", "DEPENDENT_LAUNCH": tiles.dependent_launch,
+        "SCALE": key_dim**-0.5, "EPS": L2NORM_EPS,
+    }  # fmt: skip
 
 
 VERY_FEW_ROWS, FEW_ROWS = 2, 16
@@ -151,7 +144,7 @@ def default_tiles(rows: int, state_dtype: torch.dtype) -> Tiles | SharedTiles:
     return in_registers(rows, state_dtype)
 
 
-def choose(layout: StateLayout, x_BC: torch.Tensor) -> Tiles | SharedTiles:
+def choose(layout: StateLayout, x_BC: Tensor) -> Tiles | SharedTiles:
     """:func:`default_tiles` where the device, the layout and the inputs allow it; else a cut in registers, and the reason is
     logged once. Dependent launch and the copies of ``hopper.py`` take compute capability 9.0 or later."""
     rows, state_dtype = x_BC.shape[0], torch_dtype(layout.recurrent_dtype)

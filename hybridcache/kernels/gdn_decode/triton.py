@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode import hopper
@@ -32,18 +33,9 @@ from hybridcache.memory.layout import StateLayout
 
 @triton.jit
 def conv_loads(
-    x_ptr,
-    weight_ptr,
-    ring_ptr,
-    first,
-    c,
-    inside,
-    position,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, weight_ptr, ring_ptr, first, c, inside, position,
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """What the causal depthwise conv of the channels ``first + c`` reads: the token's own inputs, then tuples of the weights
     and the inputs before it, from the token backwards."""
     weight_ptr += first * WEIGHT_STRIDE_C
@@ -85,45 +77,15 @@ def add_triples(a0, b0, c0, a1, b1, c1):
     do_not_specialize_on_alignment=["a_ptr", "b_ptr", "read_ptr", "write_ptr", "position_ptr"],
 )
 def gdn_decode_kernel(
-    state_ptr,
-    ring_ptr,
-    x_ptr,
-    weight_ptr,
-    a_ptr,
-    b_ptr,
-    a_log_ptr,
-    dt_bias_ptr,
-    read_ptr,
-    write_ptr,
-    position_ptr,
-    out_ptr,
-    layer,
-    x_stride: tl.int64,
-    a_stride: tl.int64,
-    b_stride: tl.int64,
-    read_stride: tl.int64,
-    write_stride: tl.int64,
-    state_base: tl.int64,
-    state_stride: tl.int64,
-    ring_base: tl.int64,
-    ring_stride: tl.int64,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    EVICTION: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-    CONV_FIRST: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    state_ptr, ring_ptr, x_ptr, weight_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, read_ptr, write_ptr, position_ptr,
+    out_ptr, layer,
+    x_stride: tl.int64, a_stride: tl.int64, b_stride: tl.int64, read_stride: tl.int64, write_stride: tl.int64,
+    state_base: tl.int64, state_stride: tl.int64, ring_base: tl.int64, ring_stride: tl.int64,
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, V_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, EVICTION: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr, CONV_FIRST: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
@@ -235,18 +197,10 @@ def options(tiles: Tiles | SharedTiles) -> dict[str, Any]:
 
 
 def gdn_decode(
-    cache: StateCache,
-    x_BC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_BV: torch.Tensor,
-    b_BV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    position_B: torch.Tensor,
+    cache: StateCache, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
     tiles: Tiles | SharedTiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """See :meth:`.StateOperations.gdn_decode`. Inputs may be slices whose last dimension has stride 1. The conv weight may have
     any strides: a ``[W, C]`` tensor's ``.t()`` loads as vectors, so it is the faster one, and neither order is copied.
 
@@ -275,27 +229,9 @@ def gdn_decode(
     if rows == 0:
         return out_BVJ
     launcher(kernel)[(ceil_div(value_dim, constant["BLOCK_V"]), v_heads, rows)](
-        cache.state,
-        cache.ring,
-        x_BC,
-        conv_weight_CW,
-        a_BV,
-        b_BV,
-        a_log_V,
-        dt_bias_V,
-        state_read_BL,
-        state_write_BL,
-        position_B,
-        out_BVJ,
-        cache.layer,
-        x_BC.stride(0),
-        a_BV.stride(0),
-        b_BV.stride(0),
-        state_read_BL.stride(0),
-        state_write_BL.stride(0),
-        *cache.state_place,
-        *cache.ring_place,
-        **constant,
-        **options(tiles),
-    )
+        cache.state, cache.ring, x_BC, conv_weight_CW, a_BV, b_BV, a_log_V, dt_bias_V, state_read_BL, state_write_BL,
+        position_B, out_BVJ, cache.layer, x_BC.stride(0), a_BV.stride(0), b_BV.stride(0), state_read_BL.stride(0),
+        state_write_BL.stride(0), *cache.state_place, *cache.ring_place,
+        **constant, **options(tiles),
+    )  # fmt: skip
     return out_BVJ

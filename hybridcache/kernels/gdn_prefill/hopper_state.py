@@ -10,6 +10,7 @@ Names as in :mod:`hybridcache.kernels.gdn_prefill.triton`.
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
@@ -57,26 +58,10 @@ def mma_layout(columns):
 
 @gluon.jit
 def copy_chunks(
-    keys_queries,
-    tiles,
-    gates,
-    full,
-    empty,
-    key_desc,
-    value_desc,
-    solve_desc,
-    score_desc,
-    gates_desc,
-    first_chunk,
-    chunks,
-    head,
-    k_channel,
-    q_channel,
-    v_channel,
-    V_HEADS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    keys_queries, tiles, gates, full, empty, key_desc, value_desc, solve_desc, score_desc, gates_desc, first_chunk,
+    chunks, head, k_channel, q_channel, v_channel,
+    V_HEADS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Bring chunk after chunk into the stages as they fall empty."""
     BYTES: gl.constexpr = (TILES * TILE + 2 * BLOCK_K) * TILE * 2 + GATES * TILE * 4
     for n in range(chunks):
@@ -129,37 +114,12 @@ def stored_tile(state_ptr, j0, BLOCK_K: gl.constexpr, KEY_DIM: gl.constexpr, VAL
 
 @gluon.jit
 def carry(
-    keys_queries,
-    tiles,
-    gates,
-    full,
-    empty,
-    out_tile,
-    out_desc,
-    out_ptr,
-    gates_ptr,
-    state_ptr,
-    read_ptr,
-    write_ptr,
+    keys_queries, tiles, gates, full, empty, out_tile, out_desc, out_ptr, gates_ptr, state_ptr, read_ptr, write_ptr,
     checkpoint_ptr,
-    checkpoint_stride_n,
-    state_stride,
-    first_chunk,
-    chunks,
-    begin,
-    end,
-    start,
-    interval,
-    checkpoints,
-    head,
-    j0,
-    V_HEADS: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    KEY_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    CHECKPOINTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    checkpoint_stride_n, state_stride, first_chunk, chunks, begin, end, start, interval, checkpoints, head, j0,
+    V_HEADS: gl.constexpr, BLOCK_K: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr,
+    CHECKPOINTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """Carry ``[value dims from j0 on, key dims]`` of a state through a row's chunks."""
     DTYPE: gl.constexpr = tiles.dtype
     layout: gl.constexpr = mma_layout(TILE)
@@ -253,39 +213,13 @@ def carry(
     do_not_specialize_on_alignment=["first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def hopper_state_kernel(
-    out_ptr,
-    state_ptr,
-    key_desc,
-    value_desc,
-    solve_desc,
-    score_desc,
-    gates_desc,
-    out_desc,
-    gates_ptr,
-    first_ptr,
-    read_ptr,
-    write_ptr,
-    checkpoint_ptr,
-    cu_ptr,
-    start_ptr,
-    layer,
-    interval,
-    checkpoints,
-    read_stride: gl.int64,
-    write_stride: gl.int64,
-    checkpoint_stride_b: gl.int64,
-    checkpoint_stride_n: gl.int64,
-    state_base: gl.int64,
-    state_stride: gl.int64,
-    K_HEADS: gl.constexpr,
-    V_HEADS: gl.constexpr,
-    KEY_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    HEAD_V: gl.constexpr,
-    CHECKPOINTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    out_ptr, state_ptr, key_desc, value_desc, solve_desc, score_desc, gates_desc, out_desc, gates_ptr, first_ptr,
+    read_ptr, write_ptr, checkpoint_ptr, cu_ptr, start_ptr, layer, interval, checkpoints,
+    read_stride: gl.int64, write_stride: gl.int64, checkpoint_stride_b: gl.int64, checkpoint_stride_n: gl.int64,
+    state_base: gl.int64, state_stride: gl.int64,
+    K_HEADS: gl.constexpr, V_HEADS: gl.constexpr, KEY_DIM: gl.constexpr, VALUE_DIM: gl.constexpr, BLOCK_K: gl.constexpr,
+    HEAD_V: gl.constexpr, CHECKPOINTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """A program carries 64 value dims of one value head of one row; arguments as ``state_kernel``'s."""
     tile = gl.program_id(0)
     head = gl.program_id(1)
@@ -338,23 +272,20 @@ def hopper_state_kernel(
 
 
 def descriptors(
-    y: torch.Tensor, solve: torch.Tensor, score: torch.Tensor, gates: torch.Tensor, out_TVJ: torch.Tensor, block_k: int
+    y: Tensor, solve: Tensor, score: Tensor, gates: Tensor, out_TVJ: Tensor, block_k: int
 ) -> dict[str, TensorDescriptor]:
     """The kernel's tensor descriptors by parameter."""
     tile = TILE.value
     square, row = _shared_layouts(y.dtype)
 
-    def tiled(tensor: torch.Tensor, columns: int = tile) -> TensorDescriptor:
+    def tiled(tensor: Tensor, columns: int = tile) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, [tile, columns], square)
 
     return {
-        "key_desc": tiled(y, block_k),
-        "value_desc": tiled(y),
-        "solve_desc": tiled(solve),
-        "score_desc": tiled(score),
+        "key_desc": tiled(y, block_k), "value_desc": tiled(y), "solve_desc": tiled(solve), "score_desc": tiled(score),
         "gates_desc": TensorDescriptor.from_tensor(gates, [GATES.value * tile], row),
         "out_desc": tiled(out_TVJ.flatten(1)),
-    }
+    }  # fmt: skip
 
 
 @lru_cache

@@ -4,26 +4,17 @@ Shapes: T tokens, B rows, L state layers, C conv channels, W conv kernel width, 
 """
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import StateCache
 from hybridcache.kernels.gdn_decode.naive import resume, step
 
 
 def gdn_prefill(
-    cache: StateCache,
-    x_TC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_TV: torch.Tensor,
-    b_TV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    start_B: torch.Tensor,
-    checkpoint_table_BNL: torch.Tensor | None = None,
-    checkpoint_interval: int = 0,
-) -> torch.Tensor:
+    cache: StateCache, x_TC: Tensor, conv_weight_CW: Tensor, a_TV: Tensor, b_TV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, cu_seqlens: Tensor, start_B: Tensor,
+    checkpoint_table_BNL: Tensor | None = None, checkpoint_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """See :meth:`.StateOperations.gdn_prefill`. Returns float64."""
     v_heads, _, value_dim = cache.layout.recurrent_shape
     out_TVJ = x_TC.new_zeros((x_TC.shape[0], v_heads, value_dim), dtype=torch.float64)

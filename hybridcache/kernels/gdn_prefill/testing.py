@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.testing import StateCase, normal, state_case
 
@@ -17,15 +18,15 @@ class PrefillCase:
     """Stored states of B requests, and new tokens for each: ``lengths[b]`` from position ``start_B[b]`` on."""
 
     state: StateCase
-    x_TC: torch.Tensor
-    a_TV: torch.Tensor
-    b_TV: torch.Tensor
-    cu_seqlens: torch.Tensor
-    start_B: torch.Tensor
+    x_TC: Tensor
+    a_TV: Tensor
+    b_TV: Tensor
+    cu_seqlens: Tensor
+    start_B: Tensor
     lengths: tuple[int, ...]
 
     @property
-    def buffer(self) -> torch.Tensor:
+    def buffer(self) -> Tensor:
         return self.state.buffer
 
     def step(self, layer: int) -> tuple[Any, ...]:
@@ -49,17 +50,13 @@ def prefill_case(
     tokens, v_heads = sum(lengths) + tail, state.a_BV.shape[1]
     a_TV, b_TV = normal(generator, (tokens, 2 * v_heads), device, dtype).split(v_heads, dim=1)
     return PrefillCase(
-        state=state,
-        x_TC=normal(generator, (tokens, state.x_BC.shape[1]), device, dtype),
-        a_TV=a_TV,
-        b_TV=b_TV,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32),
-        start_B=state.position_B.int(),
+        state=state, x_TC=normal(generator, (tokens, state.x_BC.shape[1]), device, dtype), a_TV=a_TV, b_TV=b_TV,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32), start_B=state.position_B.int(),
         lengths=tuple(lengths),
-    )
+    )  # fmt: skip
 
 
-def checkpoint_table(case: PrefillCase, layer: int, interval: int, spare: int = 0) -> torch.Tensor:
+def checkpoint_table(case: PrefillCase, layer: int, interval: int, spare: int = 0) -> Tensor:
     """Free blocks for the state at every multiple of ``interval`` that a row passes, for one layer: ``[B, N, L]`` int32,
     -1 elsewhere. ``spare`` more columns than the longest row needs, filled too: they must not be written."""
     at, table_BL = case.state.layout, torch.cat([case.state.state_read_BL, case.state.state_write_BL])

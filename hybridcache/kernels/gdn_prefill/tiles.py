@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.devices import is_hopper, warn_once
 from hybridcache.kernels.gdn_decode import L2NORM_EPS
@@ -100,7 +101,7 @@ def why_not_hopper(layout: StateLayout, dtype: torch.dtype, tiles: Tiles) -> str
     return None if tiles.chunk == 64 else f"chunk={tiles.chunk}: it takes 64"
 
 
-def choose(layout: StateLayout, x_TC: torch.Tensor, rows: int) -> Tiles:
+def choose(layout: StateLayout, x_TC: Tensor, rows: int) -> Tiles:
     """:func:`default_tiles` for inputs on their device. Where a Hopper device's Gluon kernel cannot carry the states, the
     reason is logged once."""
     return _choose(layout, x_TC.dtype, rows, x_TC.device)
@@ -124,29 +125,16 @@ def constants(layout: StateLayout, dtype: torch.dtype, tiles: Tiles, checkpoints
     # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
     exact = dtype == torch.float32 or interpreting()
     found = {
-        "K_HEADS": (layout.conv_channels - v_heads * value_dim) // (2 * key_dim),
-        "V_HEADS": v_heads,
-        "KEY_DIM": key_dim,
-        "VALUE_DIM": value_dim,
-        "WIDTH": layout.conv_kernel,
-        "CHUNK": tiles.chunk,
-        "LEVELS": tiles.chunk.bit_length() - 1,
-        "ROWS": ROW_TILE,
-        "GATE_HEADS": min(GATE_HEADS * tiles.conv_warps, power_of_2(v_heads)),
-        "CONV_STEPS": tiles.conv_steps,
-        "BLOCK_K": padded(key_dim),
-        "KEY_TILE": tiles.key_tile,
-        "HEAD_V": padded(value_dim),
-        "BLOCK_V": tiles.value_tile,
-        "STAGES": tiles.stages,
-        "SCALE": key_dim**-0.5,
-        "EPS": L2NORM_EPS,
-        "CHECKPOINTS": checkpoints,
-        "DOT": tl.float32 if exact else getattr(tl, dtype_name(dtype)),
+        "K_HEADS": (layout.conv_channels - v_heads * value_dim) // (2 * key_dim), "V_HEADS": v_heads,
+        "KEY_DIM": key_dim, "VALUE_DIM": value_dim, "WIDTH": layout.conv_kernel, "CHUNK": tiles.chunk,
+        "LEVELS": tiles.chunk.bit_length() - 1, "ROWS": ROW_TILE,
+        "GATE_HEADS": min(GATE_HEADS * tiles.conv_warps, power_of_2(v_heads)), "CONV_STEPS": tiles.conv_steps,
+        "BLOCK_K": padded(key_dim), "KEY_TILE": tiles.key_tile, "HEAD_V": padded(value_dim),
+        "BLOCK_V": tiles.value_tile, "STAGES": tiles.stages, "SCALE": key_dim**-0.5, "EPS": L2NORM_EPS,
+        "CHECKPOINTS": checkpoints, "DOT": tl.float32 if exact else getattr(tl, dtype_name(dtype)),
         # Entries of these matrices and of their inverses lie between -1 and 1: float16 is the most exact 16-bit type.
-        "SOLVE": tl.float32 if exact else tl.float16,
-        "PRECISION": "tf32x3",
-    }
+        "SOLVE": tl.float32 if exact else tl.float16, "PRECISION": "tf32x3",
+    }  # fmt: skip
     return MappingProxyType(found)
 
 

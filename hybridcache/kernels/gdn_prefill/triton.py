@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
@@ -50,7 +51,7 @@ RING_TILE = 512
 """Channels of one program of the ring kernel."""
 
 
-def gdn_prefill(cache: StateCache, x_TC: torch.Tensor, *inputs: Any, **options: Any) -> torch.Tensor:
+def gdn_prefill(cache: StateCache, x_TC: Tensor, *inputs: Any, **options: Any) -> Tensor:
     """See :meth:`.StateOperations.gdn_prefill`; arguments and errors are those of :class:`Prefill`."""
     call = Prefill(cache, x_TC, *inputs, **options)
     if call.tokens and call.rows:
@@ -71,17 +72,17 @@ class Prefill:
     """
 
     cache: StateCache
-    x_TC: torch.Tensor
-    conv_weight_CW: torch.Tensor
-    a_TV: torch.Tensor
-    b_TV: torch.Tensor
-    a_log_V: torch.Tensor
-    dt_bias_V: torch.Tensor
-    state_read_BL: torch.Tensor
-    state_write_BL: torch.Tensor
-    cu_seqlens: torch.Tensor
-    start_B: torch.Tensor
-    checkpoint_table_BNL: torch.Tensor | None = None
+    x_TC: Tensor
+    conv_weight_CW: Tensor
+    a_TV: Tensor
+    b_TV: Tensor
+    a_log_V: Tensor
+    dt_bias_V: Tensor
+    state_read_BL: Tensor
+    state_write_BL: Tensor
+    cu_seqlens: Tensor
+    start_B: Tensor
+    checkpoint_table_BNL: Tensor | None = None
     checkpoint_interval: int = 0
     tiles: Tiles | None = None
     """:func:`~hybridcache.kernels.gdn_prefill.tiles.choose` decides where None."""
@@ -103,7 +104,7 @@ class Prefill:
         # The interpreter casts to bfloat16 by cutting bits off: what goes from launch to launch stays exact there.
         between = torch.float32 if interpreting() else x_TC.dtype
 
-        def scratch(*shape: int, dtype: torch.dtype = between) -> torch.Tensor:
+        def scratch(*shape: int, dtype: torch.dtype = between) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         channels = 2 * self.k_heads * self.constant["BLOCK_K"] + v_heads * self.constant["HEAD_V"]
@@ -117,15 +118,15 @@ class Prefill:
     def _constants(self, *names: str) -> dict[str, Any]:
         return {name: self.constant[name] for name in names}
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self) -> tuple[Tensor, Tensor]:
         return self.cu_seqlens, self.start_B
 
-    def _checkpoints(self) -> tuple[torch.Tensor, int, int]:
+    def _checkpoints(self) -> tuple[Tensor, int, int]:
         """The table, or anything of its type where there is none, and its strides."""
         table = self.checkpoint_table_BNL
         return (self.state_write_BL, 0, 0) if table is None else (table, table.stride(0), table.stride(1))
 
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables(self) -> tuple[Tensor, Tensor]:
         return self.state_read_BL, self.state_write_BL
 
     def _table_strides(self) -> tuple[int, int]:
@@ -136,33 +137,13 @@ class Prefill:
         names = ("K_HEADS", "V_HEADS", "KEY_DIM", "VALUE_DIM", "WIDTH", "CHUNK", "BLOCK_K", "HEAD_V", "SCALE", "EPS")
         gate_programs = ceil_div(self.v_heads, self.constant["GATE_HEADS"])
         launcher(conv_kernel)[(gate_programs + 2 * self.k_heads + self.v_heads, self.max_chunks)](
-            self.y,
-            self.gates,
-            self.index,
-            self.first,
-            self.out_TVJ,
-            self.x_TC,
-            self.conv_weight_CW,
-            self.a_TV,
-            self.b_TV,
-            self.a_log_V,
-            self.dt_bias_V,
-            self.cache.ring,
-            *self._tables(),
-            *self._rows(),
-            self.layer,
-            self.rows,
-            self.tokens,
-            self.x_TC.stride(0),
-            self.a_TV.stride(0),
-            self.b_TV.stride(0),
-            *self._table_strides(),
-            *self.cache.ring_place,
-            WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0),
-            WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
-            **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"),
-            num_warps=self.cut.conv_warps,
-        )
+            self.y, self.gates, self.index, self.first, self.out_TVJ, self.x_TC, self.conv_weight_CW, self.a_TV,
+            self.b_TV, self.a_log_V, self.dt_bias_V, self.cache.ring, *self._tables(), *self._rows(), self.layer,
+            self.rows, self.tokens, self.x_TC.stride(0), self.a_TV.stride(0), self.b_TV.stride(0),
+            *self._table_strides(), *self.cache.ring_place,
+            WEIGHT_STRIDE_C=self.conv_weight_CW.stride(0), WEIGHT_STRIDE_W=self.conv_weight_CW.stride(1),
+            **self._constants(*names, "ROWS", "GATE_HEADS", "CONV_STEPS"), num_warps=self.cut.conv_warps,
+        )  # fmt: skip
 
     def rings(self) -> None:
         """The conv rings of rows and of their checkpoints."""
@@ -170,37 +151,18 @@ class Prefill:
         ranks = table.shape[1] if self.constant["CHECKPOINTS"] else 1
         grid = (ceil_div(self.layout.conv_channels, RING_TILE), ranks, self.rows)
         launcher(ring_kernel)[grid](
-            self.cache.ring,
-            self.x_TC,
-            *self._tables(),
-            table,
-            *self._rows(),
-            self.layer,
-            self.checkpoint_interval,
-            self.x_TC.stride(0),
-            *self._table_strides(),
-            stride_b,
-            stride_n,
-            *self.cache.ring_place,
-            CHANNELS=self.layout.conv_channels,
-            BLOCK=RING_TILE,
-            **self._constants("WIDTH", "CHECKPOINTS"),
-            num_warps=4,
-        )
+            self.cache.ring, self.x_TC, *self._tables(), table, *self._rows(), self.layer, self.checkpoint_interval,
+            self.x_TC.stride(0), *self._table_strides(), stride_b, stride_n, *self.cache.ring_place,
+            CHANNELS=self.layout.conv_channels, BLOCK=RING_TILE, **self._constants("WIDTH", "CHECKPOINTS"), num_warps=4,
+        )  # fmt: skip
 
     def chunks(self) -> None:
         """``solve`` and ``score`` of every chunk."""
         names = ("K_HEADS", "V_HEADS", "BLOCK_K", "HEAD_V", "KEY_TILE", "CHUNK", "LEVELS", "DOT", "SOLVE", "PRECISION")
         launcher(chunk_kernel)[(self.v_heads, self.max_chunks)](
-            self.solve,
-            self.score,
-            self.y,
-            self.gates,
-            self.index,
-            **self._constants(*names),
-            num_warps=self.cut.chunk_warps,
-            maxnreg=self.cut.chunk_registers,
-        )
+            self.solve, self.score, self.y, self.gates, self.index,
+            **self._constants(*names), num_warps=self.cut.chunk_warps, maxnreg=self.cut.chunk_registers,
+        )  # fmt: skip
 
     def states(self) -> None:
         """Outputs, and the states of rows and of their checkpoints."""
@@ -209,24 +171,11 @@ class Prefill:
         form = self._hopper_states() if self.cut.hopper else self._triton_states()
         kernel, descriptors, value_tile, options = form
         launcher(kernel)[(self.constant["HEAD_V"] // value_tile, self.v_heads, self.rows)](
-            self.out_TVJ,
-            self.cache.state,
-            *descriptors,
-            self.gates,
-            self.first,
-            *self._tables(),
-            table,
-            *self._rows(),
-            self.layer,
-            self.checkpoint_interval,
-            table.shape[1],
-            *self._table_strides(),
-            stride_b,
-            stride_n,
+            self.out_TVJ, self.cache.state, *descriptors, self.gates, self.first, *self._tables(), table, *self._rows(),
+            self.layer, self.checkpoint_interval, table.shape[1], *self._table_strides(), stride_b, stride_n,
             *self.cache.state_place,
-            **self._constants(*names),
-            **options,
-        )
+            **self._constants(*names), **options,
+        )  # fmt: skip
 
     def _triton_states(self) -> tuple[Any, list[TensorDescriptor], int, dict[str, Any]]:
         """Kernel, tensor descriptors, value dims of a program, options."""
@@ -255,12 +204,7 @@ class Prefill:
 
 
 def _check(
-    layout: StateLayout,
-    x_TC: torch.Tensor,
-    a_TV: torch.Tensor,
-    b_TV: torch.Tensor,
-    checkpoint_table_BNL: torch.Tensor | None,
-    interval: int,
+    layout: StateLayout, x_TC: Tensor, a_TV: Tensor, b_TV: Tensor, checkpoint_table_BNL: Tensor | None, interval: int
 ) -> None:
     if x_TC.stride(-1) != 1 or a_TV.stride(-1) != 1 or b_TV.stride(-1) != 1:
         raise ValueError(

@@ -31,22 +31,10 @@ def inverse_unit_lower(minus, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["index_ptr"])
 def chunk_kernel(
-    solve_ptr,
-    score_ptr,
-    y_ptr,
-    gates_ptr,
-    index_ptr,
-    K_HEADS: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEAD_V: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LEVELS: tl.constexpr,
-    DOT: tl.constexpr,
-    SOLVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    solve_ptr, score_ptr, y_ptr, gates_ptr, index_ptr,
+    K_HEADS: tl.constexpr, V_HEADS: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_V: tl.constexpr, KEY_TILE: tl.constexpr,
+    CHUNK: tl.constexpr, LEVELS: tl.constexpr, DOT: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """A program does one value head of one chunk. Slots without a token have keys of 0, so that their rows and columns of
     ``score`` are 0, and a beta of 0, so that those of ``solve`` are."""
     head = tl.program_id(0)

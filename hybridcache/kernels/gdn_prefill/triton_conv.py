@@ -57,22 +57,12 @@ def finish(acc, scale, NORM: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def conv_whole(
-    y_ptr,
-    x_ptr,
-    weight_ptr,
-    scale,
+    y_ptr, x_ptr, weight_ptr, scale,
     x_stride,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    NORM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    Y_CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, NORM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, Y_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
     EPS: tl.constexpr,
-):
+):  # fmt: skip
     """A head of a chunk whose slots all hold tokens, with the step's tokens before it. Threads walk down STEPS slots each and
     keep the inputs that the next slots share with this one."""
     c = tl.arange(0, BLOCK)
@@ -99,27 +89,12 @@ def conv_whole(
 
 @triton.jit
 def conv_edge(
-    y_ptr,
-    x_ptr,
-    weight_ptr,
-    ring_ptr,
-    seen,
-    length,
-    start,
-    scale,
+    y_ptr, x_ptr, weight_ptr, ring_ptr, seen, length, start, scale,
     x_stride,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    NORM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    Y_CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-    EPS: tl.constexpr,
-):
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, NORM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, Y_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    STEPS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
     """A head of any chunk. ``seen`` is how many tokens of this step precede slot 0's (negative: slot 0 lies before them),
     ``length`` how many the step has; inputs before them are in the ring, as far as positions go back. Rows of slots without
     a token are 0."""
@@ -147,27 +122,12 @@ def conv_edge(
 
 @triton.jit
 def conv_head(
-    y_ptr,
-    x_ptr,
-    weight_ptr,
-    ring_ptr,
-    seen,
-    length,
-    start,
-    scale,
+    y_ptr, x_ptr, weight_ptr, ring_ptr, seen, length, start, scale,
     x_stride,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    NORM: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    Y_CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    STEPS: tl.constexpr,
-    EPS: tl.constexpr,
-):
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, NORM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, Y_CHANNELS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    STEPS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
     """One head of one chunk: conv, SiLU and, with NORM, l2-normalisation of rows, times ``scale``. Columns beyond DIM are 0.
     Pointers are those of the head's first channel, of slot 0 where there are slots."""
     if (seen >= WIDTH - 1) & (seen + CHUNK <= length):
@@ -187,48 +147,15 @@ def conv_head(
     do_not_specialize_on_alignment=["index_ptr", "first_ptr", "cu_ptr", "start_ptr", "read_ptr", "write_ptr", "a_ptr", "b_ptr"],
 )  # fmt: skip
 def conv_kernel(
-    y_ptr,
-    gates_ptr,
-    index_ptr,
-    first_ptr,
-    out_ptr,
-    x_ptr,
-    weight_ptr,
-    a_ptr,
-    b_ptr,
-    a_log_ptr,
-    dt_bias_ptr,
-    ring_ptr,
-    read_ptr,
-    write_ptr,
-    cu_ptr,
-    start_ptr,
-    layer,
-    rows,
-    tokens,
-    x_stride: tl.int64,
-    a_stride: tl.int64,
-    b_stride: tl.int64,
-    read_stride: tl.int64,
-    write_stride: tl.int64,
-    ring_base: tl.int64,
-    ring_stride: tl.int64,
-    WEIGHT_STRIDE_C: tl.constexpr,
-    WEIGHT_STRIDE_W: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    V_HEADS: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HEAD_V: tl.constexpr,
-    GATE_HEADS: tl.constexpr,
-    CONV_STEPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    EPS: tl.constexpr,
-):
+    y_ptr, gates_ptr, index_ptr, first_ptr, out_ptr, x_ptr, weight_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, ring_ptr,
+    read_ptr, write_ptr, cu_ptr, start_ptr, layer, rows, tokens,
+    x_stride: tl.int64, a_stride: tl.int64, b_stride: tl.int64, read_stride: tl.int64, write_stride: tl.int64,
+    ring_base: tl.int64, ring_stride: tl.int64,
+    WEIGHT_STRIDE_C: tl.constexpr, WEIGHT_STRIDE_W: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, HEAD_V: tl.constexpr, GATE_HEADS: tl.constexpr, CONV_STEPS: tl.constexpr,
+    SCALE: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
     """The first programs of a chunk do the gates of GATE_HEADS value heads each, the others the conv of a head (of q, k
     and v in turn). The very first notes the chunk's row (-1 where there is nothing to do) and number, and the row's
     first chunk.

@@ -9,27 +9,11 @@ import triton.language as tl
     do_not_specialize_on_alignment=["cu_ptr", "start_ptr", "read_ptr", "write_ptr", "checkpoint_ptr"],
 )
 def ring_kernel(
-    ring_ptr,
-    x_ptr,
-    read_ptr,
-    write_ptr,
-    checkpoint_ptr,
-    cu_ptr,
-    start_ptr,
-    layer,
-    interval,
-    x_stride: tl.int64,
-    read_stride: tl.int64,
-    write_stride: tl.int64,
-    checkpoint_stride_b: tl.int64,
-    checkpoint_stride_n: tl.int64,
-    ring_base: tl.int64,
-    ring_stride: tl.int64,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHECKPOINTS: tl.constexpr,
-):
+    ring_ptr, x_ptr, read_ptr, write_ptr, checkpoint_ptr, cu_ptr, start_ptr, layer, interval,
+    x_stride: tl.int64, read_stride: tl.int64, write_stride: tl.int64, checkpoint_stride_b: tl.int64,
+    checkpoint_stride_n: tl.int64, ring_base: tl.int64, ring_stride: tl.int64,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKPOINTS: tl.constexpr,
+):  # fmt: skip
     """Bring a row's ring up to date, and write the rings of its checkpoints. A program does some channels of one
     checkpoint; that of the first checkpoint also does the row's own ring, because it alone may need inputs from the
     row's ring (a later checkpoint lies at least 64 tokens behind the first input of this step)."""

@@ -7,6 +7,7 @@ Shapes: R rows, V vocabulary, P parts.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.greedy import NOT_FINITE
 from hybridcache.kernels.launch import launcher
@@ -42,7 +43,7 @@ def sample_best_kernel(value_ptr, index_ptr, id_ptr, feed_ptr, parts, NONE: tl.c
     tl.store(feed_ptr + row, tl.where(finite, token, 0))
 
 
-def greedy(logits_RV: torch.Tensor, ids_R: torch.Tensor, feed_R: torch.Tensor) -> None:
+def greedy(logits_RV: Tensor, ids_R: Tensor, feed_R: Tensor) -> None:
     """See :meth:`.LayerOperations.greedy`. Not for float64."""
     rows, vocabulary = logits_RV.shape
     if rows == 0:

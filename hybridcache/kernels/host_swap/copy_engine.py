@@ -11,6 +11,7 @@ On a CPU the same calls copy at once; nothing there is asynchronous.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 
@@ -71,7 +72,7 @@ class HostSwap:
     later work on them, other transfers included, by ``wait`` alone.
     """
 
-    def __init__(self, buffer: torch.Tensor) -> None:
+    def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self._out_stream = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
         self._in_stream = torch.cuda.Stream(buffer.device) if buffer.is_cuda else None
@@ -112,14 +113,9 @@ class HostSwap:
         return runs
 
     def _start(
-        self,
-        runs: Sequence[tuple[int, int, int]],
-        source: torch.Tensor,
-        target: torch.Tensor,
-        host: HostPool,
-        slots: Sequence[int],
-        stream: torch.cuda.Stream | None,
-    ) -> Transfer:
+        self, runs: Sequence[tuple[int, int, int]], source: Tensor, target: Tensor, host: HostPool,
+        slots: Sequence[int], stream: torch.cuda.Stream | None,
+    ) -> Transfer:  # fmt: skip
         size = host.block_bytes
 
         def copy() -> None:

@@ -2,15 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 
 def swap(
-    source: torch.Tensor,
-    source_blocks: Sequence[int],
-    target: torch.Tensor,
-    target_blocks: Sequence[int],
-    block_bytes: int,
+    source: Tensor, source_blocks: Sequence[int], target: Tensor, target_blocks: Sequence[int], block_bytes: int
 ) -> None:
     """Copy blocks of ``block_bytes`` bytes from one flat uint8 buffer to another, pair by pair."""
     for src, dst in zip(source_blocks, target_blocks, strict=True):

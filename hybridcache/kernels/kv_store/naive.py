@@ -3,18 +3,13 @@
 Shapes: T tokens, K KV heads, D head dim, B rows, N table entries.
 """
 
-import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 
 
 def kv_store(
-    cache: AttentionCache,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
+    cache: AttentionCache, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor
 ) -> None:
     """See :meth:`.AttentionOperations.kv_store`."""
     table = kv_table_BN.tolist()

@@ -3,11 +3,9 @@
 A program writes one token's K and V rows of up to ``BLOCK_H`` heads.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -15,40 +13,21 @@ from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 
+OPTIONS = {"num_warps": 4}
+"""Of a launch."""
 TILE_ELEMENTS = 4096
 """Elements of K (and of V) that one program writes at most."""
 
 
 @triton.jit(do_not_specialize_on_alignment=["table_ptr", "row_ptr", "position_ptr"])
 def kv_store_kernel(
-    pool_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    row_ptr,
-    position_ptr,
-    table_stride: tl.int64,
-    k_stride_t: tl.int64,
-    k_stride_h: tl.int64,
-    v_stride_t: tl.int64,
-    v_stride_h: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int64,
-    kernel_stride: tl.int64,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int64,
-    v_token_stride: tl.int64,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    HEADS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    pool_ptr, k_ptr, v_ptr, table_ptr, row_ptr, position_ptr,
+    table_stride: tl.int64, k_stride_t: tl.int64, k_stride_h: tl.int64, v_stride_t: tl.int64, v_stride_h: tl.int64,
+    base: tl.int64, manager_stride: tl.int64, kernel_stride: tl.int64, kv_stride: tl.int64, k_token_stride: tl.int64,
+    v_token_stride: tl.int64, k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     table_row = table_ptr + tl.load(row_ptr + token).to(tl.int64) * table_stride
     # A padding row's position may be stale and lie beyond the table: its first entry alone says that it is one.
@@ -82,29 +61,14 @@ def constants(layout: AttentionLayout) -> dict[str, int]:
     block_v = power_of_2(max(layout.v_dim, 1))
     fits = max(TILE_ELEMENTS // max(block_k, block_v), 1)
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "HEADS": layout.num_kv_heads,
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_H": min(power_of_2(layout.num_kv_heads), fits),
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
-    }
-
-
-def options() -> dict[str, Any]:
-    """Launch options."""
-    return {"num_warps": 4}
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "HEADS": layout.num_kv_heads,
+        "K_DIM": layout.k_dim, "V_DIM": layout.v_dim, "BLOCK_H": min(power_of_2(layout.num_kv_heads), fits),
+        "BLOCK_K": block_k, "BLOCK_V": block_v,
+    }  # fmt: skip
 
 
 def kv_store(
-    cache: AttentionCache,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
+    cache: AttentionCache, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor
 ) -> None:
     """See :meth:`.AttentionOperations.kv_store`. ``k_TKD`` and ``v_TKD`` may have any strides but that of
     the last dimension, which is 1."""
@@ -115,18 +79,7 @@ def kv_store(
     constant = constants(cache.layout)
     grid = (k_TKD.shape[0], ceil_div(cache.layout.num_kv_heads, constant["BLOCK_H"]))
     launcher(kv_store_kernel)[grid](
-        cache.pool,
-        k_TKD,
-        v_TKD,
-        kv_table_BN,
-        row_T,
-        position_T,
-        kv_table_BN.stride(0),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        v_TKD.stride(0),
-        v_TKD.stride(1),
-        **cache.strides,
-        **constant,
-        **options(),
-    )
+        cache.pool, k_TKD, v_TKD, kv_table_BN, row_T, position_T,
+        kv_table_BN.stride(0), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0), v_TKD.stride(1),
+        **cache.strides, **constant, **OPTIONS,
+    )  # fmt: skip

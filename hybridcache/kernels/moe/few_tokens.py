@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
@@ -37,18 +38,10 @@ class Tiles:
 
 @triton.jit
 def moe_gate_up_kernel(
-    x_ptr,
-    expert_ptr,
-    gate_up_ptr,
-    shared_ptr,
-    out_ptr,
+    x_ptr, expert_ptr, gate_up_ptr, shared_ptr, out_ptr,
     x_stride,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """``silu(gate x) * (up x)`` of one assignment into ``out [T, s, I]`` (float32)."""
     assignment = tl.program_id(1).to(tl.int64)
     token, slot = assignment // (TOP_K + 1), assignment % (TOP_K + 1)
@@ -75,18 +68,9 @@ def moe_gate_up_kernel(
 
 @triton.jit
 def moe_down_kernel(
-    narrow_ptr,
-    weight_ptr,
-    expert_ptr,
-    down_ptr,
-    shared_ptr,
-    out_ptr,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+    narrow_ptr, weight_ptr, expert_ptr, down_ptr, shared_ptr, out_ptr,
+    TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """``sum over slots of weight * (down narrow)`` of one token."""
     token = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -116,15 +100,9 @@ def constants(hidden: int, inner: int, k: int, tiles: Tiles) -> tuple[dict[str, 
 
 
 def mixture(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
-    shared_gate_up_ID: torch.Tensor,
-    shared_down_DI: torch.Tensor,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+    shared_gate_up_ID: Tensor, shared_down_DI: Tensor, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.LayerOperations.mixture`; the shared expert is as wide as the others. Not for float64."""
     tokens, hidden = x_TD.shape
     k, inner = expert_Tk.shape[1], down_EDI.shape[2]
@@ -133,15 +111,10 @@ def mixture(
     narrow = torch.empty((tokens, k + 1, inner), dtype=torch.float32, device=x_TD.device)
     out_TD = torch.empty((tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
     launcher(moe_gate_up_kernel)[(-(-inner // tiles.gate_rows), tokens * (k + 1))](
-        x_TD,
-        expert_Tk,
-        gate_up_EID,
-        shared_gate_up_ID,
-        narrow,
+        x_TD, expert_Tk, gate_up_EID, shared_gate_up_ID, narrow,
         x_TD.stride(0),
-        **gate_constants,
-        num_warps=tiles.gate_warps,
-    )
+        **gate_constants, num_warps=tiles.gate_warps,
+    )  # fmt: skip
     launcher(moe_down_kernel)[(-(-hidden // tiles.down_rows), tokens)](
         narrow, weight_Ts, expert_Tk, down_EDI, shared_down_DI, out_TD, **down_constants, num_warps=tiles.down_warps
     )

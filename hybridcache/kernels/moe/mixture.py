@@ -1,14 +1,13 @@
 """Mixture of experts on CUDA: experts of few tokens are read row by row, those of many multiplied in tiles."""
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.moe import few_tokens, tiled
 from hybridcache.kernels.torch_ops import layers
 
 
-def mixture(
-    x_TD: torch.Tensor, weight_Ts: torch.Tensor, expert_Tk: torch.Tensor, *matrices: torch.Tensor
-) -> torch.Tensor:
+def mixture(x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, *matrices: Tensor) -> Tensor:
     """See :meth:`.LayerOperations.mixture`. Products in Triton take bfloat16; other dtypes do as
     PyTorch does."""
     if x_TD.dtype != torch.bfloat16:

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, R router rows, k experts per token.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import power_of_2
@@ -13,16 +14,10 @@ from hybridcache.kernels.sizes import power_of_2
 
 @triton.jit
 def moe_route_kernel(
-    logits_ptr,
-    weight_ptr,
-    expert_ptr,
+    logits_ptr, weight_ptr, expert_ptr,
     logits_stride,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     logits_ptr += token * logits_stride
     e = tl.arange(0, BLOCK_E)
@@ -46,22 +41,16 @@ def moe_route_kernel(
     tl.store(expert_ptr + token * TOP_K + slot, chosen, mask=slot < TOP_K)
 
 
-def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits_TR: Tensor, experts: int, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """See :meth:`.LayerOperations.route`. Weights are float32; of equal logits the first expert is chosen."""
     tokens = logits_TR.shape[0]
     weight_Ts = torch.empty((tokens, k + 1), dtype=torch.float32, device=logits_TR.device)
     expert_Tk = torch.empty((tokens, k), dtype=torch.int32, device=logits_TR.device)
     if tokens:
         launcher(moe_route_kernel)[(tokens,)](
-            logits_TR,
-            weight_Ts,
-            expert_Tk,
+            logits_TR, weight_Ts, expert_Tk,
             logits_TR.stride(0),
-            EXPERTS=experts,
-            TOP_K=k,
-            RENORMALISE=renormalise,
-            BLOCK_E=power_of_2(experts),
-            BLOCK_K=power_of_2(k + 1),
+            EXPERTS=experts, TOP_K=k, RENORMALISE=renormalise, BLOCK_E=power_of_2(experts), BLOCK_K=power_of_2(k + 1),
             num_warps=1,
-        )
+        )  # fmt: skip
     return weight_Ts, expert_Tk

@@ -6,6 +6,7 @@ Shapes: A rows, I intermediate (a row holds the gate, then up).
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.launch import launcher
 from hybridcache.kernels.sizes import ceil_div, power_of_2
@@ -25,7 +26,7 @@ def moe_silu_mul_kernel(gate_up_ptr, out_ptr, rows, INNER: tl.constexpr, BLOCK_R
     tl.store(out_ptr + row[:, None] * INNER + i[None, :], out, mask=inside)
 
 
-def silu_mul(gate_up_AI: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up_AI: Tensor) -> Tensor:
     """See :meth:`.LayerOperations.silu_mul`; rows are contiguous."""
     rows, inner = gate_up_AI.shape[0], gate_up_AI.shape[1] // 2
     out_AI = torch.empty((rows, inner), dtype=gate_up_AI.dtype, device=gate_up_AI.device)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hybridcache.errors import bad
@@ -133,28 +134,12 @@ def down_tile(
 
 @triton.jit(do_not_specialize=["capacity"])
 def moe_gate_up_tiles_kernel(
-    x_ptr,
-    matrix_desc,
-    weight_ptr,
-    count_ptr,
-    list_ptr,
-    tile_ptr,
-    out_ptr,
-    x_stride: tl.int64,
-    capacity,
-    EXPERTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DIMS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    x_ptr, matrix_desc, weight_ptr, count_ptr, list_ptr, tile_ptr, out_ptr,
+    x_stride: tl.int64, capacity,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, DIMS: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """A program does some columns of one tile; that of the first columns notes the tile's expert (EXPERTS for none) and
     number for the second product. HALF is the size of tiles of fewer rows, ROWS where
     there is one size."""
@@ -183,24 +168,10 @@ def moe_gate_up_tiles_kernel(
 
 @triton.jit(do_not_specialize=["capacity"])
 def moe_down_tiles_kernel(
-    narrow_ptr,
-    matrix_desc,
-    count_ptr,
-    list_ptr,
-    tile_ptr,
-    out_ptr,
-    capacity,
-    EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HALF: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DIMS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    narrow_ptr, matrix_desc, count_ptr, list_ptr, tile_ptr, out_ptr, capacity,
+    EXPERTS: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+    COLUMNS: tl.constexpr, DIMS: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """As :func:`moe_gate_up_tiles_kernel`, of the second product."""
     tile = tl.program_id(1)
     expert = tl.load(tile_ptr + 2 * tile)
@@ -255,15 +226,9 @@ def constants(
 
 
 def mixture(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
-    shared_gate_up_JD: torch.Tensor,
-    shared_down_DJ: torch.Tensor,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+    shared_gate_up_JD: Tensor, shared_down_DJ: Tensor, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.LayerOperations.mixture`. bfloat16 or float32; weights are float32, rows of the matrices
     are multiples of 16 bytes.
 
@@ -284,13 +249,9 @@ def mixture(
 
 
 def routed(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
     tiles: Tiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Every assignment's weighted result, ``[T, k, D]``."""
     (tokens, k), (experts, hidden, inner) = expert_Tk.shape, down_EDI.shape
     assignments, device = tokens * k, x_TD.device
@@ -307,27 +268,13 @@ def routed(
         expert_Tk, count_E, list_ET, assignments, tokens, BLOCK=LISTED_AT_ONCE, num_warps=4
     )
     launcher(moe_gate_up_tiles_kernel)[(-(-inner // gate_up.columns), tile_count)](
-        x_TD,
-        TensorDescriptor.from_tensor(gate_up_EID.flatten(0, 1), [gate_up.columns, gate_up.dims]),
-        weight_Ts,
-        count_E,
-        list_ET,
-        tile_M2,
-        narrow_AI,
-        x_TD.stride(0),
-        tokens,
-        **gate_up_constants,
-        num_warps=gate_up.warps,
-    )
+        x_TD, TensorDescriptor.from_tensor(gate_up_EID.flatten(0, 1), [gate_up.columns, gate_up.dims]), weight_Ts,
+        count_E, list_ET, tile_M2, narrow_AI, x_TD.stride(0), tokens,
+        **gate_up_constants, num_warps=gate_up.warps,
+    )  # fmt: skip
     launcher(moe_down_tiles_kernel)[(-(-hidden // down.columns), tile_count)](
-        narrow_AI,
-        TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [down.columns, down.dims]),
-        count_E,
-        list_ET,
-        tile_M2,
-        y_TkD,
-        tokens,
-        **down_constants,
-        num_warps=down.warps,
-    )
+        narrow_AI, TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [down.columns, down.dims]), count_E, list_ET,
+        tile_M2, y_TkD, tokens,
+        **down_constants, num_warps=down.warps,
+    )  # fmt: skip
     return y_TkD

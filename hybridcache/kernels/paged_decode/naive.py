@@ -4,11 +4,12 @@ Shapes: B rows, H query heads, K KV heads, D head dim, N table entries, S tokens
 """
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 
 
-def gather(cache: AttentionCache, entries: list[int], num_tokens: int, kv: int, head: int) -> torch.Tensor:
+def gather(cache: AttentionCache, entries: list[int], num_tokens: int, kv: int, head: int) -> Tensor:
     """K (``kv=0``) or V (``kv=1``) of one head for positions ``0 .. num_tokens - 1``: ``[S, D]``, float64."""
     at, device = cache.layout, cache.buffer.device
     row_bytes = (at.v_dim if kv else at.k_dim) * cache.pool.element_size()
@@ -22,8 +23,8 @@ def gather(cache: AttentionCache, entries: list[int], num_tokens: int, kv: int, 
 
 
 def paged_decode(
-    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
-) -> torch.Tensor:
+    cache: AttentionCache, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float
+) -> Tensor:
     """See :meth:`.AttentionOperations.paged_decode`. Returns float64; padding rows are 0."""
     layout = cache.layout
     group = q_BHD.shape[1] // layout.num_kv_heads

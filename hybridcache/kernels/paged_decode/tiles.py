@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.sizes import ceil_div, power_of_2
@@ -118,7 +119,7 @@ def choose_splits(programs: int, max_tokens: int, multiprocessors: int, tiles: T
     return max(1, min(wanted, ceil_div(max_tokens, tiles.keys), MAX_SPLITS))
 
 
-def check_queries(layout: AttentionLayout, q: torch.Tensor, scale: float) -> None:
+def check_queries(layout: AttentionLayout, q: Tensor, scale: float) -> None:
     """What every paged attention in Triton needs.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -39,41 +40,15 @@ COMBINE_DIMS = 64
 
 @triton.jit(do_not_specialize=["splits", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "length_ptr"])
 def paged_decode_kernel(
-    pool_ptr,
-    q_ptr,
-    table_ptr,
-    length_ptr,
-    out_ptr,
-    lse_ptr,
-    scale_log2,
-    splits,
-    q_stride_b: tl.int64,
-    q_stride_h: tl.int64,
-    table_stride: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int32,
-    kernel_stride: tl.int32,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int32,
-    v_token_stride: tl.int32,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    pool_ptr, q_ptr, table_ptr, length_ptr, out_ptr, lse_ptr, scale_log2, splits,
+    q_stride_b: tl.int64, q_stride_h: tl.int64, table_stride: tl.int64, base: tl.int64, manager_stride: tl.int32,
+    kernel_stride: tl.int32, kv_stride: tl.int64, k_token_stride: tl.int32, v_token_stride: tl.int32,
+    k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SAME_ROWS: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT_LAUNCH: tl.constexpr,
-):
+):  # fmt: skip
     """Grid: (rows x KV heads x tiles of a group's heads, splits).
 
     ``out_ptr`` is the output ``[B, H, V_DIM]``, or with ``SPLIT`` the splits' own results ``[B, H, splits, V_DIM]``
@@ -136,15 +111,9 @@ def paged_decode_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
-    part_ptr,
-    lse_ptr,
-    out_ptr,
-    splits,
-    V_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    DEPENDENT_LAUNCH: tl.constexpr,
-):
+    part_ptr, lse_ptr, out_ptr, splits,
+    V_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, DEPENDENT_LAUNCH: tl.constexpr,
+):  # fmt: skip
     """Sum of the splits' results of one head, weighted by their shares of the softmax; 0 where no split has tokens."""
     if DEPENDENT_LAUNCH:
         tl.extra.cuda.gdc_wait()
@@ -172,24 +141,16 @@ def constants(
     ``dependent``: whether the device has dependent launches."""
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": num_heads // layout.num_kv_heads,
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_H": head_tile(layout, num_heads, dtype),
-        "BLOCK_N": tiles.keys,
-        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
-        "BLOCK_V": max(power_of_2(layout.v_dim), 16),
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": num_heads // layout.num_kv_heads, "K_DIM": layout.k_dim, "V_DIM": layout.v_dim,
+        "BLOCK_H": head_tile(layout, num_heads, dtype), "BLOCK_N": tiles.keys,
+        "BLOCK_K": max(power_of_2(layout.k_dim), 16), "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
-        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
-        "SPLIT": split,
+        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1], "SPLIT": split,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
-        "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tiles.num_stages,
+        "DOT": tl.float32 if interpreting() else dot, "STAGES": tiles.num_stages,
         "DEPENDENT_LAUNCH": tiles.dependent_launch and dependent,
-    }
+    }  # fmt: skip
 
 
 def combine_constants(v_dim: int, splits: int, dependent: bool) -> dict[str, Any]:
@@ -208,15 +169,9 @@ def combine_options(dependent: bool) -> dict[str, Any]:
 
 
 def paged_decode(
-    cache: AttentionCache,
-    q_BHD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    *,
-    num_splits: int | None = None,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
+    cache: AttentionCache, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float, *,
+    num_splits: int | None = None, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_decode`. Padding rows of the output are 0.
 
     Args:
@@ -244,27 +199,16 @@ def paged_decode(
         lse = torch.empty((rows, num_heads, splits), dtype=torch.float32, device=q_BHD.device)
     constant = constants(layout, num_heads, q_BHD.dtype, tiles, split=splits > 1, dependent=device.dependent_launch)
     launcher(paged_decode_kernel)[(programs, splits)](
-        cache.pool,
-        q_BHD,
-        kv_table_BN,
-        context_len_B,
-        part,
-        lse,
-        scale * LOG2_E,
-        splits,
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        kv_table_BN.stride(0),
-        **cache.strides,
-        **constant,
-        num_warps=tiles.num_warps,
-    )
+        cache.pool, q_BHD, kv_table_BN, context_len_B, part, lse, scale * LOG2_E, splits,
+        q_BHD.stride(0), q_BHD.stride(1), kv_table_BN.stride(0),
+        **cache.strides, **constant, num_warps=tiles.num_warps,
+    )  # fmt: skip
     if splits > 1:
         combine(part, lse, out_BHD, dependent=constant["DEPENDENT_LAUNCH"])
     return out_BHD
 
 
-def combine(part_BHSD: torch.Tensor, lse_BHS: torch.Tensor, out_BHD: torch.Tensor, *, dependent: bool = False) -> None:
+def combine(part_BHSD: Tensor, lse_BHS: Tensor, out_BHD: Tensor, *, dependent: bool = False) -> None:
     """One launch of :func:`combine_kernel` on the results of S splits. ``dependent``: as a dependent launch, behind a kernel
     that allows it."""
     rows, num_heads, splits, v_dim = part_BHSD.shape

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -19,30 +20,16 @@ QUERIES = 128
 def constants(layout: AttentionLayout, num_heads: int, ring: Ring) -> dict[str, Any]:
     """Compile-time parameters of :func:`hopper_prefill_kernel`."""
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": num_heads // layout.num_kv_heads,
-        "DIM": layout.k_dim,
-        "BLOCK_N": ring.keys,
-        "SLOTS": ring.slots,
-        "CONSUMER_REGISTERS": ring.consumer_registers,
-        "PRODUCER_REGISTERS": ring.producer_registers,
-    }
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": num_heads // layout.num_kv_heads, "DIM": layout.k_dim, "BLOCK_N": ring.keys, "SLOTS": ring.slots,
+        "CONSUMER_REGISTERS": ring.consumer_registers, "PRODUCER_REGISTERS": ring.producer_registers,
+    }  # fmt: skip
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-    *,
-    ring: Ring | None = None,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int, *, ring: Ring | None = None,
+) -> Tensor:  # fmt: skip
     """See :func:`hybridcache.kernels.paged_prefill.triton.paged_prefill`, whose results and errors these are.
 
     Args:
@@ -66,21 +53,9 @@ def paged_prefill(
     tile_tokens = QUERIES // (num_heads // layout.num_kv_heads)
     strides = {name: stride for name, stride in cache.strides.items() if name != "v_token_stride"}
     launcher(hopper_prefill_kernel)[((tokens // tile_tokens + rows + 1) * layout.num_kv_heads,)](
-        cache.pool,
-        q_THD,
-        kv_table_BN,
-        cu_seqlens,
-        context_len_B,
-        out_THD,
-        scale * LOG2_E,
-        rows,
-        tokens,
+        cache.pool, q_THD, kv_table_BN, cu_seqlens, context_len_B, out_THD, scale * LOG2_E, rows, tokens,
         rows.bit_length(),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        kv_table_BN.stride(0),
-        **strides,
-        **constants(layout, num_heads, ring),
-        num_warps=4,
-    )
+        q_THD.stride(0), q_THD.stride(1), kv_table_BN.stride(0),
+        **strides, **constants(layout, num_heads, ring), num_warps=4,
+    )  # fmt: skip
     return out_THD

@@ -30,22 +30,10 @@ def mma_layout(columns):
 
 @gluon.jit
 def produce(
-    rings,
-    barriers,
-    k_ptr,
-    v_ptr,
-    table_row,
-    tiles,
-    end,
-    manager_stride,
-    kernel_stride,
-    token_stride,
-    TM: gl.constexpr,
-    KB: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+    rings, barriers, k_ptr, v_ptr, table_row, tiles, end,
+    manager_stride, kernel_stride, token_stride,
+    TM: gl.constexpr, KB: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
     """Copy the rows of every tile into the ring as its slots fall empty; zeros beyond ``end``."""
     k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = barriers
@@ -83,22 +71,10 @@ def softmax(score, highest, total, scale_log2, P: gl.constexpr):
 
 @gluon.jit
 def consume(
-    q_half,
-    rings,
-    barriers,
-    out_tile,
-    scale_log2,
-    tiles,
-    unmasked,
-    limit,
-    valid,
-    HALF: gl.constexpr,
-    HEADS: gl.constexpr,
-    OUT_HEADS: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    q_half, rings, barriers, out_tile, scale_log2, tiles, unmasked, limit, valid,
+    HALF: gl.constexpr, HEADS: gl.constexpr, OUT_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     SLOTS: gl.constexpr,
-):
+):  # fmt: skip
     """Attention of 64 queries. Query ``m`` of the tile sees keys below ``limit + m // HEADS``; the tiles before ``unmasked``
     lie below ``limit``; queries from ``valid`` on don't exist."""
     k_ring, v_ring = rings
@@ -174,23 +150,9 @@ def consume(
 
 @gluon.jit
 def advance(
-    tile,
-    acc,
-    p,
-    rescale,
-    highest,
-    total,
-    q_half,
-    rings,
-    barriers,
-    zero,
-    scale_log2,
-    in_tile,
-    row_limit,
-    MASKED: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr,
-):
+    tile, acc, p, rescale, highest, total, q_half, rings, barriers, zero, scale_log2, in_tile, row_limit,
+    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
     """Scores of ``tile`` beside the sum over values of the tile before, whose probabilities are ``p``."""
     k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = barriers
@@ -217,36 +179,13 @@ def advance(
     do_not_specialize_on_alignment=["table_ptr", "cu_ptr", "length_ptr"],
 )
 def hopper_prefill_kernel(
-    pool_ptr,
-    q_ptr,
-    table_ptr,
-    cu_ptr,
-    length_ptr,
-    out_ptr,
-    scale_log2,
-    rows,
-    tokens,
-    search_steps,
-    q_stride_t: gl.int64,
-    q_stride_h: gl.int64,
-    table_stride: gl.int64,
-    base: gl.int64,
-    manager_stride: gl.int32,
-    kernel_stride: gl.int32,
-    kv_stride: gl.int64,
-    k_token_stride: gl.int32,
-    k_head_stride: gl.int64,
+    pool_ptr, q_ptr, table_ptr, cu_ptr, length_ptr, out_ptr, scale_log2, rows, tokens, search_steps,
+    q_stride_t: gl.int64, q_stride_h: gl.int64, table_stride: gl.int64, base: gl.int64, manager_stride: gl.int32,
+    kernel_stride: gl.int32, kv_stride: gl.int64, k_token_stride: gl.int32, k_head_stride: gl.int64,
     v_head_stride: gl.int64,
-    TM: gl.constexpr,
-    KB: gl.constexpr,
-    KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
-    DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
-):
+    TM: gl.constexpr, KB: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
     """Grid: (slots of tiles x KV heads). Row ``b`` has its slots from ``cu[b] // TOKENS + b`` on, the tokens behind the last
     row as a row of their own; a slot beyond a row's tiles does nothing."""
     TOKENS: gl.constexpr = 128 // GROUP

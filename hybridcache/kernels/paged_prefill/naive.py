@@ -4,21 +4,16 @@ Shapes: T tokens, B rows, H query heads, K KV heads, D head dim, N table entries
 """
 
 import torch
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.paged_decode.naive import gather
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_prefill`. Returns float64."""
     layout = cache.layout
     group = q_THD.shape[1] // layout.num_kv_heads

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
@@ -69,7 +70,7 @@ RINGS = {256: Ring(64, 2, 224, 56), 128: Ring(128, 2, 216, 72), 64: Ring(64, 3, 
 """By head width."""
 
 
-def choose_ring(cache: AttentionCache, q_THD: torch.Tensor) -> Ring | None:
+def choose_ring(cache: AttentionCache, q_THD: Tensor) -> Ring | None:
     """The ring of the Hopper kernel for a layout and queries, None where that kernel cannot do them: it copies K and V as
     they are, in 16-byte pieces, and its heads are as wide as a power of two."""
     layout = cache.layout
@@ -81,7 +82,7 @@ def choose_ring(cache: AttentionCache, q_THD: torch.Tensor) -> Ring | None:
     return RINGS.get(layout.k_dim) if same and copied and aligned and group <= 128 else None
 
 
-def check_inputs(layout: AttentionLayout, q_THD: torch.Tensor, scale: float) -> None:
+def check_inputs(layout: AttentionLayout, q_THD: Tensor, scale: float) -> None:
     """What every Triton prefill needs.
 
     Raises:

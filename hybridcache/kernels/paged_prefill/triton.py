@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.kernels.caches import AttentionCache
 from hybridcache.kernels.launch import launcher
@@ -69,35 +70,12 @@ def load_rows(ptr, rows, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKE
 
 @triton.jit
 def attend(
-    acc,
-    highest,
-    total,
-    entry,
-    q,
-    scale_log2,
-    k_ptr,
-    v_ptr,
-    table_row,
-    start,
-    stop,
-    end,
-    limit,
-    manager_stride,
-    kernel_stride,
-    k_token_stride,
-    v_token_stride,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    acc, highest, total, entry, q, scale_log2, k_ptr, v_ptr, table_row, start, stop, end, limit,
+    manager_stride, kernel_stride, k_token_stride, v_token_stride,
+    TM: tl.constexpr, KB: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SAME_ROWS: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """Online softmax over keys ``start .. stop - 1`` (tiles from ``start`` on). With ``MASKED``, query ``m`` sees keys
     below ``limit[m]`` and nothing at ``end`` or beyond is read.
 
@@ -131,42 +109,14 @@ def attend(
 
 @triton.jit(do_not_specialize=["rows", "tokens"], do_not_specialize_on_alignment=["table_ptr", "cu_ptr", "length_ptr"])
 def paged_prefill_kernel(
-    pool_ptr,
-    q_ptr,
-    table_ptr,
-    cu_ptr,
-    length_ptr,
-    out_ptr,
-    scale_log2,
-    rows,
-    tokens,
-    q_stride_t: tl.int64,
-    q_stride_h: tl.int64,
-    table_stride: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int32,
-    kernel_stride: tl.int32,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int32,
-    v_token_stride: tl.int32,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-    SEARCH: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    pool_ptr, q_ptr, table_ptr, cu_ptr, length_ptr, out_ptr, scale_log2, rows, tokens,
+    q_stride_t: tl.int64, q_stride_h: tl.int64, table_stride: tl.int64, base: tl.int64, manager_stride: tl.int32,
+    kernel_stride: tl.int32, kv_stride: tl.int64, k_token_stride: tl.int32, v_token_stride: tl.int32,
+    k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, SAME_ROWS: tl.constexpr, SEARCH: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Grid: (tiles x KV heads x tiles of a group's heads). Output is ``[T, H, V_DIM]``, contiguous."""
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     TOKENS: tl.constexpr = BLOCK_M // HEADS
@@ -236,38 +186,21 @@ def constants(layout: AttentionLayout, num_heads: int, dtype: torch.dtype, tiles
     group = num_heads // layout.num_kv_heads
     dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "KV_HEADS": layout.num_kv_heads,
-        "GROUP": group,
-        "HEADS": min(group, tiles.queries),
-        "K_DIM": layout.k_dim,
-        "V_DIM": layout.v_dim,
-        "BLOCK_M": tiles.queries,
-        "BLOCK_N": tiles.keys,
-        "BLOCK_K": max(power_of_2(layout.k_dim), 16),
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "KV_HEADS": layout.num_kv_heads,
+        "GROUP": group, "HEADS": min(group, tiles.queries), "K_DIM": layout.k_dim, "V_DIM": layout.v_dim,
+        "BLOCK_M": tiles.queries, "BLOCK_N": tiles.keys, "BLOCK_K": max(power_of_2(layout.k_dim), 16),
         "BLOCK_V": max(power_of_2(layout.v_dim), 16),
         # Two sets of addresses for float32, whose products then keep within the registers.
-        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1],
-        "SEARCH": SEARCH_ROWS,
+        "SAME_ROWS": dtype.itemsize < 4 and layout.token_stride[0] == layout.token_stride[1], "SEARCH": SEARCH_ROWS,
         # The interpreter's bfloat16 dot is wrong (Triton 3.6, 3.7).
-        "DOT": tl.float32 if interpreting() else dot,
-        "STAGES": tiles.num_stages,
-    }
+        "DOT": tl.float32 if interpreting() else dot, "STAGES": tiles.num_stages,
+    }  # fmt: skip
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    max_query_len: int,
-    max_context_len: int,
-    *,
-    tiles: Tiles | None = None,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int, max_context_len: int, *, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
     """See :meth:`.AttentionOperations.paged_prefill`. Output of padding rows and of tokens behind the last
     row is 0. ``max_context_len`` is not needed.
 
@@ -289,20 +222,8 @@ def paged_prefill(
     constant = constants(layout, num_heads, q_THD.dtype, tiles)
     head_tiles = layout.num_kv_heads * ceil_div(constant["GROUP"], constant["HEADS"])
     launcher(paged_prefill_kernel)[(max_tiles(tokens, rows, constant["BLOCK_M"] // constant["HEADS"]) * head_tiles,)](
-        cache.pool,
-        q_THD,
-        kv_table_BN,
-        cu_seqlens,
-        context_len_B,
-        out_THD,
-        scale * LOG2_E,
-        rows,
-        tokens,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        kv_table_BN.stride(0),
-        **cache.strides,
-        **constant,
-        num_warps=tiles.num_warps,
-    )
+        cache.pool, q_THD, kv_table_BN, cu_seqlens, context_len_B, out_THD, scale * LOG2_E, rows, tokens,
+        q_THD.stride(0), q_THD.stride(1), kv_table_BN.stride(0),
+        **cache.strides, **constant, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return out_THD

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import AttentionCache
@@ -17,27 +18,18 @@ from hybridcache.kernels.pool_rows import row_offset
 from hybridcache.kernels.sizes import ceil_div, power_of_2
 from hybridcache.memory.layout import AttentionLayout
 
+OPTIONS = {"num_warps": 4}
+"""Of a launch."""
 TILE_ELEMENTS = 1_024
 """Elements of q that one program takes at most."""
 
 
 @triton.jit
 def norm_rotate(
-    x_ptr,
-    out_ptr,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    x_head,
-    out_head,
-    head_inside,
-    DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PAIR_RUN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EPS: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, x_head, out_head, head_inside,
+    DIM: tl.constexpr, PAIRS: tl.constexpr, PAIR_RUN: tl.constexpr, BLOCK_D: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """``x / rms(x) * (1 + weight)`` of some heads of one token, rotated; ``x_head`` and ``out_head`` are their offsets.
 
     Every load has the shape of the tile, the weights' and angles' too (which then come from the L1 cache): so all have one
@@ -69,48 +61,16 @@ def norm_rotate(
 
 @triton.jit(do_not_specialize_on_alignment=["table_ptr", "row_ptr", "position_ptr"])
 def qk_norm_rope_store_kernel(
-    pool_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    table_ptr,
-    row_ptr,
+    pool_ptr, q_ptr, k_ptr, v_ptr, out_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, table_ptr, row_ptr,
     position_ptr,
-    table_stride: tl.int64,
-    q_stride_t: tl.int64,
-    q_stride_h: tl.int64,
-    k_stride_t: tl.int64,
-    k_stride_h: tl.int64,
-    v_stride_t: tl.int64,
-    v_stride_h: tl.int64,
-    angle_stride: tl.int64,
-    base: tl.int64,
-    manager_stride: tl.int64,
-    kernel_stride: tl.int64,
-    kv_stride: tl.int64,
-    k_token_stride: tl.int64,
-    v_token_stride: tl.int64,
-    k_head_stride: tl.int64,
-    v_head_stride: tl.int64,
-    TM: tl.constexpr,
-    KB: tl.constexpr,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    PAIRS: tl.constexpr,
-    PAIR_RUN: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    table_stride: tl.int64, q_stride_t: tl.int64, q_stride_h: tl.int64, k_stride_t: tl.int64, k_stride_h: tl.int64,
+    v_stride_t: tl.int64, v_stride_h: tl.int64, angle_stride: tl.int64, base: tl.int64, manager_stride: tl.int64,
+    kernel_stride: tl.int64, kv_stride: tl.int64, k_token_stride: tl.int64, v_token_stride: tl.int64,
+    k_head_stride: tl.int64, v_head_stride: tl.int64,
+    TM: tl.constexpr, KB: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    V_DIM: tl.constexpr, PAIRS: tl.constexpr, PAIR_RUN: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     KV_PARTS: tl.constexpr = (KV_HEADS + BLOCK_H - 1) // BLOCK_H
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -152,41 +112,17 @@ def constants(layout: AttentionLayout, q_heads: int, pairs: int, eps: float, dty
     dim, v_dim = layout.k_dim, layout.v_dim
     fits = max(TILE_ELEMENTS // power_of_2(max(dim, v_dim)), 1)
     return {
-        "TM": layout.tokens_per_entry,
-        "KB": layout.kernel_block_tokens,
-        "Q_HEADS": q_heads,
-        "KV_HEADS": layout.num_kv_heads,
-        "DIM": dim,
-        "V_DIM": v_dim,
-        "PAIRS": pairs,
-        "PAIR_RUN": min(pairs & -pairs, 16),
-        "BLOCK_H": min(power_of_2(q_heads), fits),
-        "BLOCK_D": power_of_2(dim),
-        "BLOCK_V": power_of_2(max(v_dim, 1)),
-        "EPS": eps,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-    }
-
-
-def options() -> dict[str, Any]:
-    """Launch options."""
-    return {"num_warps": 4}
+        "TM": layout.tokens_per_entry, "KB": layout.kernel_block_tokens, "Q_HEADS": q_heads,
+        "KV_HEADS": layout.num_kv_heads, "DIM": dim, "V_DIM": v_dim, "PAIRS": pairs,
+        "PAIR_RUN": min(pairs & -pairs, 16), "BLOCK_H": min(power_of_2(q_heads), fits), "BLOCK_D": power_of_2(dim),
+        "BLOCK_V": power_of_2(max(v_dim, 1)), "EPS": eps, "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
 
 
 def qk_norm_rope_store(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    q_weight_D: torch.Tensor,
-    k_weight_D: torch.Tensor,
-    eps: float,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor,
+    eps: float, cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+) -> Tensor:  # fmt: skip
     """Normalise and rotate q and k of every token, write K and V to their addresses, return q.
 
     The norm is ``x / sqrt(mean(x^2) + eps) * (1 + weight)`` over the head dim; the rotation turns dims ``(i, i + P)`` by
@@ -220,28 +156,10 @@ def qk_norm_rope_store(
     constant = constants(layout, q_heads, pairs, eps, q_THD.dtype)
     parts = ceil_div(layout.num_kv_heads, constant["BLOCK_H"]) + ceil_div(q_heads, constant["BLOCK_H"])
     launcher(qk_norm_rope_store_kernel)[(tokens, parts)](
-        cache.pool,
-        q_THD,
-        k_TKD,
-        v_TKD,
-        out_THD,
-        q_weight_D,
-        k_weight_D,
-        cos_TP,
-        sin_TP,
-        kv_table_BN,
-        row_T,
+        cache.pool, q_THD, k_TKD, v_TKD, out_THD, q_weight_D, k_weight_D, cos_TP, sin_TP, kv_table_BN, row_T,
         position_T,
-        kv_table_BN.stride(0),
-        q_THD.stride(0),
-        q_THD.stride(1),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        v_TKD.stride(0),
-        v_TKD.stride(1),
-        cos_TP.stride(0),
-        **cache.strides,
-        **constant,
-        **options(),
-    )
+        kv_table_BN.stride(0), q_THD.stride(0), q_THD.stride(1), k_TKD.stride(0), k_TKD.stride(1), v_TKD.stride(0),
+        v_TKD.stride(1), cos_TP.stride(0),
+        **cache.strides, **constant, **OPTIONS,
+    )  # fmt: skip
     return out_THD

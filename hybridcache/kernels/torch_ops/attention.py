@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from hybridcache.kernels.caches import AttentionCache
@@ -23,12 +24,7 @@ MASK_QUERIES = 1024
 
 
 def kv_store(
-    cache: AttentionCache,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
+    cache: AttentionCache, k_TKD: Tensor, v_TKD: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor
 ) -> None:
     """Write K and V of every token whose row is no padding row (their positions may be stale and beyond the table)."""
     row_T, position_T = row_T.long(), position_T.long()
@@ -41,37 +37,23 @@ def kv_store(
         view[slots] = value.to(view.dtype)
 
 
-def _slots(
-    layout: AttentionLayout, entry: torch.Tensor, position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _slots(layout: AttentionLayout, entry: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices into the first three dimensions of a cache's views for positions whose table entries are given."""
     block = torch.div(position % layout.tokens_per_entry, layout.kernel_block_tokens, rounding_mode="floor")
     return entry, block, position % layout.kernel_block_tokens
 
 
 def qk_norm_rope_store(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    q_weight_D: torch.Tensor,
-    k_weight_D: torch.Tensor,
-    eps: float,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    row_T: torch.Tensor,
-    position_T: torch.Tensor,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, q_weight_D: Tensor, k_weight_D: Tensor,
+    eps: float, cos_TP: Tensor, sin_TP: Tensor, kv_table_BN: Tensor, row_T: Tensor, position_T: Tensor,
+) -> Tensor:  # fmt: skip
     """q and k normalised and rotated, K and V stored; returns q."""
     k_TKD = norm_rotate(k_TKD, k_weight_D, eps, cos_TP, sin_TP)
     kv_store(cache, k_TKD, v_TKD, kv_table_BN, row_T, position_T)
     return norm_rotate(q_THD, q_weight_D, eps, cos_TP, sin_TP)
 
 
-def norm_rotate(
-    x_THD: torch.Tensor, weight_D: torch.Tensor, eps: float, cos_TP: torch.Tensor, sin_TP: torch.Tensor
-) -> torch.Tensor:
+def norm_rotate(x_THD: Tensor, weight_D: Tensor, eps: float, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """``x / rms(x) * (1 + weight)``, then dims ``(i, i + P)`` rotated; rounded once, to x's dtype."""
     dtype = torch.promote_types(torch.promote_types(x_THD.dtype, weight_D.dtype), torch.float32)
     normed_THD = F.rms_norm(x_THD.to(dtype), weight_D.shape, 1.0 + weight_D.to(dtype), eps)
@@ -83,23 +65,17 @@ def norm_rotate(
 
 
 def paged_decode(
-    cache: AttentionCache, q_BHD: torch.Tensor, kv_table_BN: torch.Tensor, context_len_B: torch.Tensor, scale: float
-) -> torch.Tensor:
+    cache: AttentionCache, q_BHD: Tensor, kv_table_BN: Tensor, context_len_B: Tensor, scale: float
+) -> Tensor:
     """A prefill of one query per row."""
     offsets = torch.arange(q_BHD.shape[0] + 1, dtype=torch.int32, device=q_BHD.device)
     return paged_prefill(cache, q_BHD, kv_table_BN, offsets, context_len_B, scale)
 
 
 def paged_prefill(
-    cache: AttentionCache,
-    q_THD: torch.Tensor,
-    kv_table_BN: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    context_len_B: torch.Tensor,
-    scale: float,
-    max_query_len: int = 0,
-    max_context_len: int = 0,
-) -> torch.Tensor:
+    cache: AttentionCache, q_THD: Tensor, kv_table_BN: Tensor, cu_seqlens: Tensor, context_len_B: Tensor, scale: float,
+    max_query_len: int = 0, max_context_len: int = 0,
+) -> Tensor:  # fmt: skip
     """Causal attention of each row's queries, the row's last positions, over its whole stored context.
 
     Rows of like lengths are padded into groups; a long row is a group of its own and needs no mask where it starts at
@@ -143,9 +119,7 @@ def _groups(rows: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, i
         yield group
 
 
-def _gather(
-    cache: AttentionCache, tables_RN: torch.Tensor, lengths: list[int], like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(cache: AttentionCache, tables_RN: Tensor, lengths: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """K and V ``[R, K, L, D]`` of positions ``0 .. max(lengths) - 1``, zeros beyond a row's length (what lies there may
     be NaN), in the dtype to compute in: at least float32 on a CPU, the common type of query and pool elsewhere."""
     position_L = torch.arange(max(lengths), device=like.device)
@@ -166,7 +140,7 @@ def _gather(
     return found[0], found[1]
 
 
-def _attend_row(q_RHQD: torch.Tensor, k_RKLD: torch.Tensor, v_RKLD: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend_row(q_RHQD: Tensor, k_RKLD: Tensor, v_RKLD: Tensor, scale: float) -> Tensor:
     """One row: its Q queries are the last of L positions."""
     queries, length = q_RHQD.shape[2], k_RKLD.shape[2]
     gqa = q_RHQD.shape[1] != k_RKLD.shape[1]
@@ -188,13 +162,9 @@ def _attend_row(q_RHQD: torch.Tensor, k_RKLD: torch.Tensor, v_RKLD: torch.Tensor
 
 
 def _attend_group(
-    out_THD: torch.Tensor,
-    q_THD: torch.Tensor,
-    cache: AttentionCache,
-    kv_table_BN: torch.Tensor,
-    group: list[tuple[int, int, int, int]],
+    out_THD: Tensor, q_THD: Tensor, cache: AttentionCache, kv_table_BN: Tensor, group: list[tuple[int, int, int, int]],
     scale: float,
-) -> None:
+) -> None:  # fmt: skip
     """Several rows, padded to one number of queries and of positions; the last row of the output takes the padding."""
     lengths, counts, begins, rows = (list(column) for column in zip(*group))
     length_R, count_R, begin_R, row_R = torch.tensor([lengths, counts, begins, rows], device=q_THD.device)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 
 from hybridcache.errors import bad
 from hybridcache.kernels.caches import StateCache
@@ -27,17 +28,9 @@ CHUNK = 64
 
 
 def gdn_decode(
-    cache: StateCache,
-    x_BC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_BV: torch.Tensor,
-    b_BV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    position_B: torch.Tensor,
-) -> torch.Tensor:
+    cache: StateCache, x_BC: Tensor, conv_weight_CW: Tensor, a_BV: Tensor, b_BV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, position_B: Tensor,
+) -> Tensor:  # fmt: skip
     """One token per row. Padding rows give zeros."""
     layout, position = cache.layout, position_B.long()
     source, target = state_read_BL[:, cache.layer].long(), state_write_BL[:, cache.layer].long()
@@ -78,20 +71,10 @@ def gdn_decode(
 
 
 def gdn_prefill(
-    cache: StateCache,
-    x_TC: torch.Tensor,
-    conv_weight_CW: torch.Tensor,
-    a_TV: torch.Tensor,
-    b_TV: torch.Tensor,
-    a_log_V: torch.Tensor,
-    dt_bias_V: torch.Tensor,
-    state_read_BL: torch.Tensor,
-    state_write_BL: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    start_B: torch.Tensor,
-    checkpoint_table_BNL: torch.Tensor | None = None,
-    checkpoint_interval: int = 0,
-) -> torch.Tensor:
+    cache: StateCache, x_TC: Tensor, conv_weight_CW: Tensor, a_TV: Tensor, b_TV: Tensor, a_log_V: Tensor,
+    dt_bias_V: Tensor, state_read_BL: Tensor, state_write_BL: Tensor, cu_seqlens: Tensor, start_B: Tensor,
+    checkpoint_table_BNL: Tensor | None = None, checkpoint_interval: int = 0,
+) -> Tensor:  # fmt: skip
     """Several tokens per row, from the state that position ``start - 1`` left. Padding rows give zeros."""
     layout, layer = cache.layout, cache.layer
     kept = None if checkpoint_table_BNL is None else checkpoint_table_BNL[:, :, layer]
@@ -117,12 +100,12 @@ def gdn_prefill(
 class _Kept(NamedTuple):
     """Checkpoints that the step writes, ``[M]`` int64 each."""
 
-    entry: torch.Tensor
-    row: torch.Tensor
+    entry: Tensor
+    row: Tensor
     """Index in R."""
-    end: torch.Tensor
+    end: Tensor
     """Position of the last token that the state holds."""
-    state: torch.Tensor
+    state: Tensor
     """Index into the rows' states followed by the chunks' states."""
 
 
@@ -130,14 +113,14 @@ class _Kept(NamedTuple):
 class _Rows:
     """The rows that have a state and a token, those with most chunks first; ``[R]`` int64 tensors on the device."""
 
-    source: torch.Tensor
+    source: Tensor
     """Entry whose state is read; at position 0, where none is, the one written."""
-    target: torch.Tensor
-    start: torch.Tensor
+    target: Tensor
+    start: Tensor
     """Position of the first token."""
-    begin: torch.Tensor
+    begin: Tensor
     """Index of the first token in T."""
-    length: torch.Tensor
+    length: Tensor
     chunks: list[int]
     """Chunks of each row, descending."""
     active: list[int]
@@ -152,14 +135,9 @@ class _Rows:
 
     @classmethod
     def of(
-        cls,
-        cu_seqlens: torch.Tensor,
-        start_B: torch.Tensor,
-        source_B: torch.Tensor,
-        target_B: torch.Tensor,
-        kept_BN: torch.Tensor | None,
+        cls, cu_seqlens: Tensor, start_B: Tensor, source_B: Tensor, target_B: Tensor, kept_BN: Tensor | None,
         interval: int,
-    ) -> "_Rows":
+    ) -> "_Rows":  # fmt: skip
         n, device = start_B.shape[0], cu_seqlens.device
         host = torch.cat([cu_seqlens.int(), start_B.int(), source_B.int(), target_B.int()]).tolist()
         offsets, starts, sources, targets = host[: n + 1], host[n + 1 :][:n], host[2 * n + 1 :][:n], host[3 * n + 1 :]
@@ -187,7 +165,7 @@ class _Rows:
         return cls(source_R, target_R, start_R, begin_R, length_R, chunks_R, active, first, _Kept(*kept_4M))
 
 
-def _split(y: torch.Tensor, layout: StateLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split(y: Tensor, layout: StateLayout) -> tuple[Tensor, Tensor, Tensor]:
     """Conv output ``[T, C]`` as normalised, scaled q and normalised k ``[T, K, Dk]``, and v ``[T, V, Dv]``."""
     heads, key_dim, value_dim = layout.recurrent_shape
     key_channels = (layout.conv_channels - heads * value_dim) // 2
@@ -197,17 +175,13 @@ def _split(y: torch.Tensor, layout: StateLayout) -> tuple[torch.Tensor, torch.Te
     return q * key_dim**-0.5, k, v.unflatten(1, (heads, value_dim))
 
 
-def _gates(
-    a: torch.Tensor, b: torch.Tensor, a_log_V: torch.Tensor, dt_bias_V: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gates(a: Tensor, b: Tensor, a_log_V: Tensor, dt_bias_V: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log decay and beta, each ``[T, V]``."""
     decay = -a_log_V.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias_V.to(dtype))
     return decay, b.to(dtype).sigmoid()
 
 
-def _conv(
-    x_TC: torch.Tensor, weight_CW: torch.Tensor, ring: torch.Tensor, rows: _Rows, dtype: torch.dtype
-) -> torch.Tensor:
+def _conv(x_TC: Tensor, weight_CW: Tensor, ring: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
     """Depthwise causal conv and SiLU of every token, ``[T, C]``; the rows' rings are brought up to date.
 
     All rows are laid end to end, each behind the W - 1 inputs that precede it, and convolved in one go.
@@ -257,21 +231,15 @@ def _conv(
 
 
 def _delta_rule(
-    state_RVDD: torch.Tensor,
-    q_TKD: torch.Tensor,
-    k_TKD: torch.Tensor,
-    v_TVD: torch.Tensor,
-    log_decay_TV: torch.Tensor,
-    beta_TV: torch.Tensor,
-    rows: _Rows,
+    state_RVDD: Tensor, q_TKD: Tensor, k_TKD: Tensor, v_TVD: Tensor, log_decay_TV: Tensor, beta_TV: Tensor, rows: _Rows,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Chunked gated delta rule of all rows. Returns the output ``[T, V, Dv]`` (zeros outside the rows), the rows' states
     followed by the one after each chunk ``[R + M, V, Dk, Dv]``, and which of them each row's last is."""
     chunks = _Chunks.of(rows, q_TKD.device)
     key_heads = q_TKD.shape[1]
 
-    def scaled(x_MK: torch.Tensor, factor_MV: torch.Tensor) -> torch.Tensor:
+    def scaled(x_MK: Tensor, factor_MV: Tensor) -> Tensor:
         """Something per key head times something per value head of its group, per value head."""
         factor_MK = rearrange(factor_MV, "m (k group) ... -> m k group ...", k=key_heads)
         return (x_MK.unsqueeze(2) * factor_MK).flatten(1, 2)
@@ -312,12 +280,12 @@ class _Chunks:
     """Which token lies in which slot of which chunk. Chunks are ordered by their number in their row, then by row; rows
     with most chunks come first, so the rows still active at one number are a prefix of those active before."""
 
-    token_MS: torch.Tensor
+    token_MS: Tensor
     """Token of every slot; 0 in an empty slot (before a row's first token, after its last)."""
-    empty_MS: torch.Tensor
-    before: torch.Tensor
+    empty_MS: Tensor
+    before: Tensor
     """``[M]``, the state at each chunk's start: an index into the rows' states followed by the chunks' states."""
-    last: torch.Tensor
+    last: Tensor
     """``[R]``, the state after each row's last chunk, likewise."""
 
     @classmethod
@@ -334,12 +302,12 @@ class _Chunks:
         empty_MS = (token_MS < begin_M1) | (token_MS >= begin_M1 + length_M1)
         return cls(token_MS.masked_fill_(empty_MS, 0), empty_MS, before_M, last_R.to(device))
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """``[T, heads, ...]`` to ``[M, heads, S, ...]``; empty slots hold zeros, which change neither state nor output."""
         empty = self.empty_MS.reshape(*self.empty_MS.shape, *(1,) * (x.dim() - 1))
         return rearrange(x[self.token_MS].masked_fill_(empty, 0), "m s h ... -> m h s ...")
 
-    def scatter(self, x: torch.Tensor, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    def scatter(self, x: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         """``[M, heads, S, D]`` to ``[tokens, heads, D]``; a spare row takes the empty slots."""
         out = torch.zeros(tokens + 1, x.shape[1], x.shape[3], dtype=dtype, device=x.device)
         out[self.token_MS.masked_fill(self.empty_MS, tokens)] = rearrange(x, "m h s d -> m s h d").to(dtype)

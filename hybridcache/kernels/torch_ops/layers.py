@@ -9,30 +9,27 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hybridcache.kernels.greedy import NOT_FINITE
 
 
-def add_norm(
-    x_TD: torch.Tensor, delta_TD: torch.Tensor | None, weight_D: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if delta_TD is not None:
         x_TD = x_TD + delta_TD
     return x_TD, F.rms_norm(x_TD.to(weight_D.dtype), weight_D.shape, 1.0 + weight_D, eps).to(x_TD.dtype)
 
 
-def gated_norm(
-    x_THE: torch.Tensor, gate_THE: torch.Tensor, weight_E: torch.Tensor, eps: float, out_THE: torch.Tensor
-) -> None:
+def gated_norm(x_THE: Tensor, gate_THE: Tensor, weight_E: Tensor, eps: float, out_THE: Tensor) -> None:
     normed = F.rms_norm(x_THE.to(weight_E.dtype), weight_E.shape, weight_E, eps)
     out_THE.copy_(normed * F.silu(gate_THE.to(weight_E.dtype)))
 
 
-def sigmoid_mul(x_THE: torch.Tensor, gate_THE: torch.Tensor, out_THE: torch.Tensor) -> None:
+def sigmoid_mul(x_THE: Tensor, gate_THE: Tensor, out_THE: Tensor) -> None:
     torch.mul(x_THE, gate_THE.sigmoid(), out=out_THE)
 
 
-def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits_TR: Tensor, experts: int, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     logits_TR = logits_TR.to(torch.float64 if logits_TR.dtype == torch.float64 else torch.float32)
     weight_Tk, expert_Tk = logits_TR[:, :experts].softmax(-1).topk(k, dim=-1)
     if renormalise:
@@ -41,20 +38,15 @@ def route(logits_TR: torch.Tensor, experts: int, k: int, renormalise: bool) -> t
     return torch.cat([weight_Tk, shared_T1], dim=1), expert_Tk.int()
 
 
-def silu_mul(gate_up_AI: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up_AI: Tensor) -> Tensor:
     gate, up = gate_up_AI.chunk(2, dim=1)
     return F.silu(gate) * up
 
 
 def mixture(
-    x_TD: torch.Tensor,
-    weight_Ts: torch.Tensor,
-    expert_Tk: torch.Tensor,
-    gate_up_EID: torch.Tensor,
-    down_EDI: torch.Tensor,
-    shared_gate_up_JD: torch.Tensor,
-    shared_down_DJ: torch.Tensor,
-) -> torch.Tensor:
+    x_TD: Tensor, weight_Ts: Tensor, expert_Tk: Tensor, gate_up_EID: Tensor, down_EDI: Tensor,
+    shared_gate_up_JD: Tensor, shared_down_DJ: Tensor,
+) -> Tensor:  # fmt: skip
     """Experts that were hit are done one by one, their number and sizes read by the host."""
     tokens, k = expert_Tk.shape
     expert_A, order_A = expert_Tk.flatten().sort(stable=True)
@@ -76,14 +68,14 @@ def mixture(
     return routed_TD + weight_Ts[:, k:].to(x_TD.dtype) * shared_TD
 
 
-def greedy(logits_RV: torch.Tensor, sampled_R: torch.Tensor, feed_R: torch.Tensor) -> None:
+def greedy(logits_RV: Tensor, sampled_R: Tensor, feed_R: Tensor) -> None:
     best = logits_RV.max(dim=-1)
     # Infinity less itself and NaN are not 0. (torch.where would copy its scalar to the device, and wait.)
     sampled_R.copy_(best.indices.masked_fill_(best.values - best.values != 0, NOT_FINITE))
     torch.clamp_min(sampled_R, 0, out=feed_R)
 
 
-def block_copy(buffer: torch.Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
+def block_copy(buffer: Tensor, moves: Sequence[tuple[int, int, int]]) -> int:
     for src, dst, num_bytes in moves:
         buffer[dst : dst + num_bytes].copy_(buffer[src : src + num_bytes])
     return sum(num_bytes for _, _, num_bytes in moves)

@@ -11,7 +11,7 @@ from hybridcache.observe.report import style
 from hybridcache.observe.report.comparison import competitors, judge, label
 from hybridcache.observe.report.load import Run
 from hybridcache.observe.report.style import Drawn
-from hybridcache.observe.report.units import byte_unit, bytes_text, join_names, plural
+from hybridcache.observe.report.units import budget_text, byte_unit, bytes_text, join_names, plural
 
 MAX_LENGTHS = 12
 """Columns of the residents' table; more lengths are thinned evenly (its data keeps them all)."""
@@ -91,7 +91,7 @@ def residents_by_length(run: Run) -> Drawn:
     figure.colorbar(image, ax=axes, format=lambda v, _: f"{v:.0%}", pad=0.01, label="share of the most", shrink=0.95)
     wins = (rivals == most).sum(axis=1)
     champions = join_names(list(wins.index[wins == wins.max()]))
-    budget = bytes_text(data["budget_bytes"].max())
+    budget = budget_text(run.rows("capacity").iloc[0])
     text = f"Most requests in {budget} at {wins.max()} of {table.shape[1]} lengths: {champions}"
     if len(rivals) == 1:
         text = f"{most.iat[0]:,.0f} requests of {plural(table.columns[0], 'token')} fit in {budget} under {champions}"

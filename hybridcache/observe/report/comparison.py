@@ -130,14 +130,10 @@ def judge(values: pd.DataFrame, text: Callable[[float], str], better: int, exact
     differences = (values[first] - values[last]).dropna()
     several = len(differences) > 1 and means[last] != 0
     return Verdict(
-        means=means,
-        best=best,
-        alike=alike,
-        worst=list(shown.index[shown == shown[last]]),
+        means=means, best=best, alike=alike, worst=list(shown.index[shown == shown[last]]),
         half_interval=half_interval(differences) / abs(means[last]) if several else None,
-        noise=f"the spread of {len(values)} repetitions" if len(values) > 1 else "1 %",
-        text=text,
-    )
+        noise=f"the spread of {len(values)} repetitions" if len(values) > 1 else "1 %", text=text,
+    )  # fmt: skip
 
 
 def _alike(best: pd.Series, other: pd.Series) -> bool:

@@ -69,8 +69,11 @@ def save_picture(folder: Path, name: str, figure: Figure, data: pd.DataFrame, ca
     """Write ``name.png``, ``name.pdf`` (vectors) and ``name.csv`` into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     png, pdf, csv = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+    figure.dpi = DPI
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+        figure.set_layout_engine(None)  # laid out once for both files, and no file is drawn once more to be laid out
     figure.savefig(png, dpi=DPI)
-    figure.set_layout_engine("none")  # what was laid out for one holds for both: it takes as long as drawing
     figure.savefig(pdf, dpi=DPI, metadata={"CreationDate": None})
     data.to_csv(csv, index=False)
     title = " ".join(figure.get_suptitle().split())
@@ -78,13 +81,9 @@ def save_picture(folder: Path, name: str, figure: Figure, data: pd.DataFrame, ca
 
 
 def write_page(
-    run_dir: Path,
-    title: str,
-    about: Sequence[str],
-    sections: Sequence[Section],
-    header: Sequence[Sequence[str]] = (),
+    run_dir: Path, title: str, about: Sequence[str], sections: Sequence[Section], header: Sequence[Sequence[str]] = (),
     config: str = "",
-) -> Path:
+) -> Path:  # fmt: skip
     """``report.html`` of a run, with the environment of its ``environment.json`` where there is one.
 
     Args:

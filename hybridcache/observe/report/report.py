@@ -18,7 +18,7 @@ from hybridcache.observe.report.memory_figures import memory_over_time, pool_ove
 from hybridcache.observe.report.page import SUFFIXES, Best, Card, Picture, Section, file_name, save_picture, write_page
 from hybridcache.observe.report.speed_figures import latency, step_profile, throughput
 from hybridcache.observe.report.style import Drawn
-from hybridcache.observe.report.units import bytes_text, plural
+from hybridcache.observe.report.units import budget_text, plural
 
 TEXTS = yaml.safe_load(files("hybridcache.observe.report").joinpath("texts.yaml").read_text(encoding="utf-8"))
 CAPACITY_FIGURES = {"residents_by_length": residents_by_length, "waste_by_length": waste_by_length}
@@ -85,12 +85,21 @@ def _unique(rows: pd.DataFrame, column: str, text: Callable[[Any], str] = str) -
     return ", ".join(dict.fromkeys(map(text, rows[column].dropna()))) if column in rows.columns else ""
 
 
+def _budget(rows: pd.DataFrame) -> str:
+    """What the phase's strategies got, on each rank."""
+    columns = [name for name in ("budget_bytes", "tp_size") if name in rows.columns]
+    found = (
+        rows[columns].dropna(subset=columns).drop_duplicates().to_dict("records") if "budget_bytes" in columns else []
+    )
+    return ", ".join(map(budget_text, found))
+
+
 def _title(run: Run) -> str:
     """Experiment, model, workload and budget: those of the first phase that serves, else of the first phase."""
     phase = next((phase for phase in run.phases if phase in SERVING_PHASES), run.phases[0])
     rows, workloads = run.rows(phase), run.workloads(phase)
     workload = f"{len(workloads)} workloads" if len(workloads) > 3 else ", ".join(workloads)
-    parts = (_unique(rows, "model"), "" if phase == "capacity" else workload, _unique(rows, "budget_bytes", bytes_text))
+    parts = (_unique(rows, "model"), "" if phase == "capacity" else workload, _budget(rows))
     experiment = _unique(run.results, "experiment") or run.path.resolve().name
     return f"Experiment {experiment}: {' · '.join(filter(None, parts))}"
 
@@ -109,7 +118,7 @@ def _header(run: Run) -> list[list[str]]:
         rows = run.rows(phase)
         workload = "identical requests" if phase == "capacity" else _unique(rows, "workload")
         device = " · ".join(filter(None, (_unique(rows, "device"), _unique(rows, "backend"))))
-        table.append([phase, _unique(rows, "model"), workload, _unique(rows, "budget_bytes", bytes_text), device])
+        table.append([phase, _unique(rows, "model"), workload, _budget(rows), device])
     return table
 
 

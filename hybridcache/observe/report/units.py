@@ -1,6 +1,7 @@
 """Units: bytes, seconds and counts as titles, tables and axes say them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,12 @@ def byte_unit(largest: float) -> tuple[float, str]:
 def bytes_text(value: float) -> str:
     divisor, name = byte_unit(abs(value))
     return f"{value / divisor:.4g} {name}"
+
+
+def budget_text(row: Mapping[Any, Any]) -> str:
+    """Of a result row: ``5 GiB``, or of several ranks ``5 GiB on each of 4 ranks``."""
+    text, ranks = bytes_text(row["budget_bytes"]), row.get("tp_size", 1)
+    return f"{text} on each of {ranks:.0f} ranks" if ranks > 1 else text
 
 
 def time_unit(largest: float) -> tuple[float, str]:

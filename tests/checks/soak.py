@@ -1,6 +1,6 @@
 """A soak: random requests of mixed lengths, late arrivals, aborts and preemptions, every feature on, against everything off.
 
-    python -m benchmarks.checks.soak [--requests 2000] [--device cpu] [--mode carve] [--seed 1] [--out soak.json]
+    python -m tests.checks.soak [--requests 2000] [--device cpu] [--mode carve] [--seed 1] [--out soak.json]
 
 *On*: overlap, decode in static rows (CUDA graphs; on a CPU they are replayed by running what they would have recorded), a pool
 so tight that requests are preempted, prompts in chunks, aborts at random moments. *Off*: no overlap, no graphs, no aborts, room

@@ -1,4 +1,4 @@
-"""Run the GPU tests and record the outcome: ``python -m benchmarks.checks.gpu_tests --out benchmarks/results/gpu-tests.json``.
+"""Run the GPU tests and record the outcome: ``python -m tests.checks.gpu_tests --out benchmarks/results/gpu-tests.json``.
 
 The record names device, versions and commit, and holds one line per test. Exit status is pytest's.
 """

@@ -1,6 +1,6 @@
-"""Plant faults one at a time, and count those that the tests notice: ``python -m benchmarks.checks.mutants``.
+"""Plant faults one at a time, and count those that the tests notice: ``python -m tests.checks.mutants``.
 
-    python -m benchmarks.checks.mutants [--list] [--only NAME]... [--jobs 2] [--out mutants.json]
+    python -m tests.checks.mutants [--list] [--only NAME]... [--jobs 2] [--out mutants.json]
 
 ``planted_faults.yaml`` holds the faults by file: a name that says what is wrong, the text of the source and what is planted
 in its place, and the narrow tests that must notice. Every fault is planted in a scratch copy of the tree (what git tracks or

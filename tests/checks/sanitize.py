@@ -1,6 +1,6 @@
 """Runs the kernels of every cache operation once on small shapes under NVIDIA's compute-sanitizer, and records what it finds.
 
-    python -m benchmarks.checks.sanitize --out benchmarks/results/sanitize-h100.json
+    python -m tests.checks.sanitize --out benchmarks/results/sanitize-h100.json
 
 Kernels are compiled first, in parallel and without the sanitizer, so that under it they are only launched. Then one process
 per tool launches them one after another: ``memcheck`` (accesses out of bounds, each tensor in an allocation of its own) and
@@ -209,7 +209,7 @@ def sanitize(sanitizer: str, tool: str, names: list[str], limit_s: float) -> tup
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         names = [*names, PLANTED]
     options = ["--print-limit", "1000", "--report-api-errors", "no", "--target-processes", "application-only"]
-    child = [sys.executable, "-m", "benchmarks.checks.sanitize", "--launch", *names]
+    child = [sys.executable, "-m", "tests.checks.sanitize", "--launch", *names]
     with tempfile.TemporaryFile("w+") as report:
         command = [sanitizer, "--tool", tool, *options, *child]
         status = run_limited(command, limit_s, stdout=report, stderr=subprocess.STDOUT, env=env)

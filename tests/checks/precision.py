@@ -1,6 +1,6 @@
 """How far logits in bfloat16 lie from float32's: this engine's, Transformers', and this engine's with parts in more precision.
 
-    python -m benchmarks.checks.precision [--device cuda] [--models 2] [--lengths 9 65 500] [--out precision.json]
+    python -m tests.checks.precision [--device cuda] [--models 2] [--lengths 9 65 500] [--out precision.json]
 
 Qwen3-Next cut to 4 layers, all other widths real, random bfloat16 weights. The reference is Transformers in float32 on the same
 weights; its choice of experts is forced on everybody, since near-ties flip experts even between two runs of one model. Figures

@@ -1,4 +1,4 @@
-"""Hold every figure of README.md and docs/ to the record it comes from: ``python -m benchmarks.checks.docs_figures``.
+"""Hold every figure of README.md and docs/ to the record it comes from: ``python -m tests.checks.docs_figures``.
 
 A figure is a number with a unit in prose, or a cell of a table that holds nothing but numbers. The comment behind a paragraph,
 a list item or a table says where its figures come from, one line each:

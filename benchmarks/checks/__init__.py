@@ -1,1 +1,0 @@
-"""Checks that need a device or much time, and those that hold the documents to their records."""
