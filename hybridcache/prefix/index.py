@@ -89,10 +89,9 @@ class RadixIndex:
             if child is None:
                 break
             end = child.end
-            if end <= count:
-                if end == at + 1 or np.array_equal(child.tokens, tokens[at:end]):
-                    node, at = child, end
-                    continue
+            if end <= count and (end == at + 1 or np.array_equal(child.tokens, tokens[at:end])):
+                node, at = child, end
+                continue
             return Walk(node, at + _common(child.tokens, tokens[at:end]), child)
         return Walk(node, at, None)
 
@@ -118,7 +117,7 @@ class RadixIndex:
         return node
 
     def see(self, node: Node) -> None:
-        """A leaf was seen just now, or its checkpoint came to life or ended. Without a live one it is remembered for a while."""
+        """A leaf was seen now, or its checkpoint came to life or ended. Without a live one it is remembered for a while."""
         if node.children or node is self.root:
             return
         self._unsee(node)

@@ -53,8 +53,8 @@ def optimal(start: int, end: int, count: int, depths: PartingDepths, work: Calla
     """The ``count`` positions in ``start + 1 .. end - 1`` that leave the least expected work.
 
     A later prompt parts at position ``p`` with the learnt probability and computes from the last checkpoint at or before
-    ``p``. The best ``m`` positions of which ``j`` is the last follow from the best ``m - 1`` before it: O(N^2 M) for N candidate
-    positions, which are multiples of 64 spread evenly over the prompt.
+    ``p``. The best ``m`` positions of which ``j`` is the last follow from the best ``m - 1`` before it: O(N^2 M) for N
+    candidate positions, which are multiples of 64 spread evenly over the prompt.
     """
     step = max(POSITION_MULTIPLE, floor_position((end - start) // _CANDIDATES) or POSITION_MULTIPLE)
     candidates = np.arange((start // step + 1) * step, end, step)

@@ -26,8 +26,8 @@ class PrefixPolicy:
               earlier prompts parted (Sparse Prefix Caching, arXiv 2605.05219).
         every: tokens; a multiple of 64.
         num_optimal: positions of ``optimal``.
-        retention: which checkpoints of a sequence stay when it goes on: ``all``; the ``last_k``; ``semantic``, those at the ends
-            of prompts and turns; ``budget_share``, as many as keep checkpoints' states within ``share`` of the budget.
+        retention: which checkpoints of a sequence stay when it goes on: ``all``; the ``last_k``; ``semantic``, those at the
+            ends of prompts and turns; ``budget_share``, as many as keep checkpoints' states within ``share`` of the budget.
             Branch points and pinned prefixes stay under each.
         last_k: how many.
         share: of the budget, above 0 up to 1.

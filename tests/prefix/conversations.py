@@ -8,7 +8,7 @@ from hybridcache.engine.sampling import SamplingParams
 
 @dataclass
 class Conversation:
-    """Turns to come; a turn's prompt is the last one, its output (sometimes cut or changed, as templates do), and new tokens."""
+    """Turns to come; a turn's prompt is the last one, its output (sometimes cut, as templates do), and new tokens."""
 
     prompt: list[int]
     turns: list[tuple[list[int], SamplingParams, float]]
@@ -40,11 +40,11 @@ def draw(seed: int, count: int, longest: int = 60) -> list[Conversation]:
     rng = random.Random(seed)
     heads = [[rng.randrange(101) for _ in range(rng.randrange(40, 200))] for _ in range(3)]
     found = []
-    for i in range(count):
+    for _ in range(count):
         start = rng.choice([[], *heads])
         start = start[: rng.choice([len(start), 64, 100])]
         turns = []
-        for _ in range(rng.randrange(1, 6)):
+        for _turn in range(rng.randrange(1, 6)):
             params = SamplingParams(
                 max_tokens=rng.randrange(1, 16),
                 temperature=rng.choice([0.0, 0.0, 0.9]),
