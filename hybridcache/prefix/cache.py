@@ -289,6 +289,14 @@ class PrefixCache:
         if self.policy.retention == "semantic" and prompt.latest is not None:
             self._keep_semantic(prompt.latest)
 
+    def foretell(self, seq: Any, time_s: float) -> None:
+        """What a request left that has ended will be used next at that time; for the bound that knows the future."""
+        left = self._left.get(seq.seq_id)
+        for node in left.node.path() if left is not None else ():
+            if _alive(node):
+                node.point.next_use_s = time_s
+                self._put(node.point)
+
     # -- checkpoints of a step -------------------------------------------------------------------------------------
 
     def plan(self, items: Iterable[Scheduled]) -> list[Planned]:

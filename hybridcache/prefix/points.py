@@ -29,7 +29,7 @@ class Point:
     """
 
     __slots__ = (
-        "credit", "host", "key", "live", "made_s", "mean_log_interval", "node", "pinned", "place", "serial", "slot",
+        "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place", "serial", "slot",
         "superseded", "touched_s", "uses", "wanted",
     )  # fmt: skip
 
@@ -48,6 +48,8 @@ class Point:
         """Waiting requests that are going to resume from it."""
         self.pinned = False
         """Whether it is never evicted for another checkpoint (LLM.pin)."""
+        self.next_use_s = math.inf
+        """When a request will resume from it, where the future is told (:meth:`PrefixCache.foretell`)."""
         self.host: object | None = None
         """Its copy in host memory."""
         self.serial = 0
