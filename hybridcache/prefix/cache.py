@@ -10,6 +10,8 @@ Checkpoints never cost a running request its memory: when blocks are short they 
 waiting request's checkpoint is evicted after all others, that of the last in the queue first.
 """
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -101,6 +103,7 @@ class PrefixCache:
         """``(key, position)`` of what requests that ended left, until all their tokens are known."""
         self._left: OrderedDict[int, Point] = OrderedDict()
         """The checkpoints that the last requests to end left, by request."""
+        self._foretold: list[tuple[float, int, list[Point]]] = []
         self._version = 0
 
     def __len__(self) -> int:
@@ -115,6 +118,7 @@ class PrefixCache:
 
     def submitted(self, seq: Any) -> None:
         """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
+        self._forget_past()
         tokens = seq.tokens(0, seq.num_known).astype(np.int32)
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
         walk = self.index.walk(tokens)
@@ -222,7 +226,7 @@ class PrefixCache:
             start = found.position
             if first:
                 self.hit_tokens += start
-            found.touched_s = self.now_s
+            found.touched_s = found.active_s = self.now_s
             if found.live:
                 self._order.begun(found)
                 self._put(found)
@@ -290,12 +294,23 @@ class PrefixCache:
             self._keep_semantic(prompt.latest)
 
     def foretell(self, seq: Any, time_s: float) -> None:
-        """What a request left that has ended will be used next at that time; for the bound that knows the future."""
+        """What a request left that has ended will be used next at that time, and not again later as far as is known; for the
+        bound that knows the future."""
         left = self._left.get(seq.seq_id)
-        for node in left.node.path() if left is not None else ():
-            if _alive(node):
-                node.point.next_use_s = time_s
-                self._put(node.point)
+        points = [node.point for node in left.node.path() if _alive(node)] if left is not None else []
+        for point in points:
+            point.next_use_s = time_s
+            self._put(point)
+        if points and time_s < math.inf:
+            heapq.heappush(self._foretold, (time_s, seq.seq_id, points))
+
+    def _forget_past(self) -> None:
+        while self._foretold and self._foretold[0][0] <= self.now_s:
+            time_s, _, points = heapq.heappop(self._foretold)
+            for point in points:
+                if point.live and point.next_use_s == time_s:
+                    point.next_use_s = math.inf
+                    self._put(point)
 
     # -- checkpoints of a step -------------------------------------------------------------------------------------
 
@@ -449,7 +464,7 @@ class PrefixCache:
             point = node.point = Point(key, node, place, self.now_s)
         else:
             point.key, point.live, point.place, point.made_s = key, True, place, self.now_s
-            point.touched_s = self.now_s
+            point.touched_s = point.active_s = self.now_s
             if point.wanted:  # by a request that came before it was evicted, and still waits
                 self._protected[point] = None
         if prompt.latest is not None and prompt.latest is not point:
@@ -462,8 +477,11 @@ class PrefixCache:
             self._order.superseded(before)
         self._order.begun(point)
         self._put(point)
-        if before is not None:
+        while before is not None:
+            before.active_s = self.now_s
+            before.inherit(point)
             self._put(before)
+            before = before.live_before()
         prompt.latest = point
         self._version += 1
         self._retain(point)
@@ -507,7 +525,7 @@ class PrefixCache:
         if before is not None:
             if not after and before.superseded:  # its sequence can only be resumed from there now
                 before.superseded = False
-                before.touched_s = max(before.touched_s, point.touched_s)
+                before.active_s = point.active_s
                 before.inherit(point)
             self._put(before)
         for other in after:

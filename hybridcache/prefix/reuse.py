@@ -43,7 +43,7 @@ class ReuseTimes:
 
     def reused(self, point: Point, now_s: float) -> None:
         """A request came that resumes from the checkpoint, or would have if it were alive. To be called before its touch."""
-        self._reused[class_of(point), bucket_of(now_s - point.touched_s)] += 1.0
+        self._reused[class_of(point), bucket_of(now_s - point.active_s)] += 1.0
         self._count()
 
     def moved(self, before: int, point: Point) -> None:
@@ -53,7 +53,7 @@ class ReuseTimes:
 
     def rate(self, point: Point, now_s: float) -> float:
         """Reuses to be expected per second of keeping the checkpoint."""
-        return self._table[class_of(point)][bucket_of(now_s - point.touched_s)]
+        return self._table[class_of(point)][bucket_of(now_s - point.active_s)]
 
     def _count(self) -> None:
         self._events += 1
