@@ -22,7 +22,7 @@ from hybridcache.prefix.eviction import NextUse, Values, make_eviction
 from hybridcache.prefix.index import Node, RadixIndex
 from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal
 from hybridcache.prefix.planned import Planned, Scheduled
-from hybridcache.prefix.points import Place, Point
+from hybridcache.prefix.points import Place, Point, Standing
 from hybridcache.prefix.policy import OFF, PrefixPolicy
 from hybridcache.strategies.base import Strategy
 
@@ -130,6 +130,7 @@ class PrefixCache:
                     self._order.reused(point, self.now_s)
                     point.touch(self.now_s)
                     prompt.latest, known = point, node
+                    self._abandon_others(point)
                 if point.live:
                     found = point
                     break
@@ -142,6 +143,18 @@ class PrefixCache:
         self._note_branch(seq.seq_id, prompt, walk.edge or walk.node, shared, walk)
         leaf = self.index.insert(tokens)
         leaf.owner = seq.seq_id
+
+    def _abandon_others(self, point: Point) -> None:
+        """A request goes on from a checkpoint that had been superseded: the later ones are left behind, unless many sequences
+        share it."""
+        if point.standing is not Standing.SUPERSEDED or point.place is Place.BRANCH:
+            return
+        for other in point.live_after():
+            while other is not None:
+                if other.standing is Standing.LATEST:
+                    self._order.stands(other, Standing.ABANDONED)
+                after = other.live_after()
+                other = after[0] if len(after) == 1 else None
 
     def _note_branch(self, seq_id: int, prompt: _Prompt, other: Node, shared: int, walk: Any) -> None:
         """Where the prompt parts from another one, plan a checkpoint for both of them."""
@@ -470,11 +483,11 @@ class PrefixCache:
         if prompt.latest is not None and prompt.latest is not point:
             point.inherit(prompt.latest)
         self._points[key] = point
-        point.superseded = place is Place.INSIDE
+        point.standing = Standing.SUPERSEDED if place is Place.INSIDE else Standing.LATEST
         self.index.see(node)
         before = point.live_before()
         if before is not None and before.place is not Place.BRANCH:
-            self._order.superseded(before)
+            self._order.stands(before, Standing.SUPERSEDED)
         self._order.begun(point)
         self._put(point)
         while before is not None:
@@ -523,14 +536,14 @@ class PrefixCache:
         self._version += 1
         after = point.live_after()
         if before is not None:
-            if not after and before.superseded:  # its sequence can only be resumed from there now
-                before.superseded = False
+            if not after and before.standing is Standing.SUPERSEDED:  # its sequence can only be resumed from there now
+                before.standing = Standing.LATEST
                 before.active_s = point.active_s
                 before.inherit(point)
             self._put(before)
         for other in after:
             self._put(other)
-        if point.superseded and after and len(node.children) == 1 and node.maker is None:
+        if point.standing is Standing.SUPERSEDED and after and len(node.children) == 1 and node.maker is None:
             node.point = None
             self.index.join(node)
         else:

@@ -17,7 +17,8 @@ class PrefixPolicy:
         placement: where checkpoints are made, any of :data:`PLACEMENTS`; none switches reuse off (checkpoints that requests
             ask for with ``SamplingParams.checkpoint_at`` are made all the same).
 
-            * ``prompt_end``: after a prompt, before its first output token;
+            * ``prompt_end``: after a prompt, before its first output token; for clients that drop or change outputs (reasoning)
+              in their next prompt, where ``generation_end`` never matches;
             * ``generation_end``: the states of a request that ends are handed over as they are, at no cost;
             * ``branch_points``: where prompts part, from the second one on (its position cut to a multiple of 64);
             * ``every_n``: at multiples of ``every`` tokens;
@@ -35,7 +36,7 @@ class PrefixPolicy:
         history_tokens: tokens remembered without a checkpoint.
     """
 
-    placement: tuple[str, ...] = ("prompt_end", "generation_end", "branch_points", "every_n")
+    placement: tuple[str, ...] = ("generation_end", "branch_points", "every_n")
     every: int = 8192
     num_optimal: int = 4
     retention: str = "last_k"
