@@ -12,9 +12,10 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib import settings
-from experiments.lib.harness import Rows, collect
+from experiments.lib.harness import CONSOLE, Rows, collect
 from experiments.lib.phases.reuse_simulation import Case, driver_of, refusals, rows_of, streams_of, with_ids
 from experiments.lib.policy_sets import Eviction, Placement, PolicySet, Retention, configured_policy, policy_sets
+from experiments.lib.printed_tables import print_reuse
 from experiments.lib.settings import max_request_tokens, model_chosen, resolve_model, scheduler_config, spec_of
 from experiments.lib.strategy_choices import CacheMemory, choose_strategies
 from hybridcache.errors import bad, number, whole
@@ -33,6 +34,15 @@ class Simulation:
     driver: str
     repetitions: int
     processes: int | str
+
+
+@dataclass
+class Inference(settings.RunsModel):
+    cache_bytes: int | str
+    shapes: Any
+    system: Any
+    prefill: Any
+    prefill_every: int | str
 
 
 @dataclass
@@ -55,6 +65,7 @@ class Config(settings.Common):
     strategy_options: dict[str, Any]
     policies: list[str]
     simulation: Simulation
+    inference: Inference
 
 
 FAST = {"simulation": {"budget_gb": 1.0, "processes": 1}}
@@ -78,13 +89,20 @@ def resolve(cfg: DictConfig) -> DictConfig:
             raise bad("phases", phase, f"choose some of {', '.join(PHASES)}, each once")
     if not phases:
         raise bad("phases", phases, f"choose some of {', '.join(PHASES)}")
-    simulates = "simulation" in phases
+    simulates, infers = (phase in phases for phase in PHASES)
     configured_policy(cfg)
+    if infers:
+        from experiments.lib.phases.reuse_inference import resolve_reuse
+
+        resolve_reuse(cfg)
+    unread = [] if infers else ["inference"]
     if simulates:
         _resolve_simulation(cfg)
-    unread = [] if simulates else ["simulation", "workload", "device", "tp_size"]
-    if not simulates and not model_chosen(cfg):
-        unread.append("model")
+    else:  # what inference runs is told in its own section
+        unread += ["simulation", "workload", "device", "tp_size", *([] if model_chosen(cfg) else ["model"])]
+        cfg.kv_dtype, cfg.state_dtype = cfg.inference.kv_dtype, cfg.inference.state_dtype
+    if cfg.engine.max_tokens_per_step == "auto":
+        cfg.engine.max_tokens_per_step = MAX_TOKENS_PER_STEP if simulates else cfg.inference.max_tokens_per_step
     scheduler_config(cfg)
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in unread])
 
@@ -98,8 +116,6 @@ def _resolve_simulation(cfg: DictConfig) -> None:
         section.processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     whole("simulation.processes", section.processes, fix="give a positive whole number, or auto")
     resolve_model(cfg, MODEL)
-    if cfg.engine.max_tokens_per_step == "auto":
-        cfg.engine.max_tokens_per_step = MAX_TOKENS_PER_STEP
     with_ids(cfg)
 
 
@@ -110,8 +126,11 @@ def run(cfg: DictConfig, run_dir: Path) -> pd.DataFrame:
     Raises:
         UserError: bad input, before anything long starts.
     """
-    producers = {"simulation": _simulation}
-    return collect(cfg, run_dir, [(phase, *producers[phase](cfg)) for phase in cfg.phases])
+    producers = {"simulation": _simulation, "inference": _inference}
+    results = collect(cfg, run_dir, [(phase, *producers[phase](cfg)) for phase in cfg.phases])
+    print_reuse(CONSOLE, results)
+    _check_tokens(results)
+    return results
 
 
 def _simulation(cfg: DictConfig) -> tuple[int, Rows]:
@@ -126,6 +145,29 @@ def _simulation(cfg: DictConfig) -> tuple[int, Rows]:
     ]
     refusals(cases)
     return len(cases), lambda events: rows_of(cfg, cases, section.repetitions, section.processes, events)
+
+
+def _inference(cfg: DictConfig) -> tuple[int, Rows]:
+    """Every physical strategy under the common policy; the first one under other orders, and without reuse."""
+    from experiments.lib.phases.reuse_inference import ReusePhase
+
+    choices = [choice for choice in choose_strategies(cfg) if choice.supports_physical]
+    if not choices:
+        raise bad("strategies", list(cfg.strategies), "none is physical; inference needs one")
+    names = [name for name in cfg.policies if name != "own"]
+    phase = ReusePhase(cfg, policy_sets(choices, names, configured_policy(cfg), bound=False))
+    return len(phase), phase.rows
+
+
+def _check_tokens(results: pd.DataFrame) -> None:
+    """Reuse must not change a token, in float64 at least."""
+    rows = results[results["phase"] == "inference"]
+    if rows.empty or set(rows["dtype"]) != {"float64"}:
+        return
+    keys = ["workload", "conversations", "round", "repetition"]
+    differ = rows.dropna(subset="tokens_sha256").groupby(keys)["tokens_sha256"].nunique() > 1
+    if differ.any():
+        raise RuntimeError(f"policies sampled different tokens in float64, where they must agree: {differ.idxmax()}")
 
 
 def _sets(cfg: DictConfig, driver: str, stream: Stream) -> list[PolicySet]:

@@ -120,18 +120,18 @@ def policy_sets(
     choices: Sequence[StrategyChoice], names: Sequence[str], common: PrefixPolicy, bound: bool = True
 ) -> list[PolicySet]:
     """Every strategy under the common policy (``default``) and under its own rules (``own``, where it has some), and the first
-    strategy under the common policy with other eviction orders (by their names) or without reuse (``off``).
+    strategy under the common policy with other eviction orders (by their names) or without reuse (``none``).
 
     Args:
         choices: the strategies.
-        names: some of ``default``, ``own``, ``off`` and the orders.
+        names: some of ``default``, ``own``, ``none`` and the orders.
         common: the policy of all; where it is not the shipped one, its name in results is ``custom``.
         bound: whether the future is known; without, the bound is left out.
 
     Raises:
         UserError: an unknown name, or one given twice.
     """
-    known, found = ("default", "own", "off", *ORDERS), []
+    known, found = ("default", "own", "none", *ORDERS), []
     for name in names:
         if name not in known or list(names).count(name) > 1:
             raise bad("policies", name, f"choose some of {', '.join(known)}, each once")
@@ -140,7 +140,7 @@ def policy_sets(
             found += [PolicySet(choice, shown, common) for choice in choices]
         elif name == "own":
             found += [PolicySet(choice, name, None) for choice in choices if has_own_rules(choice)]
-        elif name == "off":
+        elif name == "none":
             found.append(PolicySet(choices[0], name, OFF))
         elif bound or name != BOUND:
             found.append(PolicySet(choices[0], name, replace(common, eviction=name)))

@@ -13,6 +13,10 @@ import yaml
 from hybridcache.errors import UserError, bad
 from hybridcache.observe.events import read_events
 
+REQUIRED_COLUMNS = ("phase", "strategy", "workload", "repetition")
+SERVING_PHASES = ("simulation", "inference")
+"""Phases that serve requests over time (the ``capacity`` phase only counts them)."""
+
 
 def set_name(strategy: str, policy: object) -> str:
     """A strategy under one of several policies, in figures and tables; without a policy, the strategy."""
@@ -24,11 +28,6 @@ def named_sets(results: pd.DataFrame) -> pd.DataFrame:
     if "policy" not in results.columns:
         return results
     return results.assign(strategy=[set_name(*pair) for pair in zip(results["strategy"], results["policy"])])
-
-
-REQUIRED_COLUMNS = ("phase", "strategy", "workload", "repetition")
-SERVING_PHASES = ("simulation", "inference")
-"""Phases that serve requests over time (the ``capacity`` phase only counts them)."""
 
 
 class NoData(Exception):
