@@ -186,9 +186,23 @@ class Farthest(_Ordered):
     def __init__(self, values: Values, *, next_use: NextUse | None = None, seed: int = 0) -> None:
         super().__init__(values)
         self.next_use: NextUse = next_use or (lambda point: point.next_use_s)
+        self._due: list[tuple[float, int, int, Point]] | None = None if next_use is None else []
+        """By the next use, which is another one as soon as its time is past."""
 
     def priority(self, point: Point, now_s: float) -> float:
         return -self.next_use(point)
+
+    def put(self, point: Point, now_s: float) -> None:
+        super().put(point, now_s)
+        if self._due is not None:
+            heapq.heappush(self._due, (self.next_use(point), self._put, point.serial, point))
+
+    def victim(self, now_s: float) -> Point | None:
+        while self._due and self._due[0][0] <= now_s:
+            passed = heapq.heappop(self._due)
+            if _valid(passed):
+                self.put(passed[3], now_s)
+        return super().victim(now_s)
 
 
 class ReuseDensity(Eviction):
