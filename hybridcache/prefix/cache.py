@@ -28,7 +28,7 @@ from hybridcache.strategies.base import Strategy
 class _Prompt:
     """What is kept of a request from its submission to its end."""
 
-    __slots__ = ("branch", "found", "latest", "making", "tokens", "version", "wanted", "wanted_at")
+    __slots__ = ("branch", "fork", "found", "latest", "making", "tokens", "version", "waits", "wanted", "wanted_at")
 
     def __init__(self, tokens: np.ndarray) -> None:
         self.tokens = tokens
@@ -36,6 +36,9 @@ class _Prompt:
         """The checkpoint that is kept for it while it waits."""
         self.branch: Node | None = None
         """Where it parts from another prompt: a checkpoint is made there, once."""
+        self.fork: Node | None = None
+        """Where its siblings resume."""
+        self.waits = True
         self.wanted_at: dict[int, Place] = {}
         """Positions at which it is to keep a checkpoint."""
         self.making: list[Node] = []
@@ -117,6 +120,8 @@ class PrefixCache:
         """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
         tokens = seq.tokens(0, seq.num_known).astype(np.int32)
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
+        if seq.siblings and self._join_siblings(seq, prompt):
+            return
         walk = self.index.walk(tokens)
         found, known = None, walk.node
         for node in walk.node.path():
@@ -138,6 +143,23 @@ class PrefixCache:
         self._note_branch(seq.seq_id, prompt, walk.edge or walk.node, shared, walk)
         leaf = self.index.insert(tokens)
         leaf.owner = seq.seq_id
+        if seq.fork_at > 0:
+            prompt.fork = self.index.insert(tokens[: seq.fork_at])
+
+    def _join_siblings(self, seq: Any, prompt: _Prompt) -> bool:
+        """What holds for a sibling that came before holds for this request too. False where none came."""
+        before = next((known for s in seq.siblings if s is not seq and (known := self._prompts.get(s.seq_id))), None)
+        if before is None:
+            return False
+        prompt.branch, prompt.fork = before.branch, before.fork
+        if before.wanted is not None and before.wanted.live:
+            self._protect(before.wanted, prompt)
+        return True
+
+    def _awaited(self, seq: Any) -> list[_Prompt]:
+        """The siblings of a request that wait."""
+        known = (self._prompts.get(s.seq_id) for s in seq.siblings if s is not seq)
+        return [prompt for prompt in known if prompt is not None and prompt.waits]
 
     def _note_branch(self, seq_id: int, prompt: _Prompt, other: Node, shared: int, walk: Any) -> None:
         """Where the prompt parts from another one, plan a checkpoint for both of them."""
@@ -162,10 +184,10 @@ class PrefixCache:
     def holds_back(self, seq: Any) -> bool:
         """Whether a waiting request had better wait: a running one is about to keep a checkpoint of tokens that it shares."""
         prompt = self._prompts.get(seq.seq_id)
-        if prompt is None or prompt.branch is None:
+        if prompt is None:
             return False
-        maker = prompt.branch.maker
-        return maker is not None and maker != seq.seq_id and maker in self._prompts
+        makers = [node.maker for node in (prompt.branch, prompt.fork) if node is not None]
+        return any(maker is not None and maker != seq.seq_id and maker in self._prompts for maker in makers)
 
     def find(self, seq: Any) -> Point | None:
         """The deepest checkpoint from which the request can resume; None where there is none."""
@@ -216,6 +238,7 @@ class PrefixCache:
         prompt = self._prompts.get(seq.seq_id)
         if prompt is None:
             return
+        prompt.waits = False
         self._release_wanted(prompt)
         start = 0
         if found is not None:
@@ -247,16 +270,18 @@ class PrefixCache:
             prompt.wanted_at[position] = Place.EXPLICIT
         if "prompt_end" in self._places:
             prompt.wanted_at.setdefault(end, Place.PROMPT_END)
+        for node, place in ((prompt.branch, Place.BRANCH), (prompt.fork, Place.FORK)):
+            if node is not None and node.end > start and node.maker is None and not _alive(node):
+                prompt.wanted_at.setdefault(node.end, place)
+                node.maker = seq.seq_id
+                prompt.making.append(node)
         prompt.wanted_at = {p: place for p, place in prompt.wanted_at.items() if p > start}
-        node = prompt.branch
-        if node is not None and node.end > start and node.maker is None and not _alive(node):
-            node.maker = seq.seq_id
-            prompt.making.append(node)
 
     def left(self, seq: Any) -> None:
         """The request gives its memory back without having ended (preempted, or to be recomputed)."""
         prompt = self._prompts.get(seq.seq_id)
         if prompt is not None:
+            prompt.waits = True
             self._stop_making(prompt)
         self._drop_handed(seq.seq_id)
 
@@ -302,6 +327,7 @@ class PrefixCache:
             for position in sorted(p for p in prompt.wanted_at if p <= item.end):
                 place = prompt.wanted_at.pop(position)
                 made = position > item.start and not self._lives(prompt, position)
+                made = made and (place is not Place.FORK or bool(self._awaited(item.seq)))
                 if made:
                     inside, key = position < item.end, self._new_key()
                     made = not inside or self._reserve(item.seq.seq_id, key, position, place)
@@ -328,8 +354,12 @@ class PrefixCache:
             if not inside:
                 self.strategy.checkpoint(request.seq_id, key)
             prompt = self._prompts[request.seq_id]
-            self._publish(prompt, prompt.tokens[:position], key, place)
+            point = self._publish(prompt, prompt.tokens[:position], key, place)
             self._stop_making(prompt, position)
+            for sibling in self._awaited(request) if position == request.fork_at else ():
+                if sibling.wanted is not point:
+                    self._release_wanted(sibling)
+                    self._protect(point, sibling)
 
     def discard(self, planned: Iterable[Planned], seqs: Iterable[Any] = ()) -> None:
         """Drop the checkpoints of a step that failed, and what its requests left that have ended: they are void."""
@@ -416,7 +446,9 @@ class PrefixCache:
             point.wanted -= 1
             if not point.wanted:
                 self._protected.pop(point, None)
-                if point.live:
+                if point.live and point.place is Place.FORK:
+                    self._evict(point)
+                elif point.live:
                     self._put(point)
 
     def _stop_making(self, prompt: _Prompt, position: int | None = None) -> None:
@@ -469,7 +501,7 @@ class PrefixCache:
                 other = node.point
                 if other is None or not other.live or other.pinned or other.wanted:
                     continue
-                if other.place in (Place.BRANCH, Place.EXPLICIT) or len(node.children) > 1:
+                if other.place in (Place.BRANCH, Place.EXPLICIT, Place.FORK) or len(node.children) > 1:
                     continue
                 kept += 1
                 if kept > self.policy.last_k:
