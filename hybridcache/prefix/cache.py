@@ -10,6 +10,8 @@ Checkpoints never cost a running request its memory: when blocks are short they 
 waiting request's checkpoint is evicted after all others, that of the last in the queue first.
 """
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -104,6 +106,7 @@ class PrefixCache:
         """``(key, position)`` of what requests that ended left, until all their tokens are known."""
         self._left: OrderedDict[int, Point] = OrderedDict()
         """The checkpoints that the last requests to end left, by request."""
+        self._foretold: list[tuple[float, int, list[Point]]] = []
         self._version = 0
 
     def __len__(self) -> int:
@@ -118,6 +121,7 @@ class PrefixCache:
 
     def submitted(self, seq: Any) -> None:
         """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
+        self._forget_past()
         tokens = seq.tokens(0, seq.num_known).astype(np.int32)
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
         if seq.siblings and self._join_siblings(seq, prompt):
@@ -245,7 +249,7 @@ class PrefixCache:
             start = found.position
             if first:
                 self.hit_tokens += start
-            found.touched_s = self.now_s
+            found.touched_s = found.active_s = self.now_s
             if found.live:
                 self._order.begun(found)
                 self._put(found)
@@ -313,6 +317,25 @@ class PrefixCache:
                 self._left.popitem(last=False)
         if self.policy.retention == "semantic" and prompt.latest is not None:
             self._keep_semantic(prompt.latest)
+
+    def foretell(self, seq: Any, time_s: float) -> None:
+        """What a request left that has ended will be used next at that time, and not again later as far as is known; for the
+        bound that knows the future."""
+        left = self._left.get(seq.seq_id)
+        points = [node.point for node in left.node.path() if _alive(node)] if left is not None else []
+        for point in points:
+            point.next_use_s = time_s
+            self._put(point)
+        if points and time_s < math.inf:
+            heapq.heappush(self._foretold, (time_s, seq.seq_id, points))
+
+    def _forget_past(self) -> None:
+        while self._foretold and self._foretold[0][0] <= self.now_s:
+            time_s, _, points = heapq.heappop(self._foretold)
+            for point in points:
+                if point.live and point.next_use_s == time_s:
+                    point.next_use_s = math.inf
+                    self._put(point)
 
     # -- checkpoints of a step -------------------------------------------------------------------------------------
 
@@ -473,7 +496,7 @@ class PrefixCache:
             point = node.point = Point(key, node, place, self.now_s)
         else:
             point.key, point.live, point.place, point.made_s = key, True, place, self.now_s
-            point.touched_s = self.now_s
+            point.touched_s = point.active_s = self.now_s
             if point.wanted:  # by a request that came before it was evicted, and still waits
                 self._protected[point] = None
         if prompt.latest is not None and prompt.latest is not point:
@@ -486,8 +509,11 @@ class PrefixCache:
             self._order.superseded(before)
         self._order.begun(point)
         self._put(point)
-        if before is not None:
+        while before is not None:
+            before.active_s = self.now_s
+            before.inherit(point)
             self._put(before)
+            before = before.live_before()
         prompt.latest = point
         self._version += 1
         self._retain(point)
@@ -531,7 +557,7 @@ class PrefixCache:
         if before is not None:
             if not after and before.superseded:  # its sequence can only be resumed from there now
                 before.superseded = False
-                before.touched_s = max(before.touched_s, point.touched_s)
+                before.active_s = point.active_s
                 before.inherit(point)
             self._put(before)
         for other in after:

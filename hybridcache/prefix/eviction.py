@@ -177,17 +177,13 @@ class FlopAware(_Ordered):
 
 
 class Farthest(_Ordered):
-    """Next use farthest in the future."""
+    """Next use farthest in the future; without ``next_use``, the one that :meth:`PrefixCache.foretell` was told."""
 
     name = "farthest"
 
     def __init__(self, values: Values, *, next_use: NextUse | None = None, seed: int = 0) -> None:
         super().__init__(values)
-        if next_use is None:
-            raise bad(
-                "eviction", self.name, "needs the future: it runs in simulation of streams that know their next use"
-            )
-        self.next_use = next_use
+        self.next_use: NextUse = next_use or (lambda point: point.next_use_s)
 
     def priority(self, point: Point, now_s: float) -> float:
         return -self.next_use(point)
@@ -247,7 +243,7 @@ def make_eviction(name: str, values: Values, *, next_use: NextUse | None = None,
     """An eviction order by its name.
 
     Raises:
-        UserError: an unknown name, or ``farthest`` without a known future.
+        UserError: an unknown name.
     """
     if name not in ORDERS:
         raise bad("eviction", name, f"choose one of {', '.join(ORDERS)}")

@@ -31,8 +31,8 @@ class Point:
     """
 
     __slots__ = (
-        "credit", "host", "key", "live", "made_s", "mean_log_interval", "node", "pinned", "place", "serial", "slot",
-        "superseded", "touched_s", "uses", "wanted",
+        "active_s", "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place", "serial",
+        "slot", "superseded", "touched_s", "uses", "wanted",
     )  # fmt: skip
 
     def __init__(self, key: int, node: Node, place: Place, now_s: float) -> None:
@@ -40,6 +40,8 @@ class Point:
         self.live = True
         self.made_s = self.touched_s = now_s
         """When it was made; when it was made or a request last resumed from it."""
+        self.active_s = now_s
+        """When its sequence was last worked on: the wait for its reuse began then."""
         self.uses = 0
         """Times that it, and the checkpoints that it continues, were resumed from."""
         self.mean_log_interval = 0.0
@@ -50,6 +52,8 @@ class Point:
         """Waiting requests that are going to resume from it."""
         self.pinned = False
         """Whether it is never evicted for another checkpoint (LLM.pin)."""
+        self.next_use_s = math.inf
+        """When a request will resume from it, where the future is told (:meth:`PrefixCache.foretell`)."""
         self.host: object | None = None
         """Its copy in host memory."""
         self.serial = 0
@@ -66,10 +70,10 @@ class Point:
 
     def touch(self, now_s: float) -> None:
         """A request resumed from it."""
-        interval = math.log1p(max(now_s - self.touched_s, 0.0))
+        interval = math.log1p(max(now_s - self.active_s, 0.0))
         self.uses += 1
         self.mean_log_interval += (interval - self.mean_log_interval) / min(self.uses, 8)
-        self.touched_s = now_s
+        self.touched_s = self.active_s = now_s
 
     def inherit(self, earlier: "Point") -> None:
         """It continues the sequence of an earlier checkpoint, whose times of reuse are the best guess for its own."""

@@ -66,8 +66,8 @@ class Replay:
 
     def run(self) -> Replayed:
         """Run the stream to its end."""
-        for request in self.stream.begin():
-            self._push(request.arrival_s, request, None)
+        for begun in self.stream.begin():
+            self._push(begun.arrival_s, begun, None)
         first = self._events[0][0] if self._events else 0.0
         self._now = first
         while self._events:
@@ -159,8 +159,12 @@ class Replay:
         self.strategy.release(seq.seq_id)
         self.prefix.ended(seq)
         self._running -= 1
+        next_s = math.inf
         for released in self.stream.ended(seq.seq_id, self._now):
             self._push(released.arrival_s, released, None)
+            if seq.request is not None and released.session == seq.request.session:
+                next_s = min(next_s, released.arrival_s)
+        self.prefix.foretell(seq, next_s)
         seq.request = seq.ids = None
 
 
