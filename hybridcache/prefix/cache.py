@@ -20,6 +20,7 @@ import numpy as np
 
 from hybridcache.prefix.eviction import NextUse, Values, make_eviction
 from hybridcache.prefix.index import Node, RadixIndex
+from hybridcache.prefix.pins import Pin, Pins
 from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal
 from hybridcache.prefix.planned import Planned, Scheduled
 from hybridcache.prefix.points import Place, Point
@@ -88,6 +89,7 @@ class PrefixCache:
         self._places = set(self.policy.placement)
         self._share = int(self.policy.share * strategy.budget_bytes)
         self._next_key = 0
+        self._pins = Pins()
         self.clear()
 
     def clear(self) -> None:
@@ -117,6 +119,30 @@ class PrefixCache:
         """The live checkpoints, in order of creation."""
         return list(self._points.values())
 
+    # -- pins ------------------------------------------------------------------------------------------------------
+
+    def pin(self, tokens: Iterable[int]) -> Pin:
+        """From now on, never evict a checkpoint of these tokens for another one. The caller makes them, by a request that asks
+        for the pin's positions; where they are lost, a request that begins with them makes those inside its prompt again."""
+        self.on = True
+        pin = self._pins.add(np.fromiter(tokens, dtype=np.int32))
+        for point in self.pinned(pin):
+            point.place, point.pinned = Place.EXPLICIT, True
+            self._order.remove(point)
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """Let the pin's checkpoints be evicted as others are. Raises UserError where it is no pin (any more)."""
+        self._pins.remove(pin)
+        for point in self.pinned(pin):
+            point.pinned = self._pins.hold(point)
+            self._put(point)
+
+    def pinned(self, pin: Pin) -> list[Point]:
+        """The pin's live checkpoints."""
+        ends = [(end, self.index.walk(pin.tokens[:end]).node) for end in pin.positions]
+        return [node.point for end, node in ends if node.end == end and _alive(node)]
+
     # -- requests --------------------------------------------------------------------------------------------------
 
     def submitted(self, seq: Any) -> None:
@@ -126,6 +152,7 @@ class PrefixCache:
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
         if seq.siblings and self._join_siblings(seq, prompt):
             return
+        prompt.wanted_at = dict.fromkeys(self._pins.inside(tokens), Place.EXPLICIT)
         walk = self.index.walk(tokens)
         found, known = None, walk.node
         for node in walk.node.path():
@@ -225,7 +252,7 @@ class PrefixCache:
                 admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt)
             if admitted or not self.make_room(urgent=urgent, but=found):
                 break
-        if not admitted and found is not None:
+        if not admitted and found is not None and (urgent or not found.pinned):
             admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
             if admitted:
                 self._evict(found, dropped=True)
@@ -502,6 +529,7 @@ class PrefixCache:
         if prompt.latest is not None and prompt.latest is not point:
             point.inherit(prompt.latest)
         self._points[key] = point
+        point.pinned = self._pins.hold(point)
         point.superseded = place is Place.INSIDE
         self.index.see(node)
         before = point.live_before()
