@@ -198,7 +198,9 @@ class LLM:
             params = SamplingParams(max_tokens=1, checkpoint_at=pin.positions)
             self.generate({"prompt_token_ids": encoded.token_ids}, params, progress=False)
             if not self.engine.prefix.pinned(pin):
-                raise bad("prompt", f"{len(encoded.token_ids)} tokens", "no memory is left to keep them; unpin another one")
+                raise bad(
+                    "prompt", f"{len(encoded.token_ids)} tokens", "no memory is left to keep them; unpin another one"
+                )
         except BaseException:
             self.engine.prefix.unpin(pin)
             raise

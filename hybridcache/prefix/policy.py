@@ -81,7 +81,9 @@ class PrefixPolicy:
             raise bad("prefix", given, "give True, False, a PrefixPolicy or a dict of its fields")
         for name, value in given.items():
             if name not in cls.__dataclass_fields__:
-                raise bad(f"prefix.{name}", value, f"is no field of a policy; it has {', '.join(cls.__dataclass_fields__)}")
+                raise bad(
+                    f"prefix.{name}", value, f"is no field of a policy; it has {', '.join(cls.__dataclass_fields__)}"
+                )
         return cls(**given)
 
 
