@@ -148,7 +148,7 @@ class PrefixCache:
     def submitted(self, seq: Any) -> None:
         """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
         self._forget_past()
-        tokens = seq.tokens(0, seq.num_known).astype(np.int32)
+        tokens = seq.tokens(0, seq.num_known).astype(np.int32, copy=False)
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
         if seq.siblings and self._join_siblings(seq, prompt):
             return
@@ -172,7 +172,7 @@ class PrefixCache:
             before = (walk.edge or walk.node).end
             self.depths.parted(before - walk.length)
         self._note_branch(seq.seq_id, prompt, walk.edge or walk.node, shared, walk)
-        leaf = self.index.insert(tokens)
+        leaf = self.index.insert(tokens, walk if prompt.branch is None else None)  # a branch has changed the index
         leaf.owner = seq.seq_id
         if seq.fork_at > 0:
             prompt.fork = self.index.insert(tokens[: seq.fork_at])
@@ -226,7 +226,7 @@ class PrefixCache:
         if prompt is None:
             return None
         if len(prompt.tokens) != seq.num_known:  # it was preempted: its output is known by now
-            prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32), -1
+            prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32, copy=False), -1
         if prompt.version != self._version:
             path = self.index.walk(prompt.tokens).node.path()
             alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
