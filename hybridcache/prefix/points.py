@@ -14,11 +14,13 @@ class Place(Enum):
     INSIDE = "inside"
     BRANCH = "branch"
     EXPLICIT = "explicit"
+    FORK = "fork"
+    """Siblings resume from it; it is gone once all of them have."""
 
     @property
     def semantic(self) -> bool:
         """Whether a turn ends here, or its user asked for it."""
-        return self is not Place.INSIDE and self is not Place.BRANCH
+        return self not in (Place.INSIDE, Place.BRANCH, Place.FORK)
 
 
 class Standing(IntEnum):

@@ -1,6 +1,8 @@
 """PrefixPolicy: where checkpoints are made, which are kept, and which go when blocks are short."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hybridcache.errors import bad, number, whole
 from hybridcache.prefix.eviction import ORDERS
@@ -64,6 +66,26 @@ class PrefixPolicy:
         if self.eviction not in ORDERS:
             raise bad("prefix.eviction", self.eviction, f"choose one of {', '.join(ORDERS)}")
         whole("prefix.history_tokens", self.history_tokens, 0)
+
+    @classmethod
+    def read(cls, given: Any) -> "PrefixPolicy | None":
+        """What a user gave: a policy, a mapping of its fields, True for the defaults, None or False for none.
+
+        Raises:
+            UserError: anything else; the message names the field.
+        """
+        if given is None or given is False or isinstance(given, PrefixPolicy):
+            return given or None
+        if given is True:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise bad("prefix", given, "give True, False, a PrefixPolicy or a dict of its fields")
+        for name, value in given.items():
+            if name not in cls.__dataclass_fields__:
+                raise bad(
+                    f"prefix.{name}", value, f"is no field of a policy; it has {', '.join(cls.__dataclass_fields__)}"
+                )
+        return cls(**given)
 
 
 OFF = PrefixPolicy(placement=(), retention="all", eviction="lru")
