@@ -288,12 +288,16 @@ def _runnable(name: str, fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
     found = shipped_fields(name) if fields is None else fields
     if found.get("model_type") not in MODELS:
         reason = f"inference does not run {found.get('model_type')}, only its geometry"
-        raise bad("model", name, f"{reason}; {_known() if fields is None else 'choose another, or leave inference out'}")
+        raise bad(
+            "model", name, f"{reason}; {_known() if fields is None else 'choose another, or leave inference out'}"
+        )
     return found
 
 
 def _known() -> str:
-    return f"choose one of {', '.join(each for each in shipped_names() if shipped_fields(each)['model_type'] in MODELS)}"
+    return (
+        f"choose one of {', '.join(each for each in shipped_names() if shipped_fields(each)['model_type'] in MODELS)}"
+    )
 
 
 def _max_model_len(given: int | None, longest: int) -> int:
