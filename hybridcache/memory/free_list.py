@@ -28,7 +28,7 @@ def listed_runs(numbers: Sequence[int]) -> list[list[int]]:
     if len(numbers) > 64:
         return merged_runs(numbers).tolist()
     runs: list[list[int]] = []
-    end = None
+    end: int | None = None
     for number in sorted(numbers):
         if number == end:
             runs[-1][1] += 1
