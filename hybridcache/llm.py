@@ -339,15 +339,21 @@ def load_for_inference(
 
 def _runnable(name: str, fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """These fields, or those of the shipped config of that name, of an architecture that inference runs."""
-    kinds = {each: shipped_fields(each)["model_type"] for each in shipped_names()}
-    known = f"choose one of {', '.join(each for each, kind in kinds.items() if kind in MODELS)}"
-    if fields is None and name not in kinds:
-        raise bad("model", name, f"no such folder and no such shipped config; {known}")
+    if fields is None and name not in shipped_names():
+        raise bad("model", name, f"no such folder and no such shipped config; {_known()}")
     found = shipped_fields(name) if fields is None else fields
     if found.get("model_type") not in MODELS:
         reason = f"inference does not run {found.get('model_type')}, only its geometry"
-        raise bad("model", name, f"{reason}; {known if fields is None else 'choose another, or leave inference out'}")
+        raise bad(
+            "model", name, f"{reason}; {_known() if fields is None else 'choose another, or leave inference out'}"
+        )
     return found
+
+
+def _known() -> str:
+    return (
+        f"choose one of {', '.join(each for each in shipped_names() if shipped_fields(each)['model_type'] in MODELS)}"
+    )
 
 
 def _max_model_len(given: int | None, longest: int) -> int:
