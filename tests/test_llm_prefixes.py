@@ -103,7 +103,7 @@ def test_policies_as_a_user_gives_them():
     assert make_llm(prefix=False).engine.prefix.policy.placement == ()
     assert make_llm(prefix=True).engine.prefix.policy == PrefixPolicy()
     assert make_llm(prefix={"placement": ["prompt_end"], "last_k": 3}).engine.prefix.policy.last_k == 3
-    policy = PrefixPolicy(eviction="lru")
+    policy = PrefixPolicy(placement=("prompt_end",), eviction="lru")
     llm = make_llm(prefix=policy)
     assert llm.engine.prefix.policy is policy
     llm.generate([SYSTEM], progress=False)
