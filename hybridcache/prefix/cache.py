@@ -265,11 +265,30 @@ class PrefixCache:
                 admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt)
             if admitted or not self.make_room(urgent=urgent, but=found):
                 break
-        if not admitted and found is not None and (urgent or not found.pinned):
-            admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
-            if admitted:
-                self._evict(found, dropped=True)
+        takes_over = found is not None and (urgent or not found.pinned)
+        while not admitted:
+            if takes_over and found is not None:
+                admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
+            elif found is None:
+                admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=prompt)
+            if not admitted and not self._yield_wanted(found):
+                break
+        if admitted and takes_over and found is not None and found.key not in strategy.cached:
+            self._evict(found, dropped=True)
         return admitted
+
+    def _yield_wanted(self, but: Point | None) -> bool:
+        """Evict the checkpoint of the last waiting request, so that an earlier one need not wait, as long as those kept for
+        waiting requests are more than their share."""
+        waiting, running = len(self._protected), len(self.strategy.residents)
+        if waiting <= self.policy.wanted_share * (waiting + running):
+            return False
+        victim = next((point for point in reversed(self._protected) if point is not but), None)
+        if victim is None:
+            return False
+        self._evict(victim)
+        self.evicted += 1
+        return True
 
     def admitted(self, seq: Any, found: Point | None, first: bool) -> None:
         """The request was admitted, resuming from ``found``. Chooses where it will keep checkpoints.

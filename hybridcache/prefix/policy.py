@@ -35,6 +35,8 @@ class PrefixPolicy:
         last_k: how many.
         share: of the budget, above 0 up to 1.
         eviction: an order of :data:`~hybridcache.prefix.eviction.ORDERS`.
+        wanted_share: of running requests and checkpoints kept for waiting ones together, most that may be the latter where they
+            keep another request from being admitted: beyond it those of the last in the queue are evicted, and computed again.
         history_tokens: tokens remembered without a checkpoint.
     """
 
@@ -45,6 +47,7 @@ class PrefixPolicy:
     last_k: int = 2
     share: float = 0.5
     eviction: str = "reuse_density"
+    wanted_share: float = 0.25
     history_tokens: int = 1 << 24
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class PrefixPolicy:
         whole("prefix.last_k", self.last_k)
         if not 0 < number("prefix.share", self.share) <= 1:
             raise bad("prefix.share", self.share, "give a share of the budget, above 0 up to 1")
+        if not 0 <= number("prefix.wanted_share", self.wanted_share) <= 1:
+            raise bad("prefix.wanted_share", self.wanted_share, "give a share, from 0 to 1")
         if self.eviction not in ORDERS:
             raise bad("prefix.eviction", self.eviction, f"choose one of {', '.join(ORDERS)}")
         whole("prefix.history_tokens", self.history_tokens, 0)
