@@ -23,7 +23,7 @@ from hybridcache.engine.step import Shape, Step
 from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.pool import CachePool
-from hybridcache.memory.spans import Kind
+from hybridcache.memory.spans import Kind, Move
 from hybridcache.prefix.placement import POSITION_MULTIPLE
 from hybridcache.prefix.planned import checkpoint_table
 from hybridcache.strategies.base import Strategy
@@ -186,7 +186,13 @@ class ModelRunner:
                 self.graphs.capture()
                 before = Counter(self.backend.launches)
                 for rows in {1, self.max_rows}:
-                    self._forward(padding_batch(rows, self.max_tokens, self.inputs.table))
+                    batch = padding_batch(rows, self.max_tokens, self.inputs.table)
+                    self._forward(batch)
+                shape = (len(batch.prefill_start_P), 1, len(self.strategy.spec.state_layers))
+                batch.checkpoint_table_PNL = torch.full(shape, -1, dtype=torch.int32, device=self.pool.buffer.device)
+                batch.checkpoint_interval = POSITION_MULTIPLE
+                self._forward(batch)
+                self._move(self.strategy.sample_moves())
                 self.backend.launches.clear()
                 self.backend.launches.update(before)
 
@@ -200,7 +206,10 @@ class ModelRunner:
         moves = self.strategy.drain_moves()
         if moves:
             self.rows.moved()
-            self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
+            self._move(moves)
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
 
     def launch(self, step: Step) -> Flight:
         """Compute a step's tokens and sample. Its requests are :class:`~hybridcache.engine.request.Request`.

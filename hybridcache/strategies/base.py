@@ -311,6 +311,17 @@ class Strategy(Accounts):
         moves, self._moves = self._moves, []
         return moves
 
+    def sample_moves(self) -> list[Move]:
+        """Copies as restoring makes them, between entries that nobody holds; so that an engine compiles the kernel before its
+        first request. Only while nobody holds anything."""
+        assert not self._residents
+        assert not self._checkpoints
+        before, self.bytes_copied = self.bytes_copied, 0
+        if self.request_limit() > self._entry_tokens:
+            self._copy_tail(0, 1, 1)
+        self.bytes_copied = before
+        return self.drain_moves()
+
     # -- helpers ---------------------------------------------------------------------------------------------
 
     def _check_admission(self, seq_id: int, num_tokens: int, prompt_tokens: int | None) -> None:
