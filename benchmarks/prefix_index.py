@@ -61,19 +61,18 @@ class Filled:
     def _converse(self, kind: str, length: int, turn: int) -> None:
         ids = self.ids(length)
         for end in range(turn, length + 1, turn):
-            self.run(self.submitted(ids[:end]))
+            seq = self.request(ids[:end])
+            self.cache.submitted(seq)
+            self.run(seq)
         self.known[kind].append(ids)
 
     def ids(self, count: int) -> np.ndarray:
         return self._random.integers(0, 150_000, count, dtype=np.int32)
 
-    def submitted(self, ids: np.ndarray) -> SimulatedSequence:
-        """A request of these tokens that was submitted."""
+    def request(self, ids: np.ndarray) -> SimulatedSequence:
         self._next += 1
         self.cache.now_s += 0.1
-        seq = SimulatedSequence(self._next, len(ids), 1, ids=np.append(ids, 0), unique=self._unique)
-        self.cache.submitted(seq)
-        return seq
+        return SimulatedSequence(self._next, len(ids), 1, ids=np.append(ids, np.int32(0)), unique=self._unique)
 
     def run(self, seq: SimulatedSequence) -> None:
         """Admit it, compute it, and end it."""
@@ -125,12 +124,13 @@ def measure(nodes: int, eviction: str, rounds: int) -> list[dict[str, Any]]:
         prompts = [filled.follow_up(kind, 100) for _ in range(rounds if tokens == SHORT else rounds // 10)]
         where = f"a checkpoint every {checkpoints}"
         add(f"walk, {where}", tokens, cache.index.walk, prompts)
-        seqs: list[SimulatedSequence] = []
-        add(f"submit, {where}", tokens, lambda prompt: seqs.append(filled.submitted(prompt)), prompts)
+        seqs = [filled.request(prompt) for prompt in prompts]
+        add(f"submit, {where}", tokens, cache.submitted, seqs)
         add(f"look up, {where}", tokens, look_up, seqs)
         add(f"admit, compute and end, {where}", tokens, filled.run, seqs)
-    step = [ScheduledTokens(filled.submitted(filled.ids(100)), 100, 1) for _ in range(256)]
+    step = [ScheduledTokens(filled.request(filled.ids(100)), 100, 1) for _ in range(256)]
     for item in step:
+        cache.submitted(item.seq)
         cache._prompts[item.seq.seq_id].wanted_at.clear()
     add("plan a step of 256 requests", 0, cache.plan, [step] * rounds)
     for item in step:
