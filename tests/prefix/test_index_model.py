@@ -253,7 +253,7 @@ class Cache(RuleBasedStateMachine):
     def preempt(self, data):
         self.wait_again(data.draw(st.sampled_from(self.running)))
 
-    @precondition(lambda self: (self.running or self.waiting))
+    @precondition(lambda self: self.running or self.waiting)
     @rule(data=st.data())
     def abort(self, data):
         seq = data.draw(st.sampled_from(self.running + self.waiting))
