@@ -4,8 +4,8 @@
 
 A prefix cache over a strategy's books (no bytes behind them) is filled by conversations of 2,000 tokens in turns of 400, each
 of which leaves a checkpoint, and by a few of 100,000 tokens, half of them in turns of 400, half with a checkpoint every 8,192.
-Then prompts that go on from these are looked up, submitted and admitted, and checkpoints are evicted, under every order. Times are
-microseconds, medians and 90th percentiles; ``met`` says whether the bars of the record are.
+Then prompts that go on from these are looked up, submitted and admitted, and checkpoints are evicted, under every order. Times
+are microseconds, medians and 90th percentiles; ``met`` says whether the bars of the record are.
 """
 
 import gc
