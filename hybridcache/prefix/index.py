@@ -76,6 +76,8 @@ class RadixIndex:
 
     def __init__(self, history_tokens: int = HISTORY_TOKENS) -> None:
         self.history_tokens = whole("history_tokens", history_tokens, 0)
+        self._scratch = bytearray()
+        """Tokens of the last walk, to be compared as bytes; memory of its own would cost more than the walk."""
         self.clear()
 
     def clear(self) -> None:
@@ -89,14 +91,16 @@ class RadixIndex:
     def walk(self, tokens: np.ndarray) -> Walk:
         """Follow a sequence (int32) as far as it has been seen."""
         node, at, count = self.root, 0, len(tokens)
-        first = memoryview(np.ascontiguousarray(tokens))
-        data = first.cast("B")
+        if len(self._scratch) < count * 4:
+            self._scratch = bytearray(count * 8)
+        np.frombuffer(self._scratch, dtype=np.int32)[:count] = tokens
+        first, begins = memoryview(self._scratch).cast("i"), self._scratch.startswith
         while at < count:
             child = node.children.get(first[at])
             if child is None:
                 break
             end = child.end
-            if end > count or not child.edge.startswith(data[at * 4 : end * 4]):  # equal, as they are equally long
+            if end > count or not begins(child.edge, at * 4):
                 return Walk(node, at + _common(child.tokens, tokens[at:end]), child)
             node, at = child, end
         return Walk(node, at, None)
