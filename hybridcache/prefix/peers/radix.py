@@ -7,7 +7,7 @@ SGLang 0.5.15 (variant None):
 * Two orders of use. Where slots are short, the states used longest ago go, of whichever node; a leaf goes whole, and an inner node keeps its
   KV. Where KV is short, the leaf used longest ago goes, with the nodes before it that have neither states nor another child. A match
   refreshes its whole path in both orders.
-* States are kept at the end of every prefill chunk; with the extra buffer at the last multiple of 64 in it, or instead at the place
+* States are kept once in every prefill chunk: at its end, with the extra buffer at the last multiple of 64 in it, or instead at the place
   (a multiple of 64) up to which KV was found beyond the states, where that lies in the chunk.
 * A request that ends hands its states over; with the extra buffer those at the last multiple of 256 that its decode reached.
 * A running request keeps the node that it resumed from, or made last, from being evicted. A preempted one leaves its nodes.
@@ -24,11 +24,13 @@ import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.memory.owners import StateSet
-from hybridcache.prefix.index import Node, RadixIndex
+from hybridcache.prefix.index import RadixIndex
 from hybridcache.prefix.placement import floor_position
 from hybridcache.prefix.planned import Planned
 from hybridcache.prefix.points import Place, Point
 from hybridcache.strategies.base import Strategy
+from hybridcache.strategies.large_block import LargeBlock
+from hybridcache.strategies.lcm_carve import LcmCarve
 from hybridcache.strategies.static_split import StaticSplit
 from hybridcache.strategies.two_ended import TwoEnded
 
@@ -77,6 +79,14 @@ class RadixEnds(_Short, TwoEnded):
     """two_ended that tells what was short."""
 
 
+class RadixCarve(_Short, LcmCarve):
+    """lcm_carve that tells what was short."""
+
+
+class RadixBlocks(_Short, LargeBlock):
+    """large_block that tells what was short."""
+
+
 class _Run:
     """What is known of a request that waits or runs."""
 
@@ -100,11 +110,18 @@ class RadixPrefix:
     """
 
     host_bytes = 0
+    donates = True
+    """Whether a request that ends hands its states over."""
+    branches = True
+    """Whether states are kept where KV was found beyond them, also without the extra buffer."""
+    one_order: str | None = None
+    """The order by which everything is evicted (``states`` or ``kv``), where there is one."""
 
     def __init__(self, strategy: Any, variant: str | None = None, chunk_tokens: int = 8192) -> None:
         if variant not in VARIANTS:
             raise bad("variant", variant, f"choose one of {VARIANTS}")
         self.strategy, self.variant, self.chunk_tokens = strategy, variant, chunk_tokens
+        self.refreshes_path = variant is None
         self.buffered = bool(getattr(strategy, "extra_buffer", False))
         self.on = True
         self.now_s = 0.0
@@ -172,12 +189,12 @@ class RadixPrefix:
         self._lock(self._runs[seq.seq_id], found)
 
     def _touch(self, point: Point) -> None:
-        """A match: refresh its path, what lies nearest to the root last."""
+        """A match: refresh its path; what lies nearest to the root is evicted first."""
         point.touch(self.now_s)
-        for node in point.node.path():
+        for node in reversed([*point.node.path()]):
             if node.point is not None:
                 self._leaves.move_to_end(node.point)
-                if self.variant is None or node.point is point:
+                if self.refreshes_path or node.point is point:
                     self._states.move_to_end(node.point)
 
     def _lock(self, run: _Run, point: Point | None) -> None:
@@ -198,7 +215,7 @@ class RadixPrefix:
     def ending(self, seq: Any) -> None:
         """The request ends: its states, or those that it tracked, are handed over."""
         computed, seq_id = seq.num_computed, seq.seq_id
-        if seq_id not in self._runs or not self.strategy.at_rest(seq_id, computed):
+        if not self.donates or seq_id not in self._runs or not self.strategy.at_rest(seq_id, computed):
             return
         key = self._new_key()
         if not self.buffered:
@@ -231,7 +248,7 @@ class RadixPrefix:
             if run is None or (count == 1 and start >= seq.prompt_len):
                 continue
             position = floor_position(end) if self.buffered else end
-            if self.buffered and start < run.branch < end:
+            if self.branches and start < run.branch < end:
                 position = run.branch
             if position <= start or self._node_at(run, seq, position) is not None:
                 continue
@@ -290,7 +307,7 @@ class RadixPrefix:
 
     def make_room(self, *, urgent: bool, but: Point | None = None) -> bool:
         """Evict one node for what the strategy lacked last. False where none may be."""
-        lacks = self.strategy.lacks
+        lacks = self.strategy.lacks and (self.one_order or self.strategy.lacks)
         if lacks is None:
             return False
         order = self._states if lacks == "states" else self._leaves
