@@ -2,15 +2,17 @@
 
 SGLang 0.5.15 (variant None):
 
-* A tree over token ids; a node may hold states beside the KV up to it, and every leaf does. A hit ends at the deepest node that holds
-  states, at most all tokens but one.
-* Two orders of use. Where slots are short, the states used longest ago go, of whichever node; a leaf goes whole, and an inner node keeps its
-  KV. Where KV is short, the leaf used longest ago goes, with the nodes before it that have neither states nor another child. A match
-  refreshes its whole path in both orders.
-* States are kept once in every prefill chunk: at its end, with the extra buffer at the last multiple of 64 in it, or instead at the place
-  (a multiple of 64) up to which KV was found beyond the states, where that lies in the chunk.
-* A request that ends hands its states over; with the extra buffer those at the last multiple of 256 that its decode reached.
-* A running request keeps the node that it resumed from, or made last, from being evicted. A preempted one leaves its nodes.
+* A tree over token ids; a node may hold states beside the KV up to it, and every leaf does. A hit ends at the deepest
+  node that holds states, at most all tokens but one.
+* Two orders of use. Where slots are short, the states used longest ago go, of whichever node; a leaf goes whole, and an
+  inner node keeps its KV. Where KV is short, the leaf used longest ago goes, with the nodes before it that have neither
+  states nor another child. A match refreshes its whole path in both orders.
+* States are kept once in every prefill chunk: at its end, with the extra buffer at the last multiple of 64 in it, or
+  instead at the place (a multiple of 64) up to which KV was found beyond the states, where that lies in the chunk.
+* A request that ends hands its states over; with the extra buffer those at the last multiple of 256 that its decode
+  reached.
+* A running request keeps the node that it resumed from, or made last, from being evicted. A preempted one leaves its
+  nodes.
 * ``q`` slots a request (:mod:`~hybridcache.strategies.static_split`): 3, and 5 with the extra buffer.
 
 Variant ``sglang_0.5.18``: of the states, only those that a request resumes from are refreshed.
