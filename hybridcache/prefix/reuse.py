@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from hybridcache.prefix.points import Point
+from hybridcache.prefix.points import Point, Standing
 
 BUCKETS = 40
 _FIRST_S = 0.1
@@ -20,7 +20,7 @@ _GROWTH = 1.35
 _EDGES = np.concatenate([[0.0], _FIRST_S * _GROWTH ** np.arange(BUCKETS)])
 """Seconds; the last edge is some 6 hours."""
 INTERVAL_CLASSES = 8
-CLASSES = 2 * (1 + INTERVAL_CLASSES)
+CLASSES = len(Standing) * (1 + INTERVAL_CLASSES)
 _ALIKE = 16.0
 _SMOOTH = np.array([0.25, 0.5, 0.25])
 _REBUILD_EVERY = 64
@@ -67,7 +67,7 @@ class ReuseTimes:
 
     def _rebuild(self) -> None:
         # A class of few observations is taken to be like all of its kind.
-        kinds = self._reused.reshape(2, -1, BUCKETS), self._begun.reshape(2, -1)
+        kinds = self._reused.reshape(len(Standing), -1, BUCKETS), self._begun.reshape(len(Standing), -1)
         all_begun = kinds[1].sum(axis=1, keepdims=True)
         alike = (kinds[0] + _ALIKE * kinds[0].sum(axis=1, keepdims=True) / all_begun[:, :, None]).reshape(-1, BUCKETS)
         reused_CB = np.apply_along_axis(np.convolve, 1, np.pad(alike, ((0, 0), (1, 1)), "edge"), _SMOOTH, "valid")
@@ -91,4 +91,4 @@ def bucket_of(age_s: float) -> int:
 def class_of(point: Point) -> int:
     """The class of a checkpoint; see the module."""
     known = 0 if point.uses == 0 else 1 + min(int(point.mean_log_interval * 1.25), INTERVAL_CLASSES - 1)
-    return known + (1 + INTERVAL_CLASSES) * point.superseded
+    return known + (1 + INTERVAL_CLASSES) * point.standing
