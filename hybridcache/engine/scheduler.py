@@ -173,9 +173,11 @@ class Scheduler:
                 tokens = seq.fork_at - start
             if tokens > budget:
                 tokens = self._cut(start, budget)
-                if tokens == 0:
-                    self._left_behind(seq)
-                    continue
+            if tokens > 1 and self.prefix.on:
+                tokens = self.prefix.cut(seq, start, tokens)
+            if tokens == 0:
+                self._left_behind(seq)
+                continue
             # A request holds more already where a step was scheduled and not run.
             while not grow(seq_id, max(start + tokens, self.strategy.num_tokens(seq_id))):
                 if self.prefix.make_room(urgent=True):
@@ -219,9 +221,11 @@ class Scheduler:
                 tokens = seq.fork_at - start
             if tokens > budget:
                 tokens = self._cut(start, budget)
-                if tokens == 0:
-                    self._left_behind(seq)
-                    break
+            if tokens > 1 and self.prefix.on:
+                tokens = self.prefix.cut(seq, start, tokens)
+            if tokens == 0:
+                self._left_behind(seq)
+                break
             if not self._admit(seq, start + tokens, found):
                 if found is not None and not self.running and not chosen:
                     self.prefix.make_room(urgent=True)  # a hit that does not fit an empty pool becomes a miss

@@ -246,6 +246,10 @@ class PrefixCache:
             prompt.found, prompt.version = next(alive, None), self._version
         return prompt.found
 
+    def cut(self, seq: Any, start: int, tokens: int) -> int:
+        """How many of these tokens from ``start`` on the next step computes (0: none of them in this step)."""
+        return tokens
+
     def admit(self, seq: Any, found: Point | None, tokens: int, prompt: int | None = None, *, urgent: bool) -> bool:
         """Take memory for the first ``tokens`` tokens of a request, resuming from ``found``. Where memory is short, checkpoints
         are evicted, and at last ``found`` is taken over. False where that does not do.

@@ -194,6 +194,18 @@ class RadixIndex:
         elif len(parent.children) == 1 and parent.point is None and parent.maker is None:
             self.join(parent)
 
+    def trim(self, node: Node) -> None:
+        """Take out a node at which nothing lies any more, with those before it that led only there."""
+        if node.children:
+            if len(node.children) == 1:
+                self.join(node)
+            return
+        while node is not self.root and node.point is None and not node.children:
+            parent = node.parent
+            assert parent is not None
+            self._forget(node)
+            node = parent
+
     def join(self, node: Node) -> None:
         """Take out a node at which nothing ends any more."""
         (child,) = node.children.values()

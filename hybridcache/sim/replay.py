@@ -126,22 +126,30 @@ class Replay:
 
     def _admit(self, seq: SimulatedSequence) -> bool:
         found = self.prefix.find(seq)
+        start = 0 if found is None else found.position
+        end = start + (self.prefix.cut(seq, start, seq.prompt_len - start) or seq.prompt_len - start)
         admitted = self.prefix.admit(
-            seq, found, seq.prompt_len, seq.max_stored_tokens if seq.max_tokens > 1 else None, urgent=not self._running
+            seq, found, end, seq.max_stored_tokens if seq.max_tokens > 1 else None, urgent=not self._running
         )
         if not admitted and found is not None and not self._running:
             self.prefix.make_room(urgent=True)
             return self._admit(seq)
         if not admitted:
             return False
-        start = 0 if found is None else found.position
         self.prefix.admitted(seq, found, first=True)
         seq.hit_tokens, seq.status = start, Status.RUNNING
-        self.strategy.settle_states([seq.seq_id])
-        self.prefix.keep(self.prefix.plan([ScheduledTokens(seq, start, seq.prompt_len - start)]))
-        while not self.strategy.grow(seq.seq_id, seq.max_stored_tokens):
-            if not self.prefix.make_room(urgent=True):
-                raise RuntimeError(f"{self.strategy.name}: no room for an output ({self.strategy.usage()})")
+        at = start
+        while True:
+            self.strategy.settle_states([seq.seq_id])
+            if at < seq.prompt_len:
+                self.prefix.keep(self.prefix.plan([ScheduledTokens(seq, at, end - at)]))
+            if (at := end) >= seq.max_stored_tokens:
+                break
+            rest = (seq.prompt_len if at < seq.prompt_len else seq.max_stored_tokens) - at
+            end = at + (self.prefix.cut(seq, at, rest) or rest)
+            while not self.strategy.grow(seq.seq_id, end):
+                if not self.prefix.make_room(urgent=True):
+                    raise RuntimeError(f"{self.strategy.name}: no room for an output ({self.strategy.usage()})")
         self.strategy.settle_states([seq.seq_id])
         self._sums["requests"] += 1
         self._sums["prompt_tokens"] += seq.prompt_len
