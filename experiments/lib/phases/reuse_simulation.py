@@ -122,8 +122,9 @@ def run_case(plain: dict[str, Any], case: Case, repetitions: int) -> tuple[dict[
     strategy, cost_model = case.policies.choice.build(case.memory), cost_model_of(cfg, case.memory)
     service = None if case.driver == "scheduler" or timed(stream) else alone_s(cost_model)
     future = FutureUses(stream, service and of_request(service)) if case.policies.needs_future else None
-    host = {"host_bytes": case.host_bytes} if case.host_bytes else {}
-    prefix = case.policies.prefix(strategy, work=flops_of(cost_model), future=future, seed=seed, **host)
+    host_bytes = 0 if case.policies.policy is None else case.host_bytes
+    prefix = case.policies.prefix(strategy, work=flops_of(cost_model), future=future, seed=seed, host_bytes=host_bytes)
+    strategy = prefix.strategy
     # Sets of one strategy are told apart by both names, in events too.
     label = set_name(case.policies.choice.label, case.policies.name)
     common = {"phase": "simulation", "workload": stream.name, "repetition": case.stream}
@@ -136,13 +137,17 @@ def run_case(plain: dict[str, Any], case: Case, repetitions: int) -> tuple[dict[
         result = simulate(turns, strategy, scheduler_config(cfg), cost_model, recorder, prefix)
         found = recorder.finish(result.sequences, strategy, result.refused_requests)
         found |= turns.columns(result.sequences)
-        found |= {"host_bytes_mean": 0.0, "host_hit_tokens": 0, "evicted": prefix.evicted}
+        found |= {
+            "host_bytes_mean": 0.0,
+            "host_hit_tokens": getattr(prefix, "host_hit_tokens", 0),
+            "evicted": prefix.evicted,
+        }
         found["computed_tokens"] = found["prompt_tokens"] - found["hit_tokens"]
     row = {
         **found, **common, **cache_columns(case.memory.spec), **case.policies.columns(), "driver": case.driver,
         "hit_rate": found["hit_tokens"] / found["prompt_tokens"] if found["prompt_tokens"] else math.nan,
         "live_sessions": cfg.workload.get("live_sessions", cfg.workload.get("num_conversations")),
-        "budget_bytes": case.memory.budget_bytes, "host_budget_bytes": case.host_bytes, "seed": seed,
+        "budget_bytes": case.memory.budget_bytes, "host_budget_bytes": host_bytes, "seed": seed,
         "device": f"cost model: {cost_model.label}" if case.driver == "scheduler" else "replay", "backend": None,
         "workload_source": stream.source, **dict(case.labels),
     }  # fmt: skip
