@@ -68,7 +68,17 @@ class Config(settings.Common):
     inference: Inference
 
 
-FAST = {"simulation": {"budget_gb": 1.0, "processes": 1}}
+FAST = {
+    "simulation": {"budget_gb": 1.0, "processes": 1},
+    "inference": {
+        "shapes": {
+            "turns_2000": {"conversations": [2], "first": 96, "output": 4, "new": 16, "rounds": 2},
+            "second_turn_128": {"conversations": [1], "first": 128, "output": 2, "new": 8, "rounds": 2},
+        },
+        "system": {"requests": 4, "shared": 64, "own": 8, "output": 2},
+        "prefill": [128],
+    },
+}
 FAST_CONVERSATIONS = {"num_conversations": 8, "first_tokens": 600, "rounds": 3, "output_tokens": 20, "new_tokens": 80}
 """The short form: fewer and shorter conversations, in one process."""
 

@@ -1,7 +1,7 @@
 """Policy sets of an experiment on prefix reuse: which checkpoints are made, kept and evicted, by name, under which strategy."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,7 +11,9 @@ from experiments.lib.strategy_choices import StrategyChoice
 from hybridcache.errors import bad
 from hybridcache.prefix.cache import PrefixCache
 from hybridcache.prefix.eviction import ORDERS
+from hybridcache.prefix.peers import OWN, VARIANTS, make_prefix
 from hybridcache.prefix.policy import OFF, PrefixPolicy
+from hybridcache.strategies import strategy_class
 from hybridcache.strategies.base import Strategy
 
 Work = Callable[[int, int], float]
@@ -62,41 +64,37 @@ class PolicySet:
         choice: the strategy.
         name: of the rules, the ``policy`` of results.
         policy: the rules; None for the strategy's own (:mod:`hybridcache.prefix.peers`).
+        variant: of its own rules.
     """
 
     choice: StrategyChoice
     name: str
     policy: PrefixPolicy | None
+    variant: str | None = None
 
     @property
     def needs_future(self) -> bool:
         return self.policy is not None and self.policy.eviction == BOUND
 
     def prefix(
-        self,
-        strategy: Strategy,
-        *,
-        work: Work | None = None,
-        future: FutureUses | None = None,
-        seed: int = 0,
-        **host: Any,
-    ) -> Any:
-        """The cache of this set over an empty strategy.
+        self, strategy: Strategy, *, work: Work | None = None, future: FutureUses | None = None, seed: int = 0,
+        host_bytes: int = 0,
+    ) -> Any:  # fmt: skip
+        """The cache of this set over an empty strategy; simulate with the result's ``strategy``.
 
         Args:
             strategy: built from :attr:`choice`.
             work: FLOPs of tokens ``a .. b - 1``, for the orders that weigh them.
-            future: for the bound; None where the driver foretells it.
+            future: for the bound.
             seed: of what is random.
-            host: what the host tier takes.
+            host_bytes: of host memory behind it; peers' own rules have none.
         """
         if self.policy is None:
-            from hybridcache.prefix.peers import make_prefix
-
-            return make_prefix(strategy, rules="own", **host)
+            return make_prefix(strategy, variant=self.variant, work=work, seed=seed)
         work = work if self.policy.eviction in BY_WORK else None
+        policy = with_host(self.policy, host_bytes)
         next_use = None if future is None else (lambda point: future.after(point, cache.now_s))
-        cache = PrefixCache(strategy, self.policy, work=work, next_use=next_use, seed=seed, **host)
+        cache = PrefixCache(strategy, policy, work=work, next_use=next_use, seed=seed)
         return cache
 
     def columns(self) -> dict[str, Any]:
@@ -139,7 +137,7 @@ def policy_sets(
             shown = "default" if common == PrefixPolicy() else "custom"
             found += [PolicySet(choice, shown, common) for choice in choices]
         elif name == "own":
-            found += [PolicySet(choice, name, None) for choice in choices if has_own_rules(choice)]
+            found += [one for choice in choices for one in own_sets(choice)]
         elif name == "none":
             found.append(PolicySet(choices[0], name, OFF))
         elif bound or name != BOUND:
@@ -149,10 +147,21 @@ def policy_sets(
     return found
 
 
-def has_own_rules(choice: StrategyChoice) -> bool:
-    """Whether the strategy is a peer's, whose own rules of reuse are known."""
-    try:
-        from hybridcache.prefix.peers import OWN_RULES
-    except ImportError:
-        return False
-    return choice.target.rpartition(".")[2] in OWN_RULES
+def own_sets(choice: StrategyChoice) -> list[PolicySet]:
+    """The strategy under each version of its own rules that is known; none for one that is no peer's."""
+    name = strategy_class(choice.target).name
+    versions = (None, *VARIANTS.get(name, ())) if name in OWN else ()
+    return [PolicySet(choice, each or "own", None, each) for each in versions]
+
+
+def with_host(policy: PrefixPolicy, host_bytes: int) -> PrefixPolicy:
+    """The policy with so much host memory.
+
+    Raises:
+        UserError: there is no host tier.
+    """
+    if not host_bytes:
+        return policy
+    if "host_bytes" not in {field.name for field in fields(policy)}:
+        raise bad("simulation.host_gb", host_bytes / 1e9, "there is no host tier yet; give 0")
+    return replace(policy, host_bytes=host_bytes)  # type: ignore[call-arg]

@@ -38,7 +38,7 @@ MEMORY: dict[str, tuple[str, Callable[[float], str]]] = {
     "recom-\nputed": ("recomputed", _count),
 }
 """Columns about memory: heading, column of the means, and how a value reads."""
-BYTES_BY_KIND = ("held_bytes_mean", "cached_bytes_mean", "host_bytes_mean")
+BYTES_BY_KIND = {"held_bytes_mean": "live", "cached_bytes_mean": "cached", "host_bytes_mean": "host"}
 """What live requests hold, what is kept for later ones, and what host memory keeps."""
 TIMES = {"TTFT\np50": "ttft_p50_s", "TTFT\np99": "ttft_p99_s", "TPOT\np50": "tpot_p50_s"}
 
@@ -185,23 +185,24 @@ def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
 
 
 def print_reuse(console: Console, results: pd.DataFrame) -> None:
-    """What was found, by policy set: a line a set and workload in simulation, a line a round in inference."""
+    """What was found, a line a policy set: bytes by kind in simulation, seconds of each round in inference."""
     for (phase, workload), rows in results.groupby(["phase", "workload"], sort=False):
-        many = phase == "inference"
-        keys = ["strategy", "policy", *(["conversations", "round"] if many else [])]
-        means = rows.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
-        _title(
-            console,
-            f"{phase}: {workload}, {budget_text(rows.iloc[0])}, {rows['model'].iloc[0]} on {rows['device'].iloc[0]}",
-        )
+        first, keys = rows.iloc[0], ["strategy", "policy"]
+        _title(console, f"{phase}: {workload}, {budget_text(first)}, {first['model']} on {first['device']}")
+        if phase == "inference":
+            keys.append("conversations")
+            values = rows.pivot_table(index=keys, columns="round", values="seconds", sort=False)
+            values.columns = [f"round {number:.0f}" for number in values.columns]
+        else:
+            present = {name: text for name, text in BYTES_BY_KIND.items() if name in rows}
+            values = rows.groupby(keys, sort=False)[list(present)].mean().rename(columns=present)
+        sums = rows.groupby(keys, sort=False)[["hit_tokens", "prompt_tokens"]].sum()
         table = _table()
-        for name in keys:
-            table.add_column(name)
-        for heading in ("hit\nrate", *(("seconds", "TTFT\np50", "TTFT\np99") if many else ("live", "cached", "host"))):
-            table.add_column(heading, justify="right")
-        columns = ("seconds", "ttft_p50_s", "ttft_p99_s") if many else BYTES_BY_KIND
-        text = _seconds if many else bytes_text
-        for _, row in means.iterrows():
-            found = [text(row[name]) if name in row and not math.isnan(row[name]) else "-" for name in columns]
-            table.add_row(*(str(row[name]) for name in keys), _share(row["hit_rate"]), *found)
+        for heading in (*keys[1:], "hit rate", *values.columns):
+            table.add_column(heading, justify="left" if heading == "policy" else "right")
+        text = _seconds if phase == "inference" else bytes_text
+        for names, line in values.iterrows():
+            rate = sums.at[names, "hit_tokens"] / sums.at[names, "prompt_tokens"]
+            shown = [str(name) if isinstance(name, str) else f"{name:.0f}" for name in names]
+            table.add_row(*shown, _share(rate), *("-" if pd.isna(value) else text(value) for value in line))
         console.print(table)

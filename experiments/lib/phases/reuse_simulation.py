@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
@@ -28,7 +27,7 @@ from hybridcache.sim.cost_model import CostModel, DeviceSpec, StepWork
 from hybridcache.sim.parameters import ModelParameters
 from hybridcache.sim.replay import replay
 from hybridcache.sim.simulator import SimulatedSequence, simulate
-from hybridcache.workloads import Stream, Workload
+from hybridcache.workloads import Request, Stream
 
 DRIVERS = ("auto", "replay", "scheduler")
 GB = 1e9
@@ -88,8 +87,12 @@ def driver_of(driver: str, stream: Stream) -> str:
         raise bad("simulation.driver", driver, f"choose one of {', '.join(DRIVERS)}")
     if driver != "auto":
         return driver
-    timed = any(request.service_s is not None for request in stream.fresh().begin())
-    return "replay" if timed else "scheduler"
+    return "replay" if timed(stream) else "scheduler"
+
+
+def timed(stream: Stream) -> bool:
+    """Whether a stream says how long its requests took."""
+    return any(request.service_s is not None for request in stream.fresh().begin())
 
 
 def rows_of(
@@ -117,37 +120,42 @@ def run_case(plain: dict[str, Any], case: Case, repetitions: int) -> tuple[dict[
     cfg = OmegaConf.create(plain)
     seed, stream = streams_of(cfg, repetitions)[case.stream]
     strategy, cost_model = case.policies.choice.build(case.memory), cost_model_of(cfg, case.memory)
-    future = FutureUses(stream) if case.policies.needs_future and isinstance(stream, Workload) else None
-    host = {"host_bytes": case.host_bytes} if case.host_bytes else {}
-    prefix = case.policies.prefix(strategy, work=flops_of(cost_model), future=future, seed=seed, **host)
+    service = None if case.driver == "scheduler" or timed(stream) else alone_s(cost_model)
+    future = FutureUses(stream, service and of_request(service)) if case.policies.needs_future else None
+    host_bytes = 0 if case.policies.policy is None else case.host_bytes
+    prefix = case.policies.prefix(strategy, work=flops_of(cost_model), future=future, seed=seed, host_bytes=host_bytes)
+    strategy = prefix.strategy
     # Sets of one strategy are told apart by both names, in events too.
     label = set_name(case.policies.choice.label, case.policies.name)
     common = {"phase": "simulation", "workload": stream.name, "repetition": case.stream}
     sink = _List()
     if case.driver == "replay":
-        found = _replayed(stream, strategy, prefix, cost_model)
+        found = _replayed(stream, strategy, prefix, service and of_sequence(service))
     else:
         turns = _Turns(stream)
         recorder = Recorder({**common, "strategy": label}, sink)
         result = simulate(turns, strategy, scheduler_config(cfg), cost_model, recorder, prefix)
         found = recorder.finish(result.sequences, strategy, result.refused_requests)
         found |= turns.columns(result.sequences)
-        found |= {"host_bytes_mean": 0.0, "host_hit_tokens": 0, "evicted": prefix.evicted}
+        found |= {
+            "host_bytes_mean": 0.0,
+            "host_hit_tokens": getattr(prefix, "host_hit_tokens", 0),
+            "evicted": prefix.evicted,
+        }
         found["computed_tokens"] = found["prompt_tokens"] - found["hit_tokens"]
     row = {
         **found, **common, **cache_columns(case.memory.spec), **case.policies.columns(), "driver": case.driver,
         "hit_rate": found["hit_tokens"] / found["prompt_tokens"] if found["prompt_tokens"] else math.nan,
         "live_sessions": cfg.workload.get("live_sessions", cfg.workload.get("num_conversations")),
-        "budget_bytes": case.memory.budget_bytes, "host_budget_bytes": case.host_bytes, "seed": seed,
+        "budget_bytes": case.memory.budget_bytes, "host_budget_bytes": host_bytes, "seed": seed,
         "device": f"cost model: {cost_model.label}" if case.driver == "scheduler" else "replay", "backend": None,
         "workload_source": stream.source, **dict(case.labels),
     }  # fmt: skip
     return row, sink.events
 
 
-def _replayed(stream: Stream, strategy: Any, prefix: Any, cost_model: CostModel) -> dict[str, Any]:
-    timed = any(request.service_s is not None for request in stream.fresh().begin())
-    found = replay(stream, strategy, prefix, None if timed else alone_s(cost_model))
+def _replayed(stream: Stream, strategy: Any, prefix: Any, service: Any) -> dict[str, Any]:
+    found = replay(stream, strategy, prefix, service)
     return {
         "requests_offered": found.requests + found.refused, "requests_served": found.requests,
         "requests_refused": found.refused, "prompt_tokens": found.prompt_tokens, "hit_tokens": found.hit_tokens,
@@ -173,19 +181,26 @@ def flops_of(cost_model: CostModel) -> Callable[[int, int], float]:
     return lambda a, b: linear * (b - a) + pair * (b * (b + 1) - a * (a + 1)) / 2
 
 
-def alone_s(cost_model: CostModel) -> Callable[[SimulatedSequence], float]:
-    """Seconds of a request that has the device to itself, whatever it found: its whole prompt in one step, then its output.
-    (That policies are compared on the same accesses matters more here than how long they take.)"""
+def alone_s(cost_model: CostModel) -> Callable[[int, int], float]:
+    """Seconds of a request of so many prompt and output tokens that has the device to itself, whatever it found: its prompt in
+    one step, then its output. (That policies are compared on the same accesses matters more here than how long they take.)"""
 
-    def service(seq: SimulatedSequence) -> float:
-        n = seq.prompt_len
+    def service(n: int, output: int) -> float:
         work = StepWork(
             tokens=n, sampled=1, prefill_tokens=n, prefill_context=n, prefill_pairs=n * (n + 1) // 2, states_written=1
         )
         prefill_s = sum(cost_model._terms(work, 0).values())
-        return prefill_s + (seq.max_tokens - 1) * cost_model.decode_s(1, n + seq.max_tokens / 2)
+        return prefill_s + (output - 1) * cost_model.decode_s(1, n + output / 2)
 
     return service
+
+
+def of_sequence(service: Callable[[int, int], float]) -> Callable[[SimulatedSequence], float]:
+    return lambda seq: service(seq.prompt_len, seq.max_tokens)
+
+
+def of_request(service: Callable[[int, int], float]) -> Callable[[Request], float]:
+    return lambda request: service(request.prompt_tokens, request.output_tokens)
 
 
 class _Turns:
@@ -225,8 +240,3 @@ def refusals(cases: Sequence[Case]) -> None:
     """Refuse budgets that a strategy cannot use before anything long starts."""
     for case in {(case.policies.choice.label, case.memory.budget_bytes): case for case in cases}.values():
         case.policies.choice.build(case.memory)
-
-
-def flat(parts: Sequence[Sequence[Case]]) -> list[Case]:
-    """All cases in order."""
-    return list(chain.from_iterable(parts))

@@ -60,6 +60,9 @@ METRICS = (
     Metric("running_mean", "running, mean", number_text, 0),
     Metric("utilization_mean", "utilization", percent_text, +1),
     Metric("cached_bytes_mean", "cached", bytes_text, 0, always=False),
+    Metric("host_bytes_mean", "host", bytes_text, 0, always=False),
+    Metric("hit_rate", "hit rate", percent_text, +1, always=False),
+    Metric("ttft_turn2_p50_s", "TTFT of second turns", seconds_text, -1, clock=True, always=False),
     Metric("preemptions", "preemptions", number_text, -1),
     Metric("recomputed_tokens_preemption", "recomputed tokens", number_text, -1),
     Metric("recomputed_tokens_failure", "recomputed after failures", number_text, -1, always=False),
@@ -70,7 +73,7 @@ METRICS = (
     Metric("tpot_p99_s", "TPOT p99", seconds_text, -1, clock=True),
 )
 BY_COLUMN = {metric.column: metric for metric in METRICS}
-HIGHLIGHTS = ("output_tokens_per_s", "residents_peak", "utilization_mean", "ttft_p50_s", "tpot_p50_s")
+HIGHLIGHTS = ("output_tokens_per_s", "residents_peak", "hit_rate", "utilization_mean", "ttft_p50_s", "tpot_p50_s")
 """What a reader asks first, in order; the residents are those of the capacity phase."""
 
 

@@ -24,10 +24,15 @@ def set_name(strategy: str, policy: object) -> str:
 
 
 def named_sets(results: pd.DataFrame) -> pd.DataFrame:
-    """Results whose strategies are told apart by their policy too, where they have one."""
+    """Results whose strategies are told apart by their policy too, where they have one, and whose workloads by how many
+    requests there were in a round."""
     if "policy" not in results.columns:
         return results
-    return results.assign(strategy=[set_name(*pair) for pair in zip(results["strategy"], results["policy"])])
+    results = results.assign(strategy=[set_name(*pair) for pair in zip(results["strategy"], results["policy"])])
+    if "conversations" not in results.columns:
+        return results
+    each = zip(results["workload"], results["conversations"])
+    return results.assign(workload=[name if pd.isna(count) else f"{name} x {count:.0f}" for name, count in each])
 
 
 class NoData(Exception):

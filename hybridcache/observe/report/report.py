@@ -16,13 +16,14 @@ from hybridcache.observe.report.comparison import BY_COLUMN, METRICS, Metric, cl
 from hybridcache.observe.report.load import SERVING_PHASES, NoData, Run, load_run
 from hybridcache.observe.report.memory_figures import memory_over_time, pool_over_time, queue_over_time
 from hybridcache.observe.report.page import SUFFIXES, Best, Card, Picture, Section, file_name, save_picture, write_page
+from hybridcache.observe.report.reuse_figures import has_rounds, reuse, rounds_table
 from hybridcache.observe.report.speed_figures import latency, step_profile, throughput
 from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import budget_text, plural
 
 TEXTS = yaml.safe_load(files("hybridcache.observe.report").joinpath("texts.yaml").read_text(encoding="utf-8"))
 CAPACITY_FIGURES = {"residents_by_length": residents_by_length, "waste_by_length": waste_by_length}
-PHASE_FIGURES = {"throughput": throughput, "step_profile": step_profile}
+PHASE_FIGURES = {"throughput": throughput, "reuse": reuse, "step_profile": step_profile}
 WORKLOAD_FIGURES = {"memory": memory_over_time, "pool": pool_over_time, "queue": queue_over_time, "latency": latency}
 
 
@@ -65,9 +66,9 @@ def _plans(run: Run) -> Iterator[tuple[tuple[str, ...], Callable[[], Drawn]]]:
             yield from (((kind,), partial(draw, run)) for kind, draw in CAPACITY_FIGURES.items())
             continue
         for kind, draw in PHASE_FIGURES.items():
-            if kind != "step_profile" or kind in run.events:
+            if (kind != "step_profile" or kind in run.events) and (kind != "reuse" or "policy" in run.results.columns):
                 yield (kind, phase), partial(draw, run, phase)
-        for workload in run.workloads(phase):
+        for workload in () if has_rounds(run, phase) else run.workloads(phase):
             for kind, draw_workload in WORKLOAD_FIGURES.items():
                 yield (kind, phase, workload), partial(draw_workload, run, phase, workload)
 
@@ -168,6 +169,9 @@ def _tables(run: Run) -> Iterator[Section]:
     )
     yield Section("Results", [about], anchor="results")
     for phase in run.phases:
+        if has_rounds(run, phase):
+            yield rounds_table(run, phase)
+            continue
         for workload in run.workloads(phase) if phase != "capacity" else ():
             yield serving_table(run, phase, workload)
 
@@ -246,7 +250,7 @@ def shortfall(run: Run, phase: str, workload: str, name: str = "shared_pool") ->
 def _figures(run: Run, pictures: Mapping[tuple[str, ...], list[Picture]]) -> Iterator[Section]:
     for phase in run.phases:
         yield Section(phase.capitalize(), [TEXTS["phases"].get(phase, "")], pictures.get((phase,), []), anchor=phase)
-        for workload in run.workloads(phase) if phase != "capacity" else ():
+        for workload in run.workloads(phase) if phase != "capacity" and not has_rounds(run, phase) else ():
             yield Section(f"{phase.capitalize()}, {workload}", figures=pictures.get((phase, workload), []))
 
 

@@ -17,7 +17,7 @@ RULES = ("own", "common")
 CHECKPOINT_PAGE = 64
 """Tokens of SGLang's KV pages with the extra buffer."""
 
-__all__ = ["RULES", "VARIANTS", "make_prefix"]
+__all__ = ["OWN", "RULES", "VARIANTS", "make_prefix"]
 
 
 def make_prefix(
@@ -101,7 +101,9 @@ _OWN = {
     "padded_page": _align, "static_split": _split, "two_ended": _ends, "lcm_carve": _carve, "large_block": _blocks,
     "byte_exact": _marconi,
 }  # fmt: skip
-VARIANTS = {
+OWN = tuple(_OWN)
+"""Strategies with rules of their own."""
+VARIANTS: dict[str, tuple[str, ...]] = {
     "padded_page": ("vllm_0.31",),
     "static_split": ("sglang_0.5.18", "lmdeploy_0.18"),
     "two_ended": ("sglang_0.5.18",),
