@@ -21,7 +21,7 @@ HISTORY_TOKENS = 1 << 24
 class Node:
     """The end of an edge: the tokens from the root to here are the node's prefix."""
 
-    __slots__ = ("children", "end", "maker", "owner", "parent", "point", "tokens")
+    __slots__ = ("children", "end", "hosted", "maker", "owner", "parent", "point", "tokens")
 
     def __init__(self, parent: "Node | None", tokens: np.ndarray, end: int) -> None:
         self.parent = parent
@@ -37,6 +37,8 @@ class Node:
         """The request that came through here last."""
         self.maker: int | None = None
         """A running request that is about to keep a checkpoint here."""
+        self.hosted = 0
+        """Checkpoints here and behind here that have a copy in host memory."""
 
     def path(self) -> Iterator["Node"]:
         """This node and those before it, without the root."""
@@ -121,7 +123,7 @@ class RadixIndex:
         if node.children or node is self.root:
             return
         self._unsee(node)
-        if node.point is not None and node.point.live:
+        if node.hosted or (node.point is not None and node.point.live):
             return
         self._seen[node] = len(node.tokens)
         self._seen_tokens += len(node.tokens)
@@ -145,7 +147,9 @@ class RadixIndex:
             assert node.end == node.parent.end + len(node.tokens) > node.parent.end
             assert node.parent.children[int(node.tokens[0])] is node
             live = node.point is not None and node.point.live
-            assert (node in self._seen) == (not node.children and not live), "a leaf is lost, or remembered for nothing"
+            assert (node in self._seen) == (not node.children and not live and not node.hosted), (
+                "a leaf is lost, or remembered for nothing"
+            )
         assert self._seen_tokens == sum(len(node.tokens) for node in self._seen)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ class RadixIndex:
         assert parent is not None
         inside = end - parent.end
         head = Node(parent, child.tokens[:inside].copy(), end)
-        head.owner = child.owner
+        head.owner, head.hosted = child.owner, child.hosted
         parent.children[int(head.tokens[0])] = head
         child.parent, child.tokens = head, child.tokens[inside:].copy()
         head.children[int(child.tokens[0])] = child
@@ -181,7 +185,7 @@ class RadixIndex:
         if parent is self.root:
             return
         if not parent.children:
-            if parent.point is None or not parent.point.live:
+            if not parent.hosted and (parent.point is None or not parent.point.live):
                 self._seen[parent] = len(parent.tokens)
                 self._seen.move_to_end(parent, last=False)
                 self._seen_tokens += len(parent.tokens)

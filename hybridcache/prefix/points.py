@@ -2,6 +2,7 @@
 
 import math
 from enum import Enum
+from typing import Any
 
 from hybridcache.prefix.index import Node
 
@@ -29,8 +30,8 @@ class Point:
     """
 
     __slots__ = (
-        "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place", "serial", "slot",
-        "superseded", "touched_s", "uses", "wanted",
+        "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place",
+        "serial", "slot", "superseded", "touched_s", "uses", "wanted",
     )  # fmt: skip
 
     def __init__(self, key: int, node: Node, place: Place, now_s: float) -> None:
@@ -50,7 +51,7 @@ class Point:
         """Whether it is never evicted for another checkpoint (LLM.pin)."""
         self.next_use_s = math.inf
         """When a request will resume from it, where the future is told (:meth:`PrefixCache.foretell`)."""
-        self.host: object | None = None
+        self.host: Any = None
         """Its copy in host memory."""
         self.serial = 0
         """Version of its place in an eviction order."""

@@ -33,6 +33,9 @@ class PrefixPolicy:
         share: of the budget, above 0 up to 1.
         eviction: an order of :data:`~hybridcache.prefix.eviction.ORDERS`.
         history_tokens: tokens remembered without a checkpoint.
+        host_bytes: pinned host memory for checkpoints that are evicted; 0 for none.
+        host_state_share: part of it for states, the rest for KV; None where they share it.
+        host_eviction: the order in which copies leave the host.
     """
 
     placement: tuple[str, ...] = ("prompt_end", "generation_end", "branch_points", "every_n")
@@ -43,6 +46,9 @@ class PrefixPolicy:
     share: float = 0.5
     eviction: str = "reuse_density"
     history_tokens: int = 1 << 24
+    host_bytes: int = 0
+    host_state_share: float | None = None
+    host_eviction: str = "lru"
 
     def __post_init__(self) -> None:
         given = self.placement
@@ -63,6 +69,11 @@ class PrefixPolicy:
         if self.eviction not in ORDERS:
             raise bad("prefix.eviction", self.eviction, f"choose one of {', '.join(ORDERS)}")
         whole("prefix.history_tokens", self.history_tokens, 0)
+        whole("prefix.host_bytes", self.host_bytes, 0)
+        if self.host_state_share is not None and not 0 < number("prefix.host_state_share", self.host_state_share) < 1:
+            raise bad("prefix.host_state_share", self.host_state_share, "give a share between 0 and 1, or null")
+        if self.host_eviction not in ORDERS:
+            raise bad("prefix.host_eviction", self.host_eviction, f"choose one of {', '.join(ORDERS)}")
 
 
 OFF = PrefixPolicy(placement=(), retention="all", eviction="lru")
