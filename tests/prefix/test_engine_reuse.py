@@ -21,6 +21,9 @@ def any_policy(rng: random.Random) -> PrefixPolicy:
         share=rng.choice([0.1, 0.5]),
         eviction=rng.choice([name for name in ORDERS if name != "farthest"]),
         history_tokens=rng.choice([0, 500, 1 << 20]),
+        host_bytes=rng.choice([0, 1 << 18, 1 << 20, 1 << 22]),
+        host_state_share=rng.choice([None, 0.4]),
+        host_eviction=rng.choice([name for name in ORDERS if name != "farthest"]),
     )
 
 

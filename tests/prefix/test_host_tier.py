@@ -43,7 +43,9 @@ def run(name: str, chosen: PrefixPolicy, seed: int, factor: float = 1.3, **shape
     budget = int(factor * (SPEC.request_bytes(700) + 2 * SPEC.state_bytes))
     while True:
         try:
-            strategy = build(name.removesuffix("_carve") if name != "lcm_carve" else name, spec=SPEC, budget_bytes=budget, **options)
+            strategy = build(
+                name.removesuffix("_carve") if name != "lcm_carve" else name, spec=SPEC, budget_bytes=budget, **options
+            )
             if strategy.request_limit() >= 600:
                 break
         except ValueError:
