@@ -66,7 +66,7 @@ class HostCopies:
             compacted = self.strategy.bytes_moved != self._moved
             for transfer in self._flying if compacted else self._reused:
                 transfer.wait()
-            self._reused = [transfer for transfer in self._reused if not transfer.done()]
+            self._reused = []  # what starts from now on, copies included, starts after them
             self._flying = [transfer for transfer in self._flying if not transfer.done()]
         self._moved = self.strategy.bytes_moved
 

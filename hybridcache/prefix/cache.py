@@ -617,7 +617,7 @@ class PrefixCache:
         del self._points[point.key]
         self._protected.pop(point, None)
         if self.host is not None:
-            self.host.spare(point)
+            self.host.evicting(point)
         point.live = False
         self._order.remove(point)
         self._version += 1

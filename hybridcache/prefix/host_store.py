@@ -71,7 +71,7 @@ class HostStore:
         cut: of the strategy that holds checkpoints on the device.
         policy: bytes, their split, and the order of eviction.
         work: FLOPs of tokens ``a .. b - 1``.
-        dropped: called with a point that has lost its copy.
+        dropped: called with a copy that was dropped.
         addressed: hand out chunks by number; otherwise they are counted.
         seed: of what is random in an eviction order.
     """
@@ -81,7 +81,7 @@ class HostStore:
         cut: Cut,
         policy: PrefixPolicy,
         work: Callable[[int, int], float],
-        dropped: Callable[[Point], None],
+        dropped: Callable[[HostCopy], None],
         *,
         addressed: bool = False,
         seed: int = 0,
@@ -175,7 +175,7 @@ class HostStore:
         self._give(copy.states)
         self._kv.let_go(copy.kv)
         _count(copy.point.node, -1)
-        self._dropped(copy.point)
+        self._dropped(copy)
 
     def pin(self, copy: HostCopy) -> None:
         """Keep a copy while it is read."""

@@ -118,9 +118,11 @@ class HostTier:
         if isinstance(ours, ReuseDensity) and isinstance(order, ReuseDensity):
             ours.times = order.times
 
-    def _dropped(self, point: Point) -> None:
+    def _dropped(self, copy: HostCopy) -> None:
         self.cache._version += 1
-        self.cache.index.see(point.node)
+        self.cache.index.see(copy.point.node)
+        if copy.point.live and not copy.done:
+            self._reuse(copy)
 
     # -- to the host -----------------------------------------------------------------------------------------------
 
@@ -155,7 +157,6 @@ class HostTier:
         if copy is None or copy.done:
             return True
         if urgent:
-            self._reuse(copy)
             return True
         self._condemn(victim)
         return False
@@ -166,10 +167,7 @@ class HostTier:
             copy: HostCopy | None = point.host  # type: ignore[assignment]
             if point is but:
                 continue
-            if copy is None or copy.done:
-                return point
-            if urgent:
-                self._reuse(copy)
+            if copy is None or copy.done or urgent:
                 return point
             break  # copies are made in order
         return None
@@ -182,9 +180,16 @@ class HostTier:
         self.cache._order.remove(point)
         self.condemned[point] = None
 
-    def spare(self, point: Point) -> bool:
-        """A checkpoint is used: it does not go next. Whether it was to."""
-        return self.condemned.pop(point, self) is not self
+    def spare(self, point: Point) -> None:
+        """A checkpoint is used: it does not go next."""
+        self.condemned.pop(point, None)
+
+    def evicting(self, point: Point) -> None:
+        """A checkpoint gives its blocks back."""
+        self.spare(point)
+        copy = point.host
+        if isinstance(copy, HostCopy) and not copy.done:
+            self._reuse(copy)
 
     def tend(self) -> None:
         """To be called before each step: end transfers that are done, and condemn checkpoints where memory falls short."""
