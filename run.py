@@ -24,7 +24,7 @@ from hybridcache.errors import UserError
 
 CONF = Path(__file__).resolve().parent / "conf"
 EXPERIMENTS = CONF.parent / "experiments"
-GROUPS = ("experiment", "model", "workload", "engine", "device", "tracking")
+GROUPS = ("experiment", "model", "workload", "engine", "device", "tracking", "placement", "retention", "eviction")
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 

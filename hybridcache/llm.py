@@ -17,12 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridcache.device import choose_device, require_room
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
+from hybridcache.engine.request import Request
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.engine.scheduler import SchedulerConfig
 from hybridcache.engine.step_output import StepOutput
 from hybridcache.errors import UserError, bad, whole
 from hybridcache.kernels.backend import make_backend
-from hybridcache.outputs import RequestOutput, StreamedToken, TokenStream, interrupts_held
+from hybridcache.outputs import CompletionOutput, RequestOutput, StreamedToken, TokenStream, interrupts_held
+from hybridcache.prefix.cache import Pin
+from hybridcache.prefix.policy import PrefixPolicy
 from hybridcache.prompts import EncodedPrompt, Prompt, encode, read_params, read_prompts
 from hybridcache.spec import CacheSpec
 from hybridcache.spec.architectures import transformers_config
@@ -55,6 +58,9 @@ class LLM:
         overlap: whether a step is scheduled before the last one's tokens are known: ``true``, ``false``, or ``auto``
             for on CUDA.
         seed: seeds random weights, and requests that have no seed of their own.
+        prefix: which checkpoints of prompts are made and kept, so that later prompts resume from them. ``True`` takes
+            the defaults of :class:`~hybridcache.prefix.policy.PrefixPolicy`; a dict gives some of its fields. None and
+            ``False`` keep what a request asks for (``SamplingParams.checkpoint_at``, :meth:`pin`) alone.
         scheduler: fields of :class:`~hybridcache.engine.scheduler.SchedulerConfig`.
 
     Raises:
@@ -78,10 +84,11 @@ class LLM:
         cuda_graphs: str | bool = "auto",
         overlap: str | bool = "auto",
         seed: int = 0,
+        prefix: PrefixPolicy | Mapping[str, Any] | bool | None = None,
         **scheduler: Any,
     ) -> None:
         whole("cache_bytes", cache_bytes, fix="give a positive whole number of bytes")
-        scheduler_config = _scheduler_config(scheduler)
+        scheduler_config, policy = _scheduler_config(scheduler), PrefixPolicy.read(prefix)
         settle_heap()  # before there is anything of this LLM, so that it is freed when its user drops it
         self.model, self.tokenizer = load_for_inference(model, dtype=dtype, device=device, seed=seed)
         self.max_model_len = _max_model_len(max_model_len, self.model.config.max_position_embeddings)
@@ -108,13 +115,14 @@ class LLM:
                 self.strategy,
                 scheduler_config,
                 make_backend(backend, self.model.device, attention_backend),
+                prefix=policy,
                 seed=seed,
                 eos_token_ids=eos_token_ids(Path(model), self.model.config, self.tokenizer),
                 cuda_graphs=cuda_graphs,
                 overlap=overlap,
             )
-        self._streams: dict[int, tuple[deque[StreamedToken], int]] = {}
-        """seq_id of a streamed request -> the queue that its tokens go to, and its index among the stream's prompts."""
+        self._streams: dict[int, tuple[deque[StreamedToken], int, int]] = {}
+        """seq_id of a streamed request -> the queue that its tokens go to, the index of its prompt, and which output it is."""
 
     def generate(
         self,
@@ -158,9 +166,11 @@ class LLM:
         requests = self._submit(prompts, sampling_params)
         ids = list(requests)
         inbox: deque[StreamedToken] = deque()
-        self._streams |= {seq_id: (inbox, index) for index, seq_id in enumerate(ids)}
+        for index, first in enumerate(ids):
+            for child, seq in enumerate(self._outputs_of(first)):
+                self._streams[seq.seq_id] = (inbox, index, child)
         return TokenStream(
-            len(ids),
+            [len(self._outputs_of(seq_id)) for seq_id in ids],
             inbox,
             self._advance,
             lambda index: self.engine.abort(ids[index]),
@@ -168,6 +178,41 @@ class LLM:
             lambda: self._drop(ids),
             self.tokenizer,
         )
+
+    def pin(self, prompt: Prompt) -> Pin:
+        """Compute a prompt now and keep checkpoints of it, from which later prompts that begin with it resume: one at its end,
+        and one at the last multiple of 64 before, since a tokenizer may join its last token to what follows.
+
+        They are never evicted for another checkpoint, only where a running request finds no memory otherwise; the next prompt
+        that begins with them then makes the one at the multiple of 64 again. An interrupt drops them too.
+
+        Raises:
+            UserError: a prompt that cannot be run, several prompts, or no memory for a checkpoint of it.
+        """
+        items = read_prompts(prompt)
+        if len(items) != 1:
+            raise bad("prompt", f"{len(items)} prompts", "give one")
+        encoded = encode("prompt", items[0], self.tokenizer)
+        pin = self.engine.prefix.pin(encoded.token_ids)
+        try:
+            params = SamplingParams(max_tokens=1, checkpoint_at=pin.positions)
+            self.generate({"prompt_token_ids": encoded.token_ids}, params, progress=False)
+            if not self.engine.prefix.pinned(pin):
+                raise bad(
+                    "prompt", f"{len(encoded.token_ids)} tokens", "no memory is left to keep them; unpin another one"
+                )
+        except BaseException:
+            self.engine.prefix.unpin(pin)
+            raise
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """Let the checkpoints of a pinned prompt be evicted as others are.
+
+        Raises:
+            UserError: it is not pinned (any more).
+        """
+        self.engine.prefix.unpin(pin)
 
     def _advance(self) -> StepOutput:
         """Run one step of the engine and hand its tokens to the streams."""
@@ -177,8 +222,8 @@ class LLM:
                 ended = {seq.seq_id for seq in step.finished}
                 for seq_id in [*step.new_tokens, *(ended - step.new_tokens.keys())]:
                     if seq_id in self._streams:
-                        inbox, index = self._streams[seq_id]
-                        inbox.append(StreamedToken(index, step.new_tokens.get(seq_id), seq_id in ended))
+                        inbox, index, child = self._streams[seq_id]
+                        inbox.append(StreamedToken(index, child, step.new_tokens.get(seq_id), seq_id in ended))
         return step
 
     def _submit(self, prompts: Any, sampling_params: Any) -> dict[int, EncodedPrompt]:
@@ -204,48 +249,59 @@ class LLM:
             raise
         return requests
 
+    def _outputs_of(self, seq_id: int) -> tuple[Request, ...]:
+        """The requests that give the outputs of a prompt, whose first is given."""
+        first = self.engine.sequence(seq_id)
+        return first.siblings or (first,)
+
     def _drop(self, ids: Iterable[int]) -> None:
-        """End these requests and forget them. Requests that are forgotten already are passed over."""
-        for seq_id in ids:
-            if self.engine.knows(seq_id):
-                self.engine.abort(seq_id)
-                self.engine.forget(seq_id)
-            self._streams.pop(seq_id, None)
+        """End these requests and their siblings and forget them. Requests that are forgotten already are passed over."""
+        for first in ids:
+            if self.engine.knows(first):
+                for seq in self._outputs_of(first):
+                    self.engine.abort(seq.seq_id)
+                    self.engine.forget(seq.seq_id)
+                    self._streams.pop(seq.seq_id, None)
 
     def _run(self, requests: Collection[int], progress: bool) -> None:
         """Step until these requests have ended."""
-        left, tokens = len(requests), 0
+        ids = {seq.seq_id for first in requests for seq in self._outputs_of(first)}
+        left, tokens = len(ids), 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task("generate", total=left)
+            task = bar.add_task("generate", total=left)  # outputs
             started = self.engine.now()
             while left:
                 step = self._advance()
                 tokens += len(step.new_tokens)
-                finished = sum(seq.seq_id in requests for seq in step.finished)
+                finished = sum(seq.seq_id in ids for seq in step.finished)
                 left -= finished
                 if progress:
                     rate = tokens / max(self.engine.now() - started, 1e-9)
                     bar.update(task, advance=finished, description=f"generate, {rate:,.0f} tok/s")
 
     def _output(self, seq_id: int, prompt: EncodedPrompt) -> RequestOutput:
-        seq = self.engine.sequence(seq_id)
+        seqs = self._outputs_of(seq_id)
+        outputs = [self._completion(index, seq) for index, seq in enumerate(seqs)]
+        return RequestOutput(prompt.text, prompt.token_ids, seqs[0].arrival_s, outputs)
+
+    def _completion(self, index: int, seq: Request) -> CompletionOutput:
         assert seq.finish_reason is not None
         assert seq.finish_s is not None
-        return RequestOutput(
-            prompt=prompt.text,
-            prompt_token_ids=prompt.token_ids,
+        return CompletionOutput(
+            index=index,
             token_ids=seq.output_ids,
             text=self.tokenizer.decode(seq.output_ids, skip_special_tokens=True) if self.tokenizer else None,
             finish_reason=seq.finish_reason,
-            error=self.engine.error(seq_id),
-            arrival_s=seq.arrival_s,
+            error=seq.error,
             first_token_s=seq.first_token_s,
             finish_s=seq.finish_s,
             ttft_s=seq.ttft_s,
             tpot_s=seq.tpot_s,
             preemptions=seq.num_preemptions,
             recomputed_tokens=seq.recomputed_tokens,
+            hit_tokens=seq.hit_tokens,
+            refound_tokens=seq.refound_tokens,
         )
 
 
@@ -283,15 +339,21 @@ def load_for_inference(
 
 def _runnable(name: str, fields: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """These fields, or those of the shipped config of that name, of an architecture that inference runs."""
-    kinds = {each: shipped_fields(each)["model_type"] for each in shipped_names()}
-    known = f"choose one of {', '.join(each for each, kind in kinds.items() if kind in MODELS)}"
-    if fields is None and name not in kinds:
-        raise bad("model", name, f"no such folder and no such shipped config; {known}")
+    if fields is None and name not in shipped_names():
+        raise bad("model", name, f"no such folder and no such shipped config; {_known()}")
     found = shipped_fields(name) if fields is None else fields
     if found.get("model_type") not in MODELS:
         reason = f"inference does not run {found.get('model_type')}, only its geometry"
-        raise bad("model", name, f"{reason}; {known if fields is None else 'choose another, or leave inference out'}")
+        raise bad(
+            "model", name, f"{reason}; {_known() if fields is None else 'choose another, or leave inference out'}"
+        )
     return found
+
+
+def _known() -> str:
+    return (
+        f"choose one of {', '.join(each for each in shipped_names() if shipped_fields(each)['model_type'] in MODELS)}"
+    )
 
 
 def _max_model_len(given: int | None, longest: int) -> int:

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,19 +15,17 @@ INCOMPLETE = "\ufffd"
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """The tokens of one finished prompt, and how it ran. Times are seconds since the LLM's first request."""
+class CompletionOutput:
+    """One output of a prompt, and how it ran. Times are seconds since the LLM's first request."""
 
-    prompt: str | None
-    """None where the prompt was given as token ids."""
-    prompt_token_ids: list[int]
+    index: int
+    """Which of the prompt's ``n`` outputs it is, from 0."""
     token_ids: list[int]
     text: str | None
     """None where the model has no tokenizer."""
     finish_reason: str
     """``length``, ``stop``, ``error`` or, in a stream, ``abort``."""
     error: str | None
-    arrival_s: float
     first_token_s: float | None
     finish_s: float
     ttft_s: float | None
@@ -36,6 +34,28 @@ class RequestOutput:
     """Mean time per output token after the first; None for a single one."""
     preemptions: int
     recomputed_tokens: int
+    """Tokens that a preemption dropped."""
+    hit_tokens: int
+    """Tokens that it did not compute, because it began with a checkpoint of them."""
+    refound_tokens: int
+    """Tokens that it did not compute, because it (before a preemption) or another output of the prompt had."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The outputs of one finished prompt. What an output has, ``text`` say, a prompt has too: it is that of its first."""
+
+    prompt: str | None
+    """None where the prompt was given as token ids."""
+    prompt_token_ids: list[int]
+    arrival_s: float
+    outputs: list[CompletionOutput]
+    """One for each of ``SamplingParams.n``, in order."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CompletionOutput.__dataclass_fields__ and name != "index":
+            return getattr(self.outputs[0], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -44,13 +64,15 @@ class StreamOutput:
 
     index: int
     """Index of the prompt among the stream's prompts."""
+    output_index: int
+    """Which of the prompt's outputs the token belongs to."""
     token_id: int | None
-    """None where the request ended without another token (``abort``, ``error``)."""
+    """None where the output ended without another token (``abort``, ``error``)."""
     text: str | None
     """The piece that the token adds to the text. It is empty while the token is part of a character, and None where the
     model has no tokenizer."""
     output: RequestOutput | None
-    """The request's whole output, given once, with its last token or its end."""
+    """All outputs of the prompt, given once, with the last token or the end of the last to end."""
 
 
 class StreamedToken(NamedTuple):
@@ -58,10 +80,12 @@ class StreamedToken(NamedTuple):
 
     prompt_index: int
     """Index of the prompt among the stream's prompts."""
+    output_index: int
+    """Which of its outputs."""
     token_id: int | None
-    """None where the request ended without another token."""
+    """None where the output ended without another token."""
     ended: bool
-    """Whether the request has ended."""
+    """Whether the output has ended."""
 
 
 class TextPieces:
@@ -99,7 +123,7 @@ class TokenStream(Iterator[StreamOutput]):
 
     def __init__(
         self,
-        num_prompts: int,
+        num_outputs: Sequence[int],
         inbox: deque[StreamedToken],
         advance: Callable[[], object],
         abort: Callable[[int], object],
@@ -109,18 +133,19 @@ class TokenStream(Iterator[StreamOutput]):
     ) -> None:
         """
         Args:
-            num_prompts: the prompts are numbered from 0.
+            num_outputs: of each prompt; the prompts are numbered from 0.
             inbox: ``advance`` appends the stream's tokens to it.
             advance: runs one step of the engine.
-            abort: ends the request of the prompt of that index.
-            output: gives the output of the ended prompt of that index.
+            abort: ends all outputs of the prompt of that index.
+            output: gives the outputs of the ended prompt of that index.
             drop: ends all requests and forgets them; may be called again.
             tokenizer: None where tokens have no text.
         """
         self._inbox = inbox
         self._advance, self._abort, self._output, self._drop = advance, abort, output, drop
-        self._texts = [TextPieces(tokenizer) for _ in range(num_prompts)]
-        self._open = set(range(num_prompts))
+        self._texts = [[TextPieces(tokenizer) for _ in range(count)] for count in num_outputs]
+        self._open = {index: set(range(count)) for index, count in enumerate(num_outputs)}
+        """Outputs whose end has not been told, by prompt."""
 
     def __next__(self) -> StreamOutput:
         if not self._open:
@@ -129,23 +154,28 @@ class TokenStream(Iterator[StreamOutput]):
         try:
             while not self._inbox:
                 self._advance()
-            index, token, ended = self._inbox.popleft()
-            text = self._texts[index].add(token, last=ended)
-            output = self._output(index) if ended else None
+            index, child, token, ended = self._inbox.popleft()
+            text = self._texts[index][child].add(token, last=ended)
+            last = ended and len(self._open[index]) == 1
+            output = self._output(index) if last else None
         except BaseException:
             self.close()
             raise
         if ended:
-            self._open.discard(index)
+            self._open[index].discard(child)
+            if last:
+                del self._open[index]
             if not self._open:
                 self.close()
-        return StreamOutput(index, token, text, output)
+        return StreamOutput(index, child, token, text, output)
 
     def abort(self, index: int) -> None:
-        """End one request; its output holds the tokens that it has so far. A request that has ended stays as it is."""
-        if index in self._open and not any(token.prompt_index == index and token.ended for token in self._inbox):
+        """End all outputs of one prompt; they hold the tokens that they have so far. Those that have ended stay as they are."""
+        told = {token.output_index for token in self._inbox if token.prompt_index == index and token.ended}
+        left = self._open.get(index, set()) - told
+        if left:
             self._abort(index)
-            self._inbox.append(StreamedToken(index, None, True))
+            self._inbox.extend(StreamedToken(index, child, None, True) for child in sorted(left))
 
     def close(self) -> None:
         """End all requests that have not ended."""

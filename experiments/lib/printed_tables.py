@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridcache.observe.report.comparison import competitors, half_interval
-from hybridcache.observe.report.units import budget_text, seconds_text
+from hybridcache.observe.report.units import budget_text, bytes_text, seconds_text
 
 MIB = 1 << 20
 WIDE = 118
@@ -38,6 +38,8 @@ MEMORY: dict[str, tuple[str, Callable[[float], str]]] = {
     "recom-\nputed": ("recomputed", _count),
 }
 """Columns about memory: heading, column of the means, and how a value reads."""
+BYTES_BY_KIND = ("held_bytes_mean", "cached_bytes_mean", "host_bytes_mean")
+"""What live requests hold, what is kept for later ones, and what host memory keeps."""
 TIMES = {"TTFT\np50": "ttft_p50_s", "TTFT\np99": "ttft_p99_s", "TPOT\np50": "tpot_p50_s"}
 
 
@@ -180,3 +182,26 @@ def _table() -> Table:
 
 def _parts(names: Sequence[str], size: int) -> list[Sequence[str]]:
     return [names[i : i + size] for i in range(0, len(names), size)]
+
+
+def print_reuse(console: Console, results: pd.DataFrame) -> None:
+    """What was found, by policy set: a line a set and workload in simulation, a line a round in inference."""
+    for (phase, workload), rows in results.groupby(["phase", "workload"], sort=False):
+        many = phase == "inference"
+        keys = ["strategy", "policy", *(["conversations", "round"] if many else [])]
+        means = rows.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
+        _title(
+            console,
+            f"{phase}: {workload}, {budget_text(rows.iloc[0])}, {rows['model'].iloc[0]} on {rows['device'].iloc[0]}",
+        )
+        table = _table()
+        for name in keys:
+            table.add_column(name)
+        for heading in ("hit\nrate", *(("seconds", "TTFT\np50", "TTFT\np99") if many else ("live", "cached", "host"))):
+            table.add_column(heading, justify="right")
+        columns = ("seconds", "ttft_p50_s", "ttft_p99_s") if many else BYTES_BY_KIND
+        text = _seconds if many else bytes_text
+        for _, row in means.iterrows():
+            found = [text(row[name]) if name in row and not math.isnan(row[name]) else "-" for name in columns]
+            table.add_row(*(str(row[name]) for name in keys), _share(row["hit_rate"]), *found)
+        console.print(table)

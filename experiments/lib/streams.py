@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from experiments.lib.settings import container
 from hybridcache.errors import UserError, bad, whole
-from hybridcache.workloads import Workload, build_workload, open_loop, takes_seed
+from hybridcache.workloads import Stream, Workload, build_workload, open_loop, takes_seed
 
 COMMON = " (common requests)"
 """Ends the label of a stream that was cut to the requests that all strategies hold."""
@@ -27,6 +27,15 @@ def workload_target(cfg: DictConfig) -> str:
 
 
 def make_streams(cfg: DictConfig, repetitions: int, field: str) -> list[tuple[int, Workload]]:
+    """:func:`seeded_streams`, for an experiment that must know all requests beforehand.
+
+    Raises:
+        UserError: also where the workload is a closed loop.
+    """
+    return [(seed, open_loop(stream)) for seed, stream in seeded_streams(cfg, repetitions, field)]
+
+
+def seeded_streams(cfg: DictConfig, repetitions: int, field: str) -> list[tuple[int, Stream]]:
     """``(seed, stream)`` of each repetition: repetition r has the workload's seed plus r, so that every strategy meets the
     same streams.
 
@@ -36,23 +45,23 @@ def make_streams(cfg: DictConfig, repetitions: int, field: str) -> list[tuple[in
         field: names ``repetitions`` in errors.
 
     Raises:
-        UserError: the workload cannot be made or is a closed loop, or its repetitions would all be the same stream.
+        UserError: the workload cannot be made, or its repetitions would all be the same stream.
     """
     target = workload_target(cfg)
     options = {key: value for key, value in container(cfg.workload).items() if key not in ("_target_", "name")}
     if not takes_seed(target):
         if repetitions > 1:
             raise bad(field, repetitions, f"workload {target} has no seed: every repetition would be the same; give 1")
-        return [(cfg.get("seed", 0), _named(cfg, open_loop(build_workload(target, **options))))]
+        return [(cfg.get("seed", 0), _named(cfg, build_workload(target, **options)))]
     seed = whole("workload.seed", options.pop("seed", cfg.get("seed", 0)), 0)
     seeds = range(seed, seed + repetitions)
-    return [(each, _named(cfg, open_loop(build_workload(target, seed=each, **options)))) for each in seeds]
+    return [(each, _named(cfg, build_workload(target, seed=each, **options))) for each in seeds]
 
 
-def _named(cfg: DictConfig, workload: Workload) -> Workload:
+def _named(cfg: DictConfig, workload: Stream) -> Stream:
     """A user's workload bears the name that its YAML file gives it."""
     name = cfg.workload.get("name") if cfg.workload.get("_target_") else None
-    return replace(workload, name=str(name)) if name else workload
+    return replace(workload, name=str(name)) if name and isinstance(workload, Workload) else workload
 
 
 def comparable_streams(workload: Workload, limits: Iterable[int]) -> list[Workload]:

@@ -12,7 +12,7 @@ from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
 from hybridcache.engine.host_copies import HostCopies
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner
-from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
+from hybridcache.engine.sampling import CHILD_BITS, NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Status
 from hybridcache.engine.step import Step
@@ -143,33 +143,39 @@ class Engine:
     ) -> Request:
         """Queue a request. Its waiting counts from ``arrival_s`` on the clock of :meth:`now`; None is this moment.
 
+        Of a prompt with ``params.n`` outputs, each output is a request of its own; they are each other's ``siblings``, and the
+        first is returned. One of them computes the prompt up to its last token; the others share its KV, read its states, and
+        compute the last token (and what follows) for themselves. Where memory is short they wait.
+
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
         """
         params = params or SamplingParams()
         prompt = checked_prompt(prompt_ids, self._vocabulary)
         check_positions(params.checkpoint_at, len(prompt))
-        self.prefix.on |= bool(params.checkpoint_at)
-        request = Request.of(
-            self._next_id,
-            prompt,
-            params,
-            seed=self.seed,
-            eos_token_ids=self.eos_token_ids,
-            arrival_s=self.now() if arrival_s is None else arrival_s,
+        self.prefix.on |= bool(params.checkpoint_at) or params.n > 1
+        arrived = self.now() if arrival_s is None else arrival_s
+        seeds = {"seed": self.seed, "eos_token_ids": self.eos_token_ids}
+        siblings = tuple(
+            Request.of(self._next_id + (child << CHILD_BITS), prompt, params, arrival_s=arrived, **seeds)  # type: ignore[arg-type]
+            for child in range(params.n)
         )
-        self.scheduler.submit(request)
+        for request in siblings:
+            request.siblings = siblings if params.n > 1 else ()
+            self.scheduler.submit(request)
+            self._requests[request.seq_id] = request
         self._next_id += 1
-        self._requests[request.seq_id] = request
-        return request
+        return siblings[0]
 
     def abort(self, seq_id: int) -> None:
-        """End a request now and free its memory at once. A finished request stays as it is.
+        """End a request and its siblings now, and free their memory at once. Those that have finished stay as they are.
 
         Raises:
             UserError: no request of that id is known.
         """
-        self.scheduler.abort(self._request(seq_id), self.now())
+        request = self._request(seq_id)
+        for one in request.siblings or (request,):
+            self.scheduler.abort(one, self.now())
 
     def forget(self, seq_id: int) -> None:
         """Drop the engine's record of a finished request.

@@ -24,6 +24,10 @@ _COPIES = 12
 """Float64 copies of their logits at most: scaled, sorted with order and scratch, probabilities, and their sums."""
 
 _SEED_LIMIT = 2**63
+MOST_OUTPUTS = 1024
+"""Outputs of one prompt."""
+CHILD_BITS = 40
+"""A request's id is its number among the engine's requests, plus which output of its prompt it is times 2 to this power."""
 
 _PHILOX_ROUNDS = 10
 _PHILOX_M0, _PHILOX_M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
@@ -46,6 +50,7 @@ class SamplingParams:
         min_p: sample among tokens at least ``min_p`` times as likely as the most likely one; 0 for all.
         seed: seeds this request's randomness. None derives a seed from the engine's and the request's id.
         stop_token_ids: output ends after any of these; the token is part of the output.
+        n: outputs of the prompt. It is computed once; each output has its own randomness, which does not depend on ``n``.
         ignore_eos: do not end at the model's end-of-sequence token.
         checkpoint_at: positions at which to keep the prompt's states (:mod:`hybridcache.prefix.cache`).
 
@@ -60,6 +65,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
     checkpoint_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class SamplingParams:
             raise bad("min_p", self.min_p, "give a share of the highest probability, from 0 to 1")
         if self.seed is not None and not (_is_int(self.seed) and 0 <= self.seed < _SEED_LIMIT):
             raise bad("seed", self.seed, "give a whole number from 0 to below 2**63, or None")
+        if not _is_int(self.n) or not 1 <= self.n <= MOST_OUTPUTS:
+            raise bad("n", self.n, f"ask for 1 to {MOST_OUTPUTS:,} outputs")
         if isinstance(self.stop_token_ids, str) or not all(_is_int(token) for token in self.stop_token_ids):
             raise bad("stop_token_ids", self.stop_token_ids, "give token ids")
         if isinstance(self.checkpoint_at, str) or not all(_is_int(p) and p > 0 for p in self.checkpoint_at):
@@ -103,8 +111,10 @@ GREEDY = SamplingRow(SamplingParams(), (0, 0), 0)
 
 
 def request_key(params: SamplingParams, engine_seed: int, seq_id: int) -> tuple[int, int]:
-    """The 128-bit key of a request's randomness, made of its own seed or of the engine's seed and the request's id."""
-    return (params.seed, 0) if params.seed is not None else (engine_seed, 1 + seq_id)
+    """The 128-bit key of a request's randomness, made of which output of its prompt it is, and of its own seed or of the
+    engine's seed and the request's number."""
+    child = seq_id >> CHILD_BITS << CHILD_BITS
+    return (params.seed, child) if params.seed is not None else (engine_seed, 1 + seq_id)
 
 
 def uniform(key: tuple[int, int], position: int) -> float:

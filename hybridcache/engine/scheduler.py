@@ -170,6 +170,8 @@ class Scheduler:
                 chosen[seq_id] = make(ScheduledTokens, (seq, start, 1))
                 budget -= 1
                 continue
+            if seq.siblings and start < seq.fork_at:
+                tokens = seq.fork_at - start
             if tokens > budget:
                 tokens = self._cut(start, budget)
                 if tokens == 0:
@@ -214,6 +216,8 @@ class Scheduler:
                 found = self.prefix.find(seq)
             start = 0 if found is None else found.position
             tokens = seq.num_known - start
+            if start < seq.fork_at:
+                tokens = seq.fork_at - start
             if tokens > budget:
                 tokens = self._cut(start, budget)
                 if tokens == 0:
@@ -228,9 +232,10 @@ class Scheduler:
                     )  # a hit that does not fit an empty pool becomes a miss
                     continue
                 break
+            own = seq.admissions > 0 or 0 < seq.fork_at == start
             if self.prefix.on:
-                self.prefix.admitted(seq, found, first=not seq.admissions)
-            if seq.admissions:
+                self.prefix.admitted(seq, found, first=not own)
+            if own:
                 seq.refound_tokens += start
             else:
                 seq.hit_tokens = start

@@ -41,17 +41,25 @@ class Sequence:
     hit_tokens: int = 0
     """Tokens that the request did not compute when it was first admitted, because it resumed from a checkpoint of them."""
     refound_tokens: int = 0
-    """Tokens that it did not compute again when it was admitted again."""
+    """Tokens that it did not compute when it was admitted again, or that a sibling had computed."""
     admissions: int = 0
     recomputed_after_failure: int = 0
     """Tokens whose cache was dropped because a step failed or was interrupted, and had to be computed again."""
     first_token_s: float | None = None
     finish_s: float | None = None
     finish_reason: str | None = None
+    siblings: "tuple[Sequence, ...]" = field(default=(), repr=False)
+    """All requests that give outputs of its prompt, itself among them; empty where there is one."""
 
     @property
     def num_known(self) -> int:
         return self.prompt_len + self.num_output
+
+    @property
+    def fork_at(self) -> int:
+        """Position from which its siblings resume: that of the prompt's last token, which each of them computes for itself and so
+        samples its own first output token. 0 where there are no siblings."""
+        return self.prompt_len - 1 if self.siblings else 0
 
     @property
     def max_stored_tokens(self) -> int:

@@ -23,6 +23,21 @@ def merged_runs(numbers: Iterable[int] | np.ndarray) -> np.ndarray:
     return np.stack([ordered[starts], counts], axis=1)
 
 
+def listed_runs(numbers: Sequence[int]) -> list[list[int]]:
+    """As :func:`merged_runs`, in ascending order, as a list: without NumPy, whose calls cost more than merging few numbers."""
+    if len(numbers) > 64:
+        return merged_runs(numbers).tolist()
+    runs: list[list[int]] = []
+    end: int | None = None
+    for number in sorted(numbers):
+        if number == end:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, 1])
+        end = number + 1
+    return runs
+
+
 class FreeList:
     """Free numbers ``first .. first + count - 1``; ``pop`` hands out ascending numbers until some come back.
 

@@ -1,6 +1,6 @@
 """Spans, moves and units: what lies where in a pool, and what is to be copied."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridcache.memory.free_list import merged_runs
+from hybridcache.memory.free_list import listed_runs, merged_runs
 
 
 class Kind(IntEnum):
@@ -62,7 +62,9 @@ class Units:
         runs = merged_runs(numbers) * self.stride
         return np.concatenate([runs + np.array([base, 0]) for base in self.bases])
 
-    def spans(self, numbers: Iterable[int], kind: Kind, seq_id: int, owners: int) -> Iterator[Span]:
+    def spans(self, numbers: Sequence[int], kind: Kind, seq_id: int, owners: int) -> Iterator[Span]:
         """As :meth:`extents`, as spans of one owner."""
-        for offset, num_bytes in self.extents(numbers).tolist():
-            yield Span(offset, num_bytes, kind, seq_id, owners)
+        runs = listed_runs(numbers)
+        for base in self.bases:
+            for first, count in runs:
+                yield Span(base + first * self.stride, count * self.stride, kind, seq_id, owners)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from hybridcache.errors import bad
 from hybridcache.observe.events import read_events
+from hybridcache.observe.report.load import named_sets
 
 LOG = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class WandbTracker(Tracker):
         import wandb
 
         # Object columns of mixed or missing values are shown as text: W&B's tables want one type per column.
+        results = named_sets(results)
         plain = results.copy()
         for name in plain.columns:
             if not pd.api.types.is_numeric_dtype(plain[name]):

@@ -10,6 +10,8 @@ Checkpoints never cost a running request its memory: when blocks are short they 
 waiting request's checkpoint is evicted after all others, that of the last in the queue first.
 """
 
+import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,9 +21,10 @@ import numpy as np
 from hybridcache.prefix.eviction import NextUse, Values, make_eviction
 from hybridcache.prefix.host_tier import HostTier
 from hybridcache.prefix.index import Node, RadixIndex
+from hybridcache.prefix.pins import Pin, Pins
 from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal
 from hybridcache.prefix.planned import Planned, Scheduled
-from hybridcache.prefix.points import Place, Point
+from hybridcache.prefix.points import Place, Point, Standing
 from hybridcache.prefix.policy import OFF, PrefixPolicy
 from hybridcache.strategies.base import Strategy
 
@@ -30,8 +33,8 @@ class _Prompt:
     """What is kept of a request from its submission to its end."""
 
     __slots__ = (
-        "branch", "found", "latest", "making", "on_device", "recall", "recalled", "tokens", "version", "waits", "wanted",
-        "wanted_at",
+        "branch", "fork", "found", "latest", "making", "on_device", "recall", "recalled", "tokens", "version", "waits",
+        "wanted", "wanted_at",
     )  # fmt: skip
 
     def __init__(self, tokens: np.ndarray) -> None:
@@ -40,6 +43,9 @@ class _Prompt:
         """The checkpoint that is kept for it while it waits."""
         self.branch: Node | None = None
         """Where it parts from another prompt: a checkpoint is made there, once."""
+        self.fork: Node | None = None
+        """Where its siblings resume."""
+        self.waits = True
         self.wanted_at: dict[int, Place] = {}
         """Positions at which it is to keep a checkpoint."""
         self.making: list[Node] = []
@@ -49,7 +55,6 @@ class _Prompt:
         self.found: Point | None = None
         self.version = -1
         """Of the cache when ``found`` was found."""
-        self.waits = True
         self.recall: Any = None
         """The checkpoint on its way from the host for which it waits."""
         self.recalled: tuple[Point, int] | None = None
@@ -97,6 +102,7 @@ class PrefixCache:
         self._places = set(self.policy.placement)
         self._share = int(self.policy.share * strategy.budget_bytes)
         self._next_key = 0
+        self._pins = Pins()
         self.clear()
         if self.policy.host_bytes:
             self.host = HostTier(self, addressed=addressed, seed=seed)
@@ -119,6 +125,7 @@ class PrefixCache:
         """``(key, position)`` of what requests that ended left, until all their tokens are known."""
         self._left: OrderedDict[int, Point] = OrderedDict()
         """The checkpoints that the last requests to end left, by request."""
+        self._foretold: list[tuple[float, int, list[Point]]] = []
         self._version = 0
 
     @property
@@ -144,12 +151,42 @@ class PrefixCache:
         """The live checkpoints, in order of creation."""
         return list(self._points.values())
 
+    # -- pins ------------------------------------------------------------------------------------------------------
+
+    def pin(self, tokens: Iterable[int]) -> Pin:
+        """From now on, never evict a checkpoint of these tokens for another one. The caller makes them, by a request that asks
+        for the pin's positions; where they are lost, a request that begins with them makes those inside its prompt again."""
+        self.on = True
+        pin = self._pins.add(np.fromiter(tokens, dtype=np.int32))
+        for point in self.pinned(pin):
+            point.place, point.pinned = Place.EXPLICIT, True
+            self._order.remove(point)
+            if self.host is not None:
+                self.host.spare(point)
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """Let the pin's checkpoints be evicted as others are. Raises UserError where it is no pin (any more)."""
+        self._pins.remove(pin)
+        for point in self.pinned(pin):
+            point.pinned = self._pins.hold(point)
+            self._put(point)
+
+    def pinned(self, pin: Pin) -> list[Point]:
+        """The pin's live checkpoints."""
+        ends = [(end, self.index.walk(pin.tokens[:end]).node) for end in pin.positions]
+        return [node.point for end, node in ends if node.end == end and _alive(node)]
+
     # -- requests --------------------------------------------------------------------------------------------------
 
     def submitted(self, seq: Any) -> None:
         """A request came: note its tokens, learn from them, and keep the checkpoint that it is going to resume from."""
-        tokens = seq.tokens(0, seq.num_known).astype(np.int32)
+        self._forget_past()
+        tokens = seq.tokens(0, seq.num_known).astype(np.int32, copy=False)
         prompt = self._prompts[seq.seq_id] = _Prompt(tokens)
+        if seq.siblings and self._join_siblings(seq, prompt):
+            return
+        prompt.wanted_at = dict.fromkeys(self._pins.inside(tokens), Place.EXPLICIT)
         walk = self.index.walk(tokens)
         found, known = None, walk.node
         for node in walk.node.path():
@@ -161,6 +198,7 @@ class PrefixCache:
                     point.touch(self.now_s)
                     self._reused_copy(point)
                     prompt.latest, known = point, node
+                    self._abandon_others(point)
                 if point.live:
                     found = point
                     break
@@ -171,8 +209,37 @@ class PrefixCache:
             before = (walk.edge or walk.node).end
             self.depths.parted(before - walk.length)
         self._note_branch(seq.seq_id, prompt, walk.edge or walk.node, shared, walk)
-        leaf = self.index.insert(tokens)
+        leaf = self.index.insert(tokens, walk if prompt.branch is None else None)  # a branch has changed the index
         leaf.owner = seq.seq_id
+        if seq.fork_at > 0:
+            prompt.fork = self.index.insert(tokens[: seq.fork_at])
+
+    def _join_siblings(self, seq: Any, prompt: _Prompt) -> bool:
+        """What holds for a sibling that came before holds for this request too. False where none came."""
+        before = next((known for s in seq.siblings if s is not seq and (known := self._prompts.get(s.seq_id))), None)
+        if before is None:
+            return False
+        prompt.branch, prompt.fork = before.branch, before.fork
+        if before.wanted is not None and before.wanted.live:
+            self._protect(before.wanted, prompt)
+        return True
+
+    def _awaited(self, seq: Any) -> list[_Prompt]:
+        """The siblings of a request that wait."""
+        known = (self._prompts.get(s.seq_id) for s in seq.siblings if s is not seq)
+        return [prompt for prompt in known if prompt is not None and prompt.waits]
+
+    def _abandon_others(self, point: Point) -> None:
+        """A request goes on from a checkpoint that had been superseded: the later ones are left behind, unless many sequences
+        share it."""
+        if point.standing is not Standing.SUPERSEDED or point.place is Place.BRANCH:
+            return
+        for other in point.live_after():
+            while other is not None:
+                if other.standing is Standing.LATEST:
+                    self._order.stands(other, Standing.ABANDONED)
+                after = other.live_after()
+                other = after[0] if len(after) == 1 else None
 
     def _note_branch(self, seq_id: int, prompt: _Prompt, other: Node, shared: int, walk: Any) -> None:
         """Where the prompt parts from another one, plan a checkpoint for both of them."""
@@ -203,10 +270,8 @@ class PrefixCache:
             self.host.poll()
             if prompt.recall is not None:
                 return True
-        if prompt.branch is None:
-            return False
-        maker = prompt.branch.maker
-        return maker is not None and maker != seq.seq_id and maker in self._prompts
+        makers = [node.maker for node in (prompt.branch, prompt.fork) if node is not None]
+        return any(maker is not None and maker != seq.seq_id and maker in self._prompts for maker in makers)
 
     def find(self, seq: Any) -> Point | None:
         """The deepest checkpoint from which the request can resume, whether it lives or its copy is worth bringing back; None
@@ -215,7 +280,7 @@ class PrefixCache:
         if prompt is None:
             return None
         if len(prompt.tokens) != seq.num_known:  # it was preempted: its output is known by now
-            prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32), -1
+            prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32, copy=False), -1
         if prompt.version != self._version:
             path = list(self.index.walk(prompt.tokens).node.path())
             alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
@@ -248,7 +313,7 @@ class PrefixCache:
                 admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt)
             if admitted or not self.make_room(urgent=urgent, but=found, idle=urgent):
                 break
-        if not admitted and found is not None:
+        if not admitted and found is not None and (urgent or not found.pinned):
             admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
             if admitted:
                 self._evict(found, dropped=True)
@@ -265,8 +330,9 @@ class PrefixCache:
         prompt = self._prompts.get(seq.seq_id)
         if prompt is None:
             return
+        prompt.waits = False
         self._release_wanted(prompt)
-        start, prompt.waits = 0, False
+        start = 0
         recalled, prompt.recalled = prompt.recalled, None
         if found is not None:
             start = found.position
@@ -276,7 +342,7 @@ class PrefixCache:
                 if first and recalled is not None and recalled[0] is found:
                     self.host.hit_tokens += start - recalled[1]
                 self.host.spare(found)
-            found.touched_s = self.now_s
+            found.touched_s = found.active_s = self.now_s
             self._reused_copy(found)
             if found.live:
                 self._order.begun(found)
@@ -302,18 +368,19 @@ class PrefixCache:
             prompt.wanted_at[position] = Place.EXPLICIT
         if "prompt_end" in self._places:
             prompt.wanted_at.setdefault(end, Place.PROMPT_END)
+        for node, place in ((prompt.branch, Place.BRANCH), (prompt.fork, Place.FORK)):
+            if node is not None and node.end > start and node.maker is None and not _alive(node):
+                prompt.wanted_at.setdefault(node.end, place)
+                node.maker = seq.seq_id
+                prompt.making.append(node)
         prompt.wanted_at = {p: place for p, place in prompt.wanted_at.items() if p > start}
-        node = prompt.branch
-        if node is not None and node.end > start and node.maker is None and not _alive(node):
-            node.maker = seq.seq_id
-            prompt.making.append(node)
 
     def left(self, seq: Any) -> None:
         """The request gives its memory back without having ended (preempted, or to be recomputed)."""
         prompt = self._prompts.get(seq.seq_id)
         if prompt is not None:
-            self._stop_making(prompt)
             prompt.waits, prompt.on_device = True, False
+            self._stop_making(prompt)
         self._drop_handed(seq.seq_id)
 
     def preempting(self, seq: Any) -> None:
@@ -361,14 +428,30 @@ class PrefixCache:
             self._keep_semantic(prompt.latest)
 
     def foretell(self, seq: Any, time_s: float) -> None:
-        """What a request left that has ended will be used next at that time; for the bound that knows the future."""
+        """What a request left that has ended will be used next at that time, and not again later as far as is known; for the
+        bound that knows the future."""
         left = self._left.get(seq.seq_id)
-        for node in left.node.path() if left is not None else ():
-            if node.point is not None:
-                node.point.next_use_s = time_s
-                self._reused_copy(node.point)
-            if _alive(node):
-                self._put(node.point)
+        nodes = left.node.path() if left is not None else ()
+        points = [node.point for node in nodes if node.point is not None and (node.point.live or node.point.host)]
+        for point in points:
+            point.next_use_s = time_s
+            self._put_anywhere(point)
+        if points and time_s < math.inf:
+            heapq.heappush(self._foretold, (time_s, seq.seq_id, points))
+
+    def _forget_past(self) -> None:
+        while self._foretold and self._foretold[0][0] <= self.now_s:
+            time_s, _, points = heapq.heappop(self._foretold)
+            for point in points:
+                if point.next_use_s == time_s:
+                    point.next_use_s = math.inf
+                    self._put_anywhere(point)
+
+    def _put_anywhere(self, point: Point) -> None:
+        if point.live:
+            self._put(point)
+        if self.host is not None and point.host is not None:
+            self.host.store.touched(point.host, self.now_s)
 
     # -- checkpoints of a step -------------------------------------------------------------------------------------
 
@@ -383,6 +466,7 @@ class PrefixCache:
             for position in sorted(p for p in prompt.wanted_at if p <= item.end):
                 place = prompt.wanted_at.pop(position)
                 made = position > item.start and not self._lives(prompt, position)
+                made = made and (place is not Place.FORK or bool(self._awaited(item.seq)))
                 if made:
                     inside, key = position < item.end, self._new_key()
                     made = not inside or self._reserve(item.seq.seq_id, key, position, place)
@@ -409,8 +493,12 @@ class PrefixCache:
             if not inside:
                 self.strategy.checkpoint(request.seq_id, key)
             prompt = self._prompts[request.seq_id]
-            self._publish(prompt, prompt.tokens[:position], key, place)
+            point = self._publish(prompt, prompt.tokens[:position], key, place)
             self._stop_making(prompt, position)
+            for sibling in self._awaited(request) if position == request.fork_at else ():
+                if sibling.wanted is not point:
+                    self._release_wanted(sibling)
+                    self._protect(point, sibling)
 
     def discard(self, planned: Iterable[Planned], seqs: Iterable[Any] = ()) -> None:
         """Drop the checkpoints of a step that failed, and what its requests left that have ended: they are void."""
@@ -521,7 +609,9 @@ class PrefixCache:
             point.wanted -= 1
             if not point.wanted:
                 self._protected.pop(point, None)
-                if point.live:
+                if point.live and point.place is Place.FORK:
+                    self._evict(point)
+                elif point.live:
                     self._put(point)
 
     def _stop_making(self, prompt: _Prompt, position: int | None = None) -> None:
@@ -546,21 +636,25 @@ class PrefixCache:
             point = node.point = Point(key, node, place, self.now_s)
         else:
             point.key, point.live, point.place, point.made_s = key, True, place, self.now_s
-            point.touched_s = self.now_s
+            point.touched_s = point.active_s = self.now_s
             if point.wanted:  # by a request that came before it was evicted, and still waits
                 self._protected[point] = None
         if prompt.latest is not None and prompt.latest is not point:
             point.inherit(prompt.latest)
         self._points[key] = point
-        point.superseded = place is Place.INSIDE
+        point.standing = Standing.SUPERSEDED if place is Place.INSIDE else Standing.LATEST
+        point.pinned = self._pins.hold(point)
         self.index.see(node)
         before = point.live_before()
         if before is not None and before.place is not Place.BRANCH:
-            self._order.superseded(before)
+            self._order.stands(before, Standing.SUPERSEDED)
         self._order.begun(point)
         self._put(point)
-        if before is not None:
+        while before is not None:
+            before.active_s = self.now_s
+            before.inherit(point)
             self._put(before)
+            before = before.live_before()
         prompt.latest = point
         self._version += 1
         self._retain(point)
@@ -568,7 +662,7 @@ class PrefixCache:
 
     def _revive(self, point: Point, key: int) -> None:
         """An evicted checkpoint has come back; the strategy holds it under ``key``."""
-        point.key, point.live = key, True
+        point.key, point.live, point.pinned = key, True, self._pins.hold(point)
         self._points[key] = point
         if point.wanted:
             self._protected[point] = None
@@ -586,7 +680,7 @@ class PrefixCache:
                 other = node.point
                 if other is None or not (other.live or other.host) or other.pinned or other.wanted:
                     continue
-                if other.place in (Place.BRANCH, Place.EXPLICIT) or len(node.children) > 1:
+                if other.place in (Place.BRANCH, Place.EXPLICIT, Place.FORK) or len(node.children) > 1:
                     continue
                 kept += 1
                 if kept > self.policy.last_k:
@@ -623,14 +717,15 @@ class PrefixCache:
         self._version += 1
         after = point.live_after()
         if before is not None:
-            if not after and before.superseded:  # its sequence can only be resumed from there now
-                before.superseded = False
-                before.touched_s = max(before.touched_s, point.touched_s)
+            if not after and before.standing is Standing.SUPERSEDED:  # its sequence can only be resumed from there now
+                before.standing = Standing.LATEST
+                before.active_s = point.active_s
                 before.inherit(point)
             self._put(before)
         for other in after:
             self._put(other)
-        if point.superseded and after and len(node.children) == 1 and node.maker is None and point.host is None:
+        alone = len(node.children) == 1 and node.maker is None and point.host is None
+        if point.standing is Standing.SUPERSEDED and after and alone:
             node.point = None
             self.index.join(node)
         else:

@@ -21,12 +21,14 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from hybridcache.errors import bad
-from hybridcache.prefix.points import Point
+from hybridcache.prefix.points import Point, Standing
 from hybridcache.prefix.reuse import ReuseTimes, class_of
 
 NextUse = Callable[[Point], float]
 """Time of the next request that will resume from a checkpoint; infinity where none will."""
 SAMPLE = 64
+FALLBACK = 0.1
+"""Share of reuses taken to find the latest checkpoint evicted and an earlier one alive."""
 
 
 class Values:
@@ -77,9 +79,9 @@ class Eviction(ABC):
     def reused(self, point: Point, now_s: float) -> None:
         """A request came that resumes from the checkpoint, or would if it were alive."""
 
-    def superseded(self, point: Point) -> None:
-        """The checkpoint's sequence has gone on to a later one."""
-        point.superseded = True
+    def stands(self, point: Point, standing: Standing) -> None:
+        """The checkpoint's sequence has gone on."""
+        point.standing = standing
 
 
 class _Ordered(Eviction):
@@ -184,9 +186,23 @@ class Farthest(_Ordered):
     def __init__(self, values: Values, *, next_use: NextUse | None = None, seed: int = 0) -> None:
         super().__init__(values)
         self.next_use: NextUse = next_use or (lambda point: point.next_use_s)
+        self._due: list[tuple[float, int, int, Point]] | None = None if next_use is None else []
+        """By the next use, which is another one as soon as its time is past."""
 
     def priority(self, point: Point, now_s: float) -> float:
         return -self.next_use(point)
+
+    def put(self, point: Point, now_s: float) -> None:
+        super().put(point, now_s)
+        if self._due is not None:
+            heapq.heappush(self._due, (self.next_use(point), self._put, point.serial, point))
+
+    def victim(self, now_s: float) -> Point | None:
+        while self._due and self._due[0][0] <= now_s:
+            passed = heapq.heappop(self._due)
+            if _valid(passed):
+                self.put(passed[3], now_s)
+        return super().victim(now_s)
 
 
 class ReuseDensity(Eviction):
@@ -214,8 +230,12 @@ class ReuseDensity(Eviction):
             point.slot = -1
 
     def worth(self, point: Point, now_s: float) -> float:
-        """Work saved per byte and second of keeping it."""
-        return self.times.rate(point, now_s) * self.values.density(point)
+        """Work saved per byte and second of keeping it. A superseded checkpoint is also what its sequence falls back on if the
+        later one has been evicted by the time of its reuse."""
+        rate = self.times.rate(point, now_s)
+        if point.standing is Standing.SUPERSEDED:
+            rate += FALLBACK * max((self.times.rate(other, now_s) for other in point.live_after()), default=0.0)
+        return rate * self.values.density(point)
 
     def victim(self, now_s: float) -> Point | None:
         points = self._points
@@ -228,10 +248,10 @@ class ReuseDensity(Eviction):
     def reused(self, point: Point, now_s: float) -> None:
         self.times.reused(point, now_s)
 
-    def superseded(self, point: Point) -> None:
-        if not point.superseded:
+    def stands(self, point: Point, standing: Standing) -> None:
+        if point.standing is not standing:
             before = class_of(point)
-            point.superseded = True
+            point.standing = standing
             self.times.moved(before, point)
 
 

@@ -1,7 +1,7 @@
 """Point: what is known of one checkpoint, alive or evicted."""
 
 import math
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any
 
 from hybridcache.prefix.index import Node
@@ -15,11 +15,24 @@ class Place(Enum):
     INSIDE = "inside"
     BRANCH = "branch"
     EXPLICIT = "explicit"
+    FORK = "fork"
+    """Siblings resume from it; it is gone once all of them have."""
 
     @property
     def semantic(self) -> bool:
         """Whether a turn ends here, or its user asked for it."""
-        return self is not Place.INSIDE and self is not Place.BRANCH
+        return self not in (Place.INSIDE, Place.BRANCH, Place.FORK)
+
+
+class Standing(IntEnum):
+    """What the sequence of a checkpoint has done since."""
+
+    LATEST = 0
+    """Nothing: it can only be resumed from here."""
+    SUPERSEDED = 1
+    """It went on to a later checkpoint."""
+    ABANDONED = 2
+    """It went on from an earlier checkpoint, another way."""
 
 
 class Point:
@@ -30,8 +43,8 @@ class Point:
     """
 
     __slots__ = (
-        "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place",
-        "serial", "slot", "superseded", "touched_s", "uses", "wanted",
+        "active_s", "credit", "host", "key", "live", "made_s", "mean_log_interval", "next_use_s", "node", "pinned", "place",
+        "serial", "slot", "standing", "touched_s", "uses", "wanted",
     )  # fmt: skip
 
     def __init__(self, key: int, node: Node, place: Place, now_s: float) -> None:
@@ -39,12 +52,13 @@ class Point:
         self.live = True
         self.made_s = self.touched_s = now_s
         """When it was made; when it was made or a request last resumed from it."""
+        self.active_s = now_s
+        """When its sequence was last worked on: the wait for its reuse began then."""
         self.uses = 0
         """Times that it, and the checkpoints that it continues, were resumed from."""
         self.mean_log_interval = 0.0
         """Mean of log(1 + seconds) between these."""
-        self.superseded = False
-        """Whether its sequence went on from it to a later checkpoint."""
+        self.standing = Standing.LATEST
         self.wanted = 0
         """Waiting requests that are going to resume from it."""
         self.pinned = False
@@ -67,10 +81,10 @@ class Point:
 
     def touch(self, now_s: float) -> None:
         """A request resumed from it."""
-        interval = math.log1p(max(now_s - self.touched_s, 0.0))
+        interval = math.log1p(max(now_s - self.active_s, 0.0))
         self.uses += 1
         self.mean_log_interval += (interval - self.mean_log_interval) / min(self.uses, 8)
-        self.touched_s = now_s
+        self.touched_s = self.active_s = now_s
 
     def inherit(self, earlier: "Point") -> None:
         """It continues the sequence of an earlier checkpoint, whose times of reuse are the best guess for its own."""

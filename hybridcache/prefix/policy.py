@@ -1,6 +1,8 @@
 """PrefixPolicy: where checkpoints are made, which are kept, and which go when blocks are short."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hybridcache.errors import bad, number, whole
 from hybridcache.prefix.eviction import ORDERS
@@ -17,7 +19,8 @@ class PrefixPolicy:
         placement: where checkpoints are made, any of :data:`PLACEMENTS`; none switches reuse off (checkpoints that requests
             ask for with ``SamplingParams.checkpoint_at`` are made all the same).
 
-            * ``prompt_end``: after a prompt, before its first output token;
+            * ``prompt_end``: after a prompt, before its first output token; for clients that drop or change outputs (reasoning)
+              in their next prompt, where ``generation_end`` never matches;
             * ``generation_end``: the states of a request that ends are handed over as they are, at no cost;
             * ``branch_points``: where prompts part, from the second one on (its position cut to a multiple of 64);
             * ``every_n``: at multiples of ``every`` tokens;
@@ -38,7 +41,7 @@ class PrefixPolicy:
         host_eviction: the order in which copies leave the host.
     """
 
-    placement: tuple[str, ...] = ("prompt_end", "generation_end", "branch_points", "every_n")
+    placement: tuple[str, ...] = ("generation_end", "branch_points", "every_n")
     every: int = 8192
     num_optimal: int = 4
     retention: str = "last_k"
@@ -74,6 +77,26 @@ class PrefixPolicy:
             raise bad("prefix.host_state_share", self.host_state_share, "give a share between 0 and 1, or null")
         if self.host_eviction not in ORDERS:
             raise bad("prefix.host_eviction", self.host_eviction, f"choose one of {', '.join(ORDERS)}")
+
+    @classmethod
+    def read(cls, given: Any) -> "PrefixPolicy | None":
+        """What a user gave: a policy, a mapping of its fields, True for the defaults, None or False for none.
+
+        Raises:
+            UserError: anything else; the message names the field.
+        """
+        if given is None or given is False or isinstance(given, PrefixPolicy):
+            return given or None
+        if given is True:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise bad("prefix", given, "give True, False, a PrefixPolicy or a dict of its fields")
+        for name, value in given.items():
+            if name not in cls.__dataclass_fields__:
+                raise bad(
+                    f"prefix.{name}", value, f"is no field of a policy; it has {', '.join(cls.__dataclass_fields__)}"
+                )
+        return cls(**given)
 
 
 OFF = PrefixPolicy(placement=(), retention="all", eviction="lru")

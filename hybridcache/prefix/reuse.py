@@ -12,15 +12,17 @@ import math
 
 import numpy as np
 
-from hybridcache.prefix.points import Point
+from hybridcache.prefix.points import Point, Standing
 
-BUCKETS = 72
-_FIRST_S = 0.05
-_GROWTH = 1.2
+BUCKETS = 40
+_FIRST_S = 0.1
+_GROWTH = 1.35
 _EDGES = np.concatenate([[0.0], _FIRST_S * _GROWTH ** np.arange(BUCKETS)])
 """Seconds; the last edge is some 6 hours."""
 INTERVAL_CLASSES = 8
-CLASSES = 2 * (1 + INTERVAL_CLASSES)
+CLASSES = len(Standing) * (1 + INTERVAL_CLASSES)
+_ALIKE = 16.0
+_SMOOTH = np.array([0.25, 0.5, 0.25])
 _REBUILD_EVERY = 64
 _HALF_LIFE = 4096
 """Events after which an observation counts half."""
@@ -43,7 +45,7 @@ class ReuseTimes:
 
     def reused(self, point: Point, now_s: float) -> None:
         """A request came that resumes from the checkpoint, or would have if it were alive. To be called before its touch."""
-        self._reused[class_of(point), bucket_of(now_s - point.touched_s)] += 1.0
+        self._reused[class_of(point), bucket_of(now_s - point.active_s)] += 1.0
         self._count()
 
     def moved(self, before: int, point: Point) -> None:
@@ -53,7 +55,7 @@ class ReuseTimes:
 
     def rate(self, point: Point, now_s: float) -> float:
         """Reuses to be expected per second of keeping the checkpoint."""
-        return self._table[class_of(point)][bucket_of(now_s - point.touched_s)]
+        return self._table[class_of(point)][bucket_of(now_s - point.active_s)]
 
     def _count(self) -> None:
         self._events += 1
@@ -64,8 +66,12 @@ class ReuseTimes:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        reused_CB = self._reused
-        begun_C = np.maximum(self._begun, reused_CB.sum(axis=1) + 1e-9)
+        # A class of few observations is taken to be like all of its kind.
+        kinds = self._reused.reshape(len(Standing), -1, BUCKETS), self._begun.reshape(len(Standing), -1)
+        all_begun = kinds[1].sum(axis=1, keepdims=True)
+        alike = (kinds[0] + _ALIKE * kinds[0].sum(axis=1, keepdims=True) / all_begun[:, :, None]).reshape(-1, BUCKETS)
+        reused_CB = np.apply_along_axis(np.convolve, 1, np.pad(alike, ((0, 0), (1, 1)), "edge"), _SMOOTH, "valid")
+        begun_C = np.maximum(self._begun + _ALIKE, reused_CB.sum(axis=1) + 1e-9)
         survive = begun_C[:, None] - np.concatenate([np.zeros((CLASSES, 1)), np.cumsum(reused_CB, axis=1)], axis=1)
         kept_CB = (survive[:, :-1] + survive[:, 1:]) / 2 * np.diff(_EDGES)  # expected seconds in each bucket
         table = np.empty((CLASSES, BUCKETS))
@@ -85,4 +91,4 @@ def bucket_of(age_s: float) -> int:
 def class_of(point: Point) -> int:
     """The class of a checkpoint; see the module."""
     known = 0 if point.uses == 0 else 1 + min(int(point.mean_log_interval * 1.25), INTERVAL_CLASSES - 1)
-    return known + (1 + INTERVAL_CLASSES) * point.superseded
+    return known + (1 + INTERVAL_CLASSES) * point.standing

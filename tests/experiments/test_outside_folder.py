@@ -84,7 +84,9 @@ def test_a_workload_a_model_and_a_strategy_in_a_shipped_experiment(tmp_path):
     assert inference["tokens_sha256"].nunique() == 1, "the same tokens, wherever states lie"
     assert simulation["prompt_tokens"].nunique() == 2, "another seed is another stream"
     assert set(rows["model"]) == {"slim"}, "one model in all phases"
-    assert set(rows["requests_offered"] - rows["requests_served"]) == {0}
+    refused = rows[rows["requests_offered"] > rows["requests_served"]]
+    assert set(refused["workload"]) == {"length=8192", "length=32768"}, "the model's positions end at 4096"
+    assert set(refused["phase"]) == {"capacity"}
     assert set(simulation["num_devices"]) == {1}
     assert recorded.workload.seed == 7
     assert recorded.inference.model == "slim"

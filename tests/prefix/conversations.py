@@ -1,9 +1,9 @@
 """Random conversations for an engine: many turns, shared beginnings, aborts; and what they say with everything off."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from hybridcache.engine.sampling import SamplingParams
+from hybridcache.engine.sampling import CHILD_BITS, SamplingParams
 
 
 @dataclass
@@ -12,13 +12,15 @@ class Conversation:
 
     prompt: list[int]
     turns: list[tuple[list[int], SamplingParams, float]]
-    """New tokens of each turn, its sampling, and how much of the last output the next prompt keeps."""
-    outputs: list[list[int]] = field(default_factory=list)
+    """New tokens of each turn, its sampling, and how much of the last output the next prompt keeps. Of several outputs, the
+    last one is gone on with."""
+    outputs: list[list[list[int]]] = field(default_factory=list)
+    """Of each turn so far."""
 
     def next_prompt(self) -> list[int]:
         new, _, kept = self.turns[len(self.outputs)]
         if self.outputs:
-            last = self.outputs[-1]
+            last = self.outputs[-1][-1]
             self.prompt = self.prompt + last[: round(kept * len(last))]
         self.prompt = self.prompt + new
         return self.prompt
@@ -50,6 +52,7 @@ def draw(seed: int, count: int, longest: int = 60) -> list[Conversation]:
                 temperature=rng.choice([0.0, 0.0, 0.9]),
                 seed=rng.randrange(1000),
                 stop_token_ids=tuple(rng.sample(range(101), rng.choice([0, 0, 20]))),
+                n=rng.choice([1, 1, 1, 2, 3, 4]),
             )
             new = [rng.randrange(101) for _ in range(rng.randrange(1, longest))]
             turns.append((new, params, rng.choice([1.0, 1.0, 1.0, 0.5, 0.0])))
@@ -59,18 +62,31 @@ def draw(seed: int, count: int, longest: int = 60) -> list[Conversation]:
     return found[:count]
 
 
-def expected_outputs(engine, conversations: list[Conversation]) -> list[list[list[int]]]:
-    """One request at a time."""
+def group(seq) -> tuple:
+    """The requests that give a prompt's outputs."""
+    return seq.siblings or (seq,)
+
+
+def num_requests(conversations: list[Conversation]) -> int:
+    return sum(params.n for conversation in conversations for _, params, _ in conversation.turns)
+
+
+def expected_outputs(engine, conversations: list[Conversation]) -> list[list[list[list[int]]]]:
+    """One request at a time; the ``i``-th of several outputs by a request for one, with the key that is the ``i``-th's."""
     for conversation in conversations:
         while not conversation.done:
-            seq = engine.add_request(conversation.next_prompt(), conversation.params)
-            engine.run()
-            conversation.outputs.append(seq.output_ids)
-            engine.forget(seq.seq_id)
+            prompt, params, outputs = conversation.next_prompt(), conversation.params, []
+            for child in range(params.n):
+                seq = engine.add_request(prompt, replace(params, n=1))
+                seq.key = (params.seed, child << CHILD_BITS)
+                engine.run()
+                outputs.append(seq.output_ids)
+                engine.forget(seq.seq_id)
+            conversation.outputs.append(outputs)
     return [conversation.outputs for conversation in conversations]
 
 
-def converse(engine, conversations: list[Conversation], seed: int, check, aborts: float = 0.0) -> list[list[list[int]]]:
+def converse(engine, conversations: list[Conversation], seed: int, check, aborts: float = 0.0) -> list:
     """All at once: turns begin as others end, and some are aborted and asked again. ``check`` is called after every step."""
     rng = random.Random(seed)
     idle, running = list(conversations), {}
@@ -83,18 +99,21 @@ def converse(engine, conversations: list[Conversation], seed: int, check, aborts
         engine.step()
         check()
         for seq_id, (seq, conversation, before) in list(running.items()):
-            if seq.finish_reason is None and rng.random() < aborts:
+            reasons = {one.finish_reason for one in group(seq)}
+            if None in reasons and rng.random() < aborts:
                 engine.abort(seq_id)
+                assert None not in {one.finish_reason for one in group(seq)}
                 conversation.prompt = before
                 idle.append(conversation)
-            elif seq.finish_reason is None:
+            elif None in reasons:
                 continue
-            elif seq.finish_reason in ("length", "stop"):
-                conversation.outputs.append(list(seq.output_ids))
+            elif reasons <= {"length", "stop"}:
+                conversation.outputs.append([list(one.output_ids) for one in group(seq)])
                 if not conversation.done:
                     idle.append(conversation)
             else:
-                raise AssertionError(f"request {seq_id} ended by {seq.finish_reason}: {seq.error}")
+                raise AssertionError(f"request {seq_id} ended by {reasons}: {[one.error for one in group(seq)]}")
             del running[seq_id]
-            engine.forget(seq_id)
+            for one in group(seq):
+                engine.forget(one.seq_id)
     return [conversation.outputs for conversation in conversations]

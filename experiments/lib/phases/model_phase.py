@@ -18,6 +18,7 @@ from hybridcache.kernels.backend import make_backend
 from hybridcache.llm import load_for_inference
 from hybridcache.observe.environment import device_name
 from hybridcache.observe.metrics import Recorder
+from hybridcache.prefix.policy import PrefixPolicy
 from hybridcache.sim.cost_model import CostModel, DeviceSpec
 from hybridcache.spec import CacheSpec
 from hybridcache.spec.dtypes import dtype_name
@@ -119,10 +120,17 @@ class ModelPhase:
         cost_model = CostModel.from_config(self.model.config, self.spec, DeviceSpec())
         return with_best_ratio(choices, memory, streams, self.scheduler, cost_model)
 
-    def engine(self, choice: StrategyChoice, memory: CacheMemory, recorder: Recorder | None = None) -> Engine:
-        """A new engine over the strategy's memory."""
+    def engine(
+        self,
+        choice: StrategyChoice,
+        memory: CacheMemory,
+        recorder: Recorder | None = None,
+        prefix: PrefixPolicy | None = None,
+    ) -> Engine:
+        """A new engine over the strategy's memory; without ``prefix`` it reuses nothing."""
         backend = make_backend(self.settings.backend, self.settings.device, self.settings.attention_backend)
-        return Engine(self.model, choice.build(memory, physical=True), self.scheduler, backend, recorder=recorder)
+        strategy = choice.build(memory, physical=True)
+        return Engine(self.model, strategy, self.scheduler, backend, prefix=prefix, recorder=recorder)
 
     def columns(self, launches: Mapping[str, int], backend: str) -> dict[str, Any]:
         """The columns of a result row that say which code ran, on what, in which precision."""

@@ -15,18 +15,27 @@ from hybridcache.observe.report.units import bytes_text, join_names, number_text
 
 BOUND = "byte_exact"
 """The strategy that is a bound, not a competitor; it is never named the best."""
+FORESEEN = "farthest"
+"""The policy that is one: it knows the future."""
 CLOSE = 0.01
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 """Student's t, two-sided 95 %, for 1 to 10 degrees of freedom; the last serves for more."""
 
 
+def is_bound(name: str) -> bool:
+    """Whether a strategy, or one under a policy, is a bound."""
+    return name.partition(" (")[0] == BOUND or name.endswith(f"({FORESEEN})")
+
+
 def label(name: str) -> str:
-    return f"{name} (bound)" if name == BOUND else name
+    if not is_bound(name):
+        return name
+    return f"{name[:-1]}, bound)" if name.endswith(")") else f"{name} (bound)"
 
 
 def competitors(names: Sequence[str]) -> list[str]:
     """``names`` without the bound, unless nothing else is there."""
-    return [name for name in names if name != BOUND] or list(names)
+    return [name for name in names if not is_bound(name)] or list(names)
 
 
 @dataclass(frozen=True)

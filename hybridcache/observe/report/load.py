@@ -18,6 +18,18 @@ SERVING_PHASES = ("simulation", "inference")
 """Phases that serve requests over time (the ``capacity`` phase only counts them)."""
 
 
+def set_name(strategy: str, policy: object) -> str:
+    """A strategy under one of several policies, in figures and tables; without a policy, the strategy."""
+    return f"{strategy} ({policy})" if isinstance(policy, str) else strategy
+
+
+def named_sets(results: pd.DataFrame) -> pd.DataFrame:
+    """Results whose strategies are told apart by their policy too, where they have one."""
+    if "policy" not in results.columns:
+        return results
+    return results.assign(strategy=[set_name(*pair) for pair in zip(results["strategy"], results["policy"])])
+
+
 class NoData(Exception):
     """The run holds nothing for this figure; the message says what is missing."""
 
@@ -133,7 +145,7 @@ def _results(path: Path) -> pd.DataFrame:
         raise UserError(f"{file}: lacks {', '.join(missing)}; the report needs a run that compares strategies")
     if results.empty:
         raise UserError(f"{file}: holds no row, so there is nothing to report")
-    return results
+    return named_sets(results)
 
 
 def _mapping(file: Path) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from hybridcache.observe.report import style
-from hybridcache.observe.report.comparison import BOUND, BY_COLUMN, clock_means_nothing, compare, label
+from hybridcache.observe.report.comparison import BY_COLUMN, clock_means_nothing, compare, is_bound, label
 from hybridcache.observe.report.load import NoData, Run
 from hybridcache.observe.report.style import Drawn
 from hybridcache.observe.report.units import number_text, seconds_text
@@ -148,7 +148,7 @@ def _bars(axes: Axes, values: Sequence[pd.Series], names: Sequence[str], run: Ru
             {"xerr": spread, "error_kw": {"ecolor": "#222222", "elinewidth": 1.1, "capsize": 2.5}} if spread else {}
         )
         bars = axes.barh(i, found.mean(), height=0.66, color=styles[name][0], **error)
-        if name == BOUND:
+        if is_bound(name):
             bars[0].set(hatch="////", edgecolor="white")
         if spread:
             axes.plot(found, [i] * len(found), "o", markersize=3, color="#222222", markeredgecolor="white", zorder=3)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from hybridcache.observe.report.comparison import BOUND, label
+from hybridcache.observe.report.comparison import is_bound, label
 
 Drawn = tuple[Figure, pd.DataFrame]
 """A figure and the data that it shows."""
@@ -90,11 +90,11 @@ def panel_title(axes: Axes, name: str, note: str) -> None:
 
 def line_style(i: int, name: str, wide: float = 3.6, thin: float = 1.5) -> dict[str, Any]:
     """Every other line is wide and lies behind the thin ones, so that two lines which coincide both show."""
-    behind = i % 2 == 0 and name != BOUND
+    behind = i % 2 == 0 and not is_bound(name)
     return {
         "linewidth": wide if behind else thin,
         "zorder": 2.0 if behind else 2.5,
-        "linestyle": "--" if name == BOUND else "-",
+        "linestyle": "--" if is_bound(name) else "-",
     }
 
 
