@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
+from hybridcache.engine.host_copies import HostCopies
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner
 from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
@@ -98,7 +99,7 @@ class Engine:
         self.backend = backend
         self.recorder = recorder
         self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
-        self.prefix = PrefixCache(strategy, prefix, seed=seed)
+        self.prefix = PrefixCache(strategy, prefix, seed=seed, addressed=True)
         """Checkpoints of what was computed, from which requests resume."""
         self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release, prefix=self.prefix)
         self.runner = ModelRunner(
@@ -111,6 +112,10 @@ class Engine:
             poison=poison,
         )
         self.runner.prepare()
+        if self.prefix.host is not None:
+            store, pool = self.prefix.host.store, self.runner.pool
+            self.runner.host = HostCopies(strategy, store, pool.buffer, self.runner.relocate)
+            self.prefix.host.mover = self.runner.host
         self.memory = self.runner.memory
         """The most that the engine takes of its device."""
         self.seed = seed
@@ -252,7 +257,11 @@ class Engine:
         started, output = self.now(), StepOutput()
         before, self._launched = self._launched, None
         self.prefix.now_s = started
+        if self.prefix.host is not None:
+            self.prefix.host.tend()
         step = self.scheduler.schedule()
+        if not step and before is None and self.prefix.host is not None:
+            self.prefix.host.wait()
         if self._failures.steps and len(groups := self._failures.groups(step)) > 1:
             self._settle(before, output)
             self._step_apart(groups, started, output)

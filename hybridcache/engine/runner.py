@@ -16,6 +16,7 @@ import torch
 
 from hybridcache.engine.footprint import Memory
 from hybridcache.engine.graphs import Capture, StepGraphs, graph_sizes, prefill_shapes
+from hybridcache.engine.host_copies import HostCopies
 from hybridcache.engine.inputs import StepInputs, input_bytes, keep_sampling, pack, pack_again, padding_batch
 from hybridcache.engine.row_table import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
@@ -134,6 +135,8 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
+        self.host: HostCopies | None = None
+        """Copies to host memory and back; None where there is none."""
         self._sampled: dict[int, int] = {}
         """Place in ``feed`` of the token that the last launched step samples, by request."""
 
@@ -203,6 +206,8 @@ class ModelRunner:
 
     def relocate(self) -> None:
         """Execute the strategy's pending moves. Must precede every :meth:`launch` after memory was taken or returned."""
+        if self.host is not None:
+            self.host.before_writing()
         moves = self.strategy.drain_moves()
         if moves:
             self.rows.moved()
