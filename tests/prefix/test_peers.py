@@ -249,10 +249,13 @@ def test_sglang_keeps_what_a_running_request_reads() -> None:
     locked = one.prefix._runs[seq.seq_id].locked
     assert locked is not None
     one.prefix.strategy.lacks = "states"
-    while one.prefix.make_room(urgent=True):
+    while one.prefix.make_room(urgent=False):
         one.prefix.check()
     assert one.prefix.points == [locked]
+    assert one.prefix.make_room(urgent=True), "its states go before anybody is preempted; it has read them"
+    one.prefix.check()
     one.run()
+    assert seq.finish_reason == "length"
 
 
 # -- the others ----------------------------------------------------------------------------------------------------

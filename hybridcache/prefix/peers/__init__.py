@@ -32,8 +32,8 @@ def make_prefix(
     """What the requests of a simulation resume from.
 
     Args:
-        strategy: empty. **Simulate with the result's** ``strategy``: some rules need a form of it with the same budget that
-            accounts more finely, or that cuts it as the peer does with prefix caching on.
+        strategy: empty. **Simulate with the result's** ``strategy``: some rules need a form of it with the same budget
+            that accounts more finely, or that cuts it as the peer does with prefix caching on.
         rules: ``own`` for the peer's, ``common`` for ``policy``.
         policy: of the common rules; the default policy where None.
         next_use: see :class:`~hybridcache.prefix.cache.PrefixCache`.

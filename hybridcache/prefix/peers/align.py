@@ -120,7 +120,7 @@ class AlignPrefix:
         return digests
 
     def _bytes(self, known: _Known, start: int, end: int) -> memoryview:
-        return memoryview(np.ascontiguousarray(known.seq.tokens(start, end), dtype=np.int32)).cast("B")
+        return memoryview(known.seq.tokens(start, end).astype(np.int32).tobytes())
 
     def _digest_at(self, known: _Known, position: int) -> bytes:
         whole, tail = divmod(position, self.block)
