@@ -6,6 +6,7 @@ that compaction moves, are the only ones for which a later step waits.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class HostCopies:
         after += [transfer.event for transfer in self._reused if transfer.event is not None]
         return self._fly(self.swap.copy_in(self.host.buffer, _ranges(host, device, self.store.chunk_bytes), after))
 
-    def reused(self, transfer: Transfer) -> None:
+    def reused(self, transfer: Any) -> None:
         """See :class:`~hybridcache.prefix.host_tier.Mover`."""
         if not transfer.done():
             self._reused.append(transfer)

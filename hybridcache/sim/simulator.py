@@ -200,7 +200,8 @@ class _Link:
     def next_s(self) -> float:
         """When the next copy under way ends; infinite where none is."""
         host = self._prefix.host
-        return math.inf if host is None else min((r.transfer.end_s for r in host.recalls.values()), default=math.inf)
+        copies = [] if host is None else [recall.transfer for recall in host.recalls.values()]
+        return min((copy.end_s for copy in copies if isinstance(copy, _Link.Copy)), default=math.inf)
 
 
 class _Arrivals:
