@@ -153,13 +153,9 @@ class Engine:
         prompt = checked_prompt(prompt_ids, self._vocabulary)
         check_positions(params.checkpoint_at, len(prompt))
         self.prefix.on |= bool(params.checkpoint_at) or params.n > 1
+        arrived = self.now() if arrival_s is None else arrival_s
         siblings = Request.outputs_of(
-            self._next_id,
-            prompt,
-            params,
-            seed=self.seed,
-            eos_token_ids=self.eos_token_ids,
-            arrival_s=self.now() if arrival_s is None else arrival_s,
+            self._next_id, prompt, params, seed=self.seed, eos_token_ids=self.eos_token_ids, arrival_s=arrived
         )
         for request in siblings:
             self.scheduler.submit(request)
