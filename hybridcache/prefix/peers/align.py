@@ -27,6 +27,7 @@ import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.prefix.peers.blocks import AlignPages
+from hybridcache.prefix.peers.without_host import WithoutHost
 
 MATCH_UNIT = 64
 VARIANTS = (None, "vllm_0.31")
@@ -55,7 +56,7 @@ class _Known:
         """Tokens before the states that are kept until it ends."""
 
 
-class AlignPrefix:
+class AlignPrefix(WithoutHost):
     """See the module.
 
     Args:
@@ -65,7 +66,6 @@ class AlignPrefix:
     """
 
     points: tuple[Any, ...] = ()
-    host_bytes = 0
 
     def __init__(self, strategy: AlignPages, variant: str | None = None, chunk_tokens: int = 8192) -> None:
         if variant not in VARIANTS:
@@ -235,7 +235,7 @@ class AlignPrefix:
     def foretell(self, seq: Any, time_s: float) -> None:
         """Nothing is done with it."""
 
-    def make_room(self, *, urgent: bool, but: Any = None) -> bool:
+    def make_room(self, *, urgent: bool, but: Any = None, idle: bool = False) -> bool:
         """False: cached blocks are free blocks already."""
         return False
 

@@ -28,6 +28,7 @@ import numpy as np
 from hybridcache.errors import bad
 from hybridcache.memory.owners import StateSet
 from hybridcache.prefix.index import RadixIndex
+from hybridcache.prefix.peers.without_host import WithoutHost
 from hybridcache.prefix.placement import floor_position
 from hybridcache.prefix.planned import Planned
 from hybridcache.prefix.points import Place, Point
@@ -103,7 +104,7 @@ class _Run:
         self.locked: Point | None = None
 
 
-class RadixPrefix:
+class RadixPrefix(WithoutHost):
     """See the module.
 
     Args:
@@ -112,7 +113,6 @@ class RadixPrefix:
         chunk_tokens: of a prefill chunk.
     """
 
-    host_bytes: ClassVar[int] = 0
     donates: ClassVar[bool] = True
     """Whether a request that ends hands its states over."""
     branches: ClassVar[bool] = True
@@ -309,7 +309,7 @@ class RadixPrefix:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, urgent: bool, but: Point | None = None) -> bool:
+    def make_room(self, *, urgent: bool, but: Point | None = None, idle: bool = False) -> bool:
         """Evict one node for what the strategy lacked last. False where none may be."""
         lacks = self.strategy.lacks and (self.one_order or self.strategy.lacks)
         if lacks is None:
