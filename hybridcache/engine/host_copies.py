@@ -34,7 +34,10 @@ class HostCopies:
         self, strategy: Strategy, store: HostStore, buffer: torch.Tensor, relocate: Callable[[], None]
     ) -> None:
         self.strategy, self.store, self._relocate = strategy, store, relocate
-        self.at_once = not buffer.is_cuda
+        self.overlaps = False
+        """Whether steps run on while bytes are copied. Off: with copies that arrive late, a request in some hundred read bytes
+        that were not there (docs/LOG.md); the steps launched after a copy wait for it on the device."""
+        self.at_once = not (buffer.is_cuda and self.overlaps)
         self.host = HostPool(store.num_chunks, store.chunk_bytes)
         self.swap = HostSwap(buffer)
         self._moved = strategy.bytes_moved
@@ -72,6 +75,9 @@ class HostCopies:
         self._moved = self.strategy.bytes_moved
 
     def _fly(self, transfer: Transfer) -> Transfer | None:
+        if not self.overlaps:
+            transfer.wait()
+            return None
         if transfer.done():
             return None
         self._flying = [other for other in self._flying if not other.done()]
