@@ -234,7 +234,8 @@ class PrefixCache:
         share it."""
         if point.standing is not Standing.SUPERSEDED or point.place is Place.BRANCH:
             return
-        for other in point.live_after():
+        for later in point.live_after():
+            other: Point | None = later
             while other is not None:
                 if other.standing is Standing.LATEST:
                     self._order.stands(other, Standing.ABANDONED)
