@@ -217,6 +217,7 @@ class ReuseDensity(Eviction):
         self._random = random.Random(seed)
 
     def put(self, point: Point, now_s: float) -> None:
+        point.credit = self.values.density(point)
         if point.slot < 0:
             point.slot = len(self._points)
             self._points.append(point)
@@ -235,7 +236,7 @@ class ReuseDensity(Eviction):
         rate = self.times.rate(point, now_s)
         if point.standing is Standing.SUPERSEDED:
             rate += FALLBACK * max((self.times.rate(other, now_s) for other in point.live_after()), default=0.0)
-        return rate * self.values.density(point)
+        return rate * point.credit
 
     def victim(self, now_s: float) -> Point | None:
         points = self._points
