@@ -206,3 +206,33 @@ def print_reuse(console: Console, results: pd.DataFrame) -> None:
             shown = [str(name) if isinstance(name, str) else f"{name:.0f}" for name in names]
             table.add_row(*shown, _share(rate), *("-" if pd.isna(value) else text(value) for value in line))
         console.print(table)
+
+
+def print_league(console: Console, league: pd.DataFrame, claims: pd.DataFrame) -> None:
+    """Differences of hit rates to the default, in points with their bands, by stream; then the claims."""
+    _title(console, "hit rate less that of the default, in points (95 % band, paired); default: the rate itself")
+    table = _table()
+    streams = list(dict.fromkeys(league["workload"]))
+    for name in ("", *streams):
+        table.add_column(name, justify="right" if name else "left")
+    for policy, rows in league.groupby("policy", sort=False):
+        by_stream = rows.set_index("workload")
+        table.add_row(
+            str(policy),
+            *(_gain(by_stream.loc[name], str(policy)) if name in by_stream.index else "-" for name in streams),
+        )
+    console.print(table)
+    _title(console, "claims")
+    table = _table()
+    for name in ("claim", "stream", "points", "verdict"):
+        table.add_column(name)
+    for _, row in claims.iterrows():
+        points = "" if pd.isna(row["difference"]) else f"{100 * row['difference']:+.1f}"
+        table.add_row(row["claim"], row["workload"], points, row["verdict"])
+    console.print(table)
+
+
+def _gain(row: pd.Series, policy: str) -> str:
+    if policy == "default":
+        return _share(row["hit_rate"])
+    return f"{100 * row['difference']:+.1f} ({100 * row['difference_low']:+.1f} {100 * row['difference_high']:+.1f})"
