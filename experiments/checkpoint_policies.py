@@ -60,7 +60,7 @@ CLAIMS = (
     ("SGLang 0.5.18: refreshing the consumed checkpoint alone finds more", "eviction=lru", "eviction=lru_path", 0.0),
     ("Sparse Prefix Caching (2605.05219): optimal placement beats as many at even distances", "claims=optimal_only",
      "claims=uniform_only", 0.0),
-    ("vLLM 0.31: ends of turns alone keep most hits (at least 0.9 of those of all)", "retention=semantic", "retention=all", 0.1),
+    ("vLLM 0.31: ends of turns alone keep most hits (0.9 of those of all)", "retention=semantic", "retention=all", 0.1),
 )  # fmt: skip
 """Claim, the set that should find more, the other, and which share of the other's hits it may lose."""
 NOT_TESTABLE = (
@@ -120,7 +120,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
             )
         number(f"league.streams.{name}.budget_gb", options.budget_gb, above=True)
     if cfg.fast:
-        cfg.league = league = OmegaConf.merge(league, FAST)
+        cfg.league = OmegaConf.merge(league, FAST)
+        league = cfg.league
         for options in league.streams.values():
             options.update(FAST_STREAM, budget_gb=options.budget_gb / 12)
         league.traces = {"agents": None, "mooncake": None}
@@ -213,11 +214,13 @@ def _play(
     """Every set on every sample of every stream."""
     for name, workload, gb in streams:
         for part, repetitions, sample in _samples(cfg, workload):
-            cases = [
-                Case(one, number, _memory(cfg, gb * factor), 0, "replay", (("axis", axis), ("workload", name), ("repetition", number + sample)))
-                for number in range(repetitions)
-                for axis, one, factor in sets
-            ]  # fmt: skip
+            cases = []
+            for at in range(repetitions):
+                labels = (("workload", name), ("repetition", at + sample))
+                cases += [
+                    Case(one, at, _memory(cfg, gb * factor), 0, "replay", (("axis", axis), *labels))
+                    for axis, one, factor in sets
+                ]
             yield from rows_of(part, cases, repetitions, cfg.league.processes, events)
 
 

@@ -213,8 +213,8 @@ def print_league(console: Console, league: pd.DataFrame, claims: pd.DataFrame) -
     _title(console, "hit rate less that of the default, in points (95 % band, paired); default: the rate itself")
     table = _table()
     streams = list(dict.fromkeys(league["workload"]))
-    for name in ("", *streams):
-        table.add_column(name, justify="right" if name else "left")
+    for name in streams:
+        table.add_column(name, justify="right")
     for policy, rows in league.groupby("policy", sort=False):
         by_stream = rows.set_index("workload")
         table.add_row(
@@ -222,14 +222,11 @@ def print_league(console: Console, league: pd.DataFrame, claims: pd.DataFrame) -
             *(_gain(by_stream.loc[name], str(policy)) if name in by_stream.index else "-" for name in streams),
         )
     console.print(table)
-    _title(console, "claims")
-    table = _table()
-    for name in ("claim", "stream", "points", "verdict"):
-        table.add_column(name)
-    for _, row in claims.iterrows():
-        points = "" if pd.isna(row["difference"]) else f"{100 * row['difference']:+.1f}"
-        table.add_row(row["claim"], row["workload"], points, row["verdict"])
-    console.print(table)
+    for claim, rows in claims.groupby("claim", sort=False):
+        console.print(f"\n{claim}", markup=False)
+        for row in rows.itertuples():
+            points = "" if pd.isna(row.difference) else f"{100 * row.difference:+.1f} points: "
+            console.print(f"  {f'{row.workload}: ' if row.workload else ''}{points}{row.verdict}", markup=False)
 
 
 def _gain(row: pd.Series, policy: str) -> str:
