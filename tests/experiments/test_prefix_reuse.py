@@ -58,7 +58,8 @@ def test_sessions_of_a_file_are_replayed(tmp_path):
     path, sessions = tmp_path / "sessions.jsonl", []
     for number in range(3):
         first = [0.0, 6400, 100, 0, [[0, 100]], None, 1.0]
-        sessions.append({"id": number, "requests": [first, [9.0, 7680, 100, 100, [[100, 20]], 5.0, 1.0]]})
+        calls = [first, [9.0, 7680, 100, 100, [[100, 20]], 5.0, 1.0]]
+        sessions.append({"id": number, "tool_tokens": 0, "system_tokens": 0, "requests": calls})
     path.write_text("\n".join(map(json.dumps, sessions)))
     found = results_of(
         tmp_path / "run", "phases=[simulation]", "workload=agent_sessions", f"workload.path={path}", "workload.live_sessions=2",
