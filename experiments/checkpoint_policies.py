@@ -118,7 +118,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
             raise bad(
                 "league.streams", container(cfg)["league"]["streams"], "give {name: {budget_gb: N, ...}}, or auto"
             )
-        number(f"league.streams.{name}.budget_gb", options.budget_gb, above=True)
+        number(f"league.streams.{name!s}.budget_gb", options.budget_gb, above=True)
     if cfg.fast:
         cfg.league = OmegaConf.merge(league, FAST)
         league = cfg.league

@@ -94,7 +94,7 @@ class PolicySet:
         work = work if self.policy.eviction in BY_WORK else None
         policy = with_host(self.policy, host_bytes)
         next_use = None if future is None else (lambda point: future.after(point, cache.now_s))
-        cache = PrefixCache(strategy, policy, work=work, next_use=next_use, seed=seed)
+        cache: PrefixCache = PrefixCache(strategy, policy, work=work, next_use=next_use, seed=seed)
         return cache
 
     def columns(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
 from experiments.lib.phases.model_phase import ModelPhase, require_finished, resolve_section
@@ -17,8 +18,8 @@ from experiments.lib.settings import container
 from experiments.lib.strategy_choices import AUTO
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
+from hybridcache.engine.request import Request
 from hybridcache.engine.sampling import SamplingParams
-from hybridcache.engine.sequence import Sequence as EngineSequence
 from hybridcache.errors import bad, whole
 from hybridcache.observe.metrics import EventSink, _percentiles, tokens_sha256
 from hybridcache.prefix.policy import OFF, PrefixPolicy
@@ -142,7 +143,7 @@ class ReusePhase(ModelPhase):
         for seq in engine.sequences:
             engine.forget(seq.seq_id)
 
-    def _rounds(self, engine: Engine, cell: Cell, seed: int) -> Iterator[tuple[float, list[EngineSequence]]]:
+    def _rounds(self, engine: Engine, cell: Cell, seed: int) -> Iterator[tuple[float, list[Request]]]:
         """Seconds and requests of each round."""
         stream = cell.stream(seed)
         requests = stream.begin()
@@ -151,7 +152,8 @@ class ReusePhase(ModelPhase):
             params = [SamplingParams(max_tokens=request.output_tokens, ignore_eos=True) for request in requests]
             started, seqs = time.perf_counter(), []
             for request, one in zip(requests, params):
-                seqs.append(engine.add_request(request.prompt_ids, one))
+                assert request.prompt_ids is not None
+                seqs.append(engine.add_request(np.asarray(request.prompt_ids), one))
             while any(seq.finish_reason is None for seq in seqs):
                 engine.step()
             seconds = time.perf_counter() - started

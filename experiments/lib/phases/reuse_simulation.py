@@ -13,6 +13,7 @@ from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib.future_uses import FutureUses
@@ -66,7 +67,7 @@ class _List:
 
 @lru_cache(maxsize=1)
 def _streams(text: str, repetitions: int) -> list[tuple[int, Stream]]:
-    return seeded_streams(OmegaConf.create(text), repetitions, "simulation.repetitions")
+    return seeded_streams(OmegaConf.create(yaml.safe_load(text)), repetitions, "simulation.repetitions")
 
 
 def streams_of(cfg: DictConfig, repetitions: int) -> list[tuple[int, Stream]]:
@@ -99,7 +100,7 @@ def rows_of(
     cfg: DictConfig, cases: Sequence[Case], repetitions: int, processes: int, events: EventSink
 ) -> Iterator[dict[str, Any]]:
     """A row a case, in their order."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = container(cfg)
     jobs = [(plain, case, repetitions) for case in cases]
     if processes > 1 and len(jobs) > 1:
         with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
