@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -252,15 +252,18 @@ class LLM:
     def _outputs_of(self, seq_id: int) -> tuple[Request, ...]:
         """The requests that give the outputs of a prompt, whose first is given."""
         first = self.engine.sequence(seq_id)
-        return first.siblings or (first,)
+        return cast("tuple[Request, ...]", first.siblings) or (first,)
 
     def _drop(self, ids: Iterable[int]) -> None:
         """End these requests and their siblings and forget them. Requests that are forgotten already are passed over."""
         for first in ids:
             if self.engine.knows(first):
-                for seq in self._outputs_of(first):
-                    self.engine.abort(seq.seq_id)
-                    self.engine.forget(seq.seq_id)
+                self.engine.abort(first)
+                for seq in reversed(
+                    self._outputs_of(first)
+                ):  # the first one last: by it, a call after an interrupt goes on
+                    if self.engine.knows(seq.seq_id):
+                        self.engine.forget(seq.seq_id)
                     self._streams.pop(seq.seq_id, None)
 
     def _run(self, requests: Collection[int], progress: bool) -> None:

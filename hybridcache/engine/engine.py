@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from hybridcache.engine.failures import Failures
 from hybridcache.engine.graphs import CHOICES, CudaCapture, wants_graphs
+from hybridcache.engine.host_copies import HostCopies
 from hybridcache.engine.request import Request, checked_prompt
 from hybridcache.engine.runner import Flight, Model, ModelRunner
-from hybridcache.engine.sampling import CHILD_BITS, NOT_FINITE, SamplingParams
+from hybridcache.engine.sampling import NOT_FINITE, SamplingParams
 from hybridcache.engine.scheduler import Scheduler, SchedulerConfig
 from hybridcache.engine.sequence import Status
 from hybridcache.engine.step import Step
@@ -98,7 +99,7 @@ class Engine:
         self.backend = backend
         self.recorder = recorder
         self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
-        self.prefix = PrefixCache(strategy, prefix, seed=seed)
+        self.prefix = PrefixCache(strategy, prefix, seed=seed, addressed=True)
         """Checkpoints of what was computed, from which requests resume."""
         self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release, prefix=self.prefix)
         self.runner = ModelRunner(
@@ -111,6 +112,10 @@ class Engine:
             poison=poison,
         )
         self.runner.prepare()
+        if self.prefix.host is not None:
+            store, pool = self.prefix.host.store, self.runner.pool
+            self.runner.host = HostCopies(strategy, store, pool.buffer, self.runner.relocate)
+            self.prefix.host.mover = self.runner.host
         self.memory = self.runner.memory
         """The most that the engine takes of its device."""
         self.seed = seed
@@ -138,9 +143,8 @@ class Engine:
     ) -> Request:
         """Queue a request. Its waiting counts from ``arrival_s`` on the clock of :meth:`now`; None is this moment.
 
-        Of a prompt with ``params.n`` outputs, each output is a request of its own; they are each other's ``siblings``, and the
-        first is returned. One of them computes the prompt up to its last token; the others share its KV, read its states, and
-        compute the last token (and what follows) for themselves. Where memory is short they wait.
+        Each of ``params.n`` outputs is a request of its own; they are ``siblings``, and the first is returned. One computes the
+        prompt up to its last token; the others share its KV, read its states and go on from there, or wait for memory.
 
         Raises:
             UserError: an empty prompt, a token outside the vocabulary, or more tokens than the pool can ever hold.
@@ -150,13 +154,10 @@ class Engine:
         check_positions(params.checkpoint_at, len(prompt))
         self.prefix.on |= bool(params.checkpoint_at) or params.n > 1
         arrived = self.now() if arrival_s is None else arrival_s
-        seeds = {"seed": self.seed, "eos_token_ids": self.eos_token_ids}
-        siblings = tuple(
-            Request.of(self._next_id + (child << CHILD_BITS), prompt, params, arrival_s=arrived, **seeds)  # type: ignore[arg-type]
-            for child in range(params.n)
+        siblings = Request.outputs_of(
+            self._next_id, prompt, params, seed=self.seed, eos_token_ids=self.eos_token_ids, arrival_s=arrived
         )
         for request in siblings:
-            request.siblings = siblings if params.n > 1 else ()
             self.scheduler.submit(request)
             self._requests[request.seq_id] = request
         self._next_id += 1
@@ -252,7 +253,11 @@ class Engine:
         started, output = self.now(), StepOutput()
         before, self._launched = self._launched, None
         self.prefix.now_s = started
+        if self.prefix.host is not None:
+            self.prefix.host.tend()
         step = self.scheduler.schedule()
+        if not step and before is None and self.prefix.host is not None:
+            self.prefix.host.wait()
         if self._failures.steps and len(groups := self._failures.groups(step)) > 1:
             self._settle(before, output)
             self._step_apart(groups, started, output)

@@ -1,11 +1,12 @@
 """Request: a sequence of the engine that also keeps its tokens and sampling parameters."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.engine.sampling import GREEDY, SamplingParams, SamplingRow, request_key
+from hybridcache.engine.sampling import CHILD_BITS, GREEDY, SamplingParams, SamplingRow, request_key
 from hybridcache.engine.sequence import Sequence, Status
 from hybridcache.errors import bad
 
@@ -53,6 +54,16 @@ class Request(Sequence):
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids),
             _tokens=tokens,
         )
+
+    @classmethod
+    def outputs_of(
+        cls, number: int, prompt: npt.ArrayLike, params: SamplingParams, **options: Any
+    ) -> "tuple[Request, ...]":
+        """The requests for the ``params.n`` outputs of the engine's ``number``-th prompt; ``options`` as for :meth:`of`."""
+        found = tuple(cls.of(number + (child << CHILD_BITS), prompt, params, **options) for child in range(params.n))
+        for request in found if len(found) > 1 else ():
+            request.siblings = found
+        return found
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Tokens ``start .. end - 1`` (int64) of the prompt followed by the sampled ids that have arrived."""

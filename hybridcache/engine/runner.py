@@ -16,6 +16,7 @@ import torch
 
 from hybridcache.engine.footprint import Memory
 from hybridcache.engine.graphs import Capture, StepGraphs, graph_sizes, prefill_shapes
+from hybridcache.engine.host_copies import HostCopies
 from hybridcache.engine.inputs import StepInputs, input_bytes, keep_sampling, pack, pack_again, padding_batch
 from hybridcache.engine.row_table import RowTable
 from hybridcache.engine.sampling import GREEDY, SamplingRow, draw, sampling_bytes
@@ -23,7 +24,7 @@ from hybridcache.engine.step import Shape, Step
 from hybridcache.kernels.backend import Backend, Caches
 from hybridcache.kernels.batch import StepBatch
 from hybridcache.memory.pool import CachePool
-from hybridcache.memory.spans import Kind
+from hybridcache.memory.spans import Kind, Move
 from hybridcache.prefix.placement import POSITION_MULTIPLE
 from hybridcache.prefix.planned import checkpoint_table
 from hybridcache.strategies.base import Strategy
@@ -134,6 +135,8 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         if capture is not None:
             self.graphs = self._make_graphs(capture)
+        self.host: HostCopies | None = None
+        """Copies to host memory and back; None where there is none."""
         self._sampled: dict[int, int] = {}
         """Place in ``feed`` of the token that the last launched step samples, by request."""
 
@@ -186,7 +189,13 @@ class ModelRunner:
                 self.graphs.capture()
                 before = Counter(self.backend.launches)
                 for rows in {1, self.max_rows}:
-                    self._forward(padding_batch(rows, self.max_tokens, self.inputs.table))
+                    batch = padding_batch(rows, self.max_tokens, self.inputs.table)
+                    self._forward(batch)
+                shape = (len(batch.prefill_start_P), 1, len(self.strategy.spec.state_layers))
+                batch.checkpoint_table_PNL = torch.full(shape, -1, dtype=torch.int32, device=self.pool.buffer.device)
+                batch.checkpoint_interval = POSITION_MULTIPLE
+                self._forward(batch)
+                self._move(self.strategy.sample_moves())
                 self.backend.launches.clear()
                 self.backend.launches.update(before)
 
@@ -197,10 +206,15 @@ class ModelRunner:
 
     def relocate(self) -> None:
         """Execute the strategy's pending moves. Must precede every :meth:`launch` after memory was taken or returned."""
+        if self.host is not None:
+            self.host.before_writing()
         moves = self.strategy.drain_moves()
         if moves:
             self.rows.moved()
-            self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
+            self._move(moves)
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        self.backend.block_copy(self.pool.buffer, [(move.src, move.dst, move.num_bytes) for move in moves])
 
     def launch(self, step: Step) -> Flight:
         """Compute a step's tokens and sample. Its requests are :class:`~hybridcache.engine.request.Request`.

@@ -72,12 +72,13 @@ class Scheduler:
             self.prefix.submitted(seq)
 
     def schedule(self) -> Step:
-        """Choose the next step and take memory for it. The step is empty only where there is no work."""
+        """Choose the next step and take memory for it. The step is empty only where there is no work, or all of it waits
+        for checkpoints from the host."""
         step = self._schedule_again() or self._schedule_anew([])
         while not step and step.preempted and self.running:
             # The request for which tokens were set aside lost its memory; the others go on.
             step = self._schedule_anew(step.preempted)
-        if not step and self.has_work:
+        if not step and self.has_work and not self.prefix.recalling:
             counts = f"{len(self.running)} running, {len(self.waiting)} waiting"
             raise RuntimeError(f"{self.strategy.name}: no request can advance ({counts}, {self.strategy.usage()})")
         if self.prefix.on and step.cohort is None:
@@ -228,7 +229,11 @@ class Scheduler:
                 break
             if not self._admit(seq, start + tokens, found):
                 if found is not None and not self.running and not chosen:
-                    self.prefix.make_room(urgent=True)  # a hit that does not fit an empty pool becomes a miss
+                    if self.prefix.holds_back(seq):  # its checkpoint is on its way from the host
+                        continue
+                    self.prefix.make_room(
+                        urgent=True, idle=True
+                    )  # a hit that does not fit an empty pool becomes a miss
                     continue
                 break
             own = seq.admissions > 0 or 0 < seq.fork_at == start
@@ -261,6 +266,8 @@ class Scheduler:
         return admitted
 
     def _preempt(self, seq: Sequence) -> None:
+        if self.prefix.on:
+            self.prefix.preempting(seq)
         seq.recomputed_tokens += seq.num_computed
         self._wait_again(seq)
         seq.num_preemptions += 1

@@ -57,8 +57,8 @@ class Sequence:
 
     @property
     def fork_at(self) -> int:
-        """Position from which its siblings resume: that of the prompt's last token, which each of them computes for itself and so
-        samples its own first output token. 0 where there are no siblings."""
+        """Position from which its siblings resume: that of the prompt's last token, which each of them computes for itself, to
+        sample its own first output token. 0 where there are no siblings."""
         return self.prompt_len - 1 if self.siblings else 0
 
     @property

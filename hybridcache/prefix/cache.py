@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.prefix.eviction import NextUse, Values, make_eviction
+from hybridcache.prefix.host_tier import HostTier
 from hybridcache.prefix.index import Node, RadixIndex
 from hybridcache.prefix.pins import Pin, Pins
 from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal, uniform
@@ -31,7 +32,10 @@ from hybridcache.strategies.base import Strategy
 class _Prompt:
     """What is kept of a request from its submission to its end."""
 
-    __slots__ = ("branch", "fork", "found", "latest", "making", "tokens", "version", "waits", "wanted", "wanted_at")
+    __slots__ = (
+        "branch", "fork", "found", "latest", "making", "on_device", "recall", "recalled", "tokens", "version", "waits",
+        "wanted", "wanted_at",
+    )  # fmt: skip
 
     def __init__(self, tokens: np.ndarray) -> None:
         self.tokens = tokens
@@ -51,6 +55,12 @@ class _Prompt:
         self.found: Point | None = None
         self.version = -1
         """Of the cache when ``found`` was found."""
+        self.recall: Any = None
+        """The checkpoint on its way from the host for which it waits."""
+        self.recalled: tuple[Point, int] | None = None
+        """The checkpoint that was brought back for it, and how many of its tokens the device had."""
+        self.on_device = False
+        """Whether it does without the host."""
 
 
 class PrefixCache:
@@ -62,6 +72,7 @@ class PrefixCache:
         work: FLOPs of computing tokens ``a .. b - 1`` of a sequence, for the policies that weigh them; None counts tokens.
         next_use: the future, for the bound (:class:`~hybridcache.prefix.eviction.Farthest`).
         seed: of what is random in an eviction order.
+        addressed: whether bytes really go to the host and back, where the policy has host memory.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class PrefixCache:
         work: Callable[[int, int], float] | None = None,
         next_use: NextUse | None = None,
         seed: int = 0,
+        addressed: bool = False,
     ) -> None:
         self.strategy = strategy
         self.policy = policy or OFF
@@ -83,7 +95,8 @@ class PrefixCache:
         """Time, as the driver of the scheduler tells it before each step."""
         self.hit_tokens = 0
         """Tokens that requests did not have to compute, counted at their first admission."""
-        self.host_bytes = 0
+        self.host: HostTier | None = None
+        """Host memory behind the device; None where there is none."""
         self.evicted = 0
         """Checkpoints evicted since construction."""
         self._places = set(self.policy.placement)
@@ -91,9 +104,13 @@ class PrefixCache:
         self._next_key = 0
         self._pins = Pins()
         self.clear()
+        if self.policy.host_bytes:
+            self.host = HostTier(self, addressed=addressed, seed=seed)
 
     def clear(self) -> None:
         """Forget everything; the strategy holds no checkpoint any more."""
+        if self.host is not None:
+            self.host.clear()
         self.index = RadixIndex(self.policy.history_tokens)
         self.depths = PartingDepths()
         for point in getattr(self, "_points", {}).values():
@@ -110,6 +127,21 @@ class PrefixCache:
         """The checkpoints that the last requests to end left, by request."""
         self._foretold: list[tuple[float, int, list[Point]]] = []
         self._version = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that copies hold in host memory."""
+        return 0 if self.host is None else self.host.store.num_bytes
+
+    @property
+    def host_hit_tokens(self) -> int:
+        """Those of ``hit_tokens`` that came from the host."""
+        return 0 if self.host is None else self.host.hit_tokens
+
+    @property
+    def recalling(self) -> bool:
+        """Whether a checkpoint is on its way from the host."""
+        return self.host is not None and bool(self.host.recalls)
 
     def __len__(self) -> int:
         return len(self._points)
@@ -129,6 +161,8 @@ class PrefixCache:
         for point in self.pinned(pin):
             point.place, point.pinned = Place.EXPLICIT, True
             self._order.remove(point)
+            if self.host is not None:
+                self.host.spare(point)
         return pin
 
     def unpin(self, pin: Pin) -> None:
@@ -160,7 +194,9 @@ class PrefixCache:
             if point is not None and node.end < len(tokens):
                 if known is walk.node:
                     self._order.reused(point, self.now_s)
+                    self._reused_copy(point)
                     point.touch(self.now_s)
+                    self._reused_copy(point)
                     prompt.latest, known = point, node
                     self._abandon_others(point)
                 if point.live:
@@ -198,7 +234,8 @@ class PrefixCache:
         share it."""
         if point.standing is not Standing.SUPERSEDED or point.place is Place.BRANCH:
             return
-        for other in point.live_after():
+        for later in point.live_after():
+            other: Point | None = later
             while other is not None:
                 if other.standing is Standing.LATEST:
                     self._order.stands(other, Standing.ABANDONED)
@@ -230,20 +267,27 @@ class PrefixCache:
         prompt = self._prompts.get(seq.seq_id)
         if prompt is None:
             return False
+        if self.host is not None:
+            self.host.poll()
+            if prompt.recall is not None:
+                return True
         makers = [node.maker for node in (prompt.branch, prompt.fork) if node is not None]
         return any(maker is not None and maker != seq.seq_id and maker in self._prompts for maker in makers)
 
     def find(self, seq: Any) -> Point | None:
-        """The deepest checkpoint from which the request can resume; None where there is none."""
+        """The deepest checkpoint from which the request can resume, whether it lives or its copy is worth bringing back; None
+        where there is none."""
         prompt = self._prompts.get(seq.seq_id)
         if prompt is None:
             return None
         if len(prompt.tokens) != seq.num_known:  # it was preempted: its output is known by now
             prompt.tokens, prompt.version = seq.tokens(0, seq.num_known).astype(np.int32, copy=False), -1
         if prompt.version != self._version:
-            path = self.index.walk(prompt.tokens).node.path()
+            path = list(self.index.walk(prompt.tokens).node.path())
             alive = (n.point for n in path if n.point is not None and n.point.live and n.end < seq.num_known)
             prompt.found, prompt.version = next(alive, None), self._version
+            if self.host is not None and not prompt.on_device:
+                prompt.found = self.host.deeper(path, prompt.found, seq.num_known)
         return prompt.found
 
     def cut(self, seq: Any, start: int, tokens: int) -> int:
@@ -252,7 +296,8 @@ class PrefixCache:
 
     def admit(self, seq: Any, found: Point | None, tokens: int, prompt: int | None = None, *, urgent: bool) -> bool:
         """Take memory for the first ``tokens`` tokens of a request, resuming from ``found``. Where memory is short, checkpoints
-        are evicted, and at last ``found`` is taken over. False where that does not do.
+        are evicted, and at last ``found`` is taken over. False where that does not do, or where ``found`` comes from the host
+        and is on its way (:meth:`holds_back`).
 
         Args:
             seq: the request.
@@ -262,18 +307,41 @@ class PrefixCache:
             urgent: see :meth:`make_room`.
         """
         strategy = self.strategy
+        if found is not None and not found.live:
+            assert self.host is not None
+            if not self.host.recall(self._prompts[seq.seq_id], found, urgent=urgent):
+                return False
         while True:
             if found is None:
                 admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=prompt)
             else:
                 admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt)
-            if admitted or not self.make_room(urgent=urgent, but=found):
+            if admitted or not self.make_room(urgent=urgent, but=found, idle=urgent):
                 break
-        if not admitted and found is not None and (urgent or not found.pinned):
-            admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
-            if admitted:
-                self._evict(found, dropped=True)
+        takes_over = found is not None and (urgent or not found.pinned)
+        while not admitted:
+            if takes_over and found is not None:
+                admitted = strategy.restore(seq.seq_id, found.key, tokens, prompt_tokens=prompt, take_over=True)
+            elif found is None:
+                admitted = strategy.admit(seq.seq_id, tokens, prompt_tokens=prompt)
+            if not admitted and not self._yield_wanted(found):
+                break
+        if admitted and takes_over and found is not None and found.key not in strategy.cached:
+            self._evict(found, dropped=True)
         return admitted
+
+    def _yield_wanted(self, but: Point | None) -> bool:
+        """Evict the checkpoint of the last waiting request, so that an earlier one need not wait, as long as those kept for
+        waiting requests are more than their share."""
+        waiting, running = len(self._protected), len(self.strategy.residents)
+        if waiting <= self.policy.wanted_share * (waiting + running):
+            return False
+        victim = next((point for point in reversed(self._protected) if point is not but), None)
+        if victim is None:
+            return False
+        self._evict(victim)
+        self.evicted += 1
+        return True
 
     def admitted(self, seq: Any, found: Point | None, first: bool) -> None:
         """The request was admitted, resuming from ``found``. Chooses where it will keep checkpoints.
@@ -289,11 +357,17 @@ class PrefixCache:
         prompt.waits = False
         self._release_wanted(prompt)
         start = 0
+        recalled, prompt.recalled = prompt.recalled, None
         if found is not None:
             start = found.position
             if first:
                 self.hit_tokens += start
+            if self.host is not None:
+                if first and recalled is not None and recalled[0] is found:
+                    self.host.hit_tokens += start - recalled[1]
+                self.host.spare(found)
             found.touched_s = found.active_s = self.now_s
+            self._reused_copy(found)
             if found.live:
                 self._order.begun(found)
                 self._put(found)
@@ -331,9 +405,23 @@ class PrefixCache:
         """The request gives its memory back without having ended (preempted, or to be recomputed)."""
         prompt = self._prompts.get(seq.seq_id)
         if prompt is not None:
-            prompt.waits = True
+            prompt.waits, prompt.on_device = True, False
             self._stop_making(prompt)
         self._drop_handed(seq.seq_id)
+
+    def preempting(self, seq: Any) -> None:
+        """The request is about to lose its memory: keep its states and KV, if there is host memory for them to go to."""
+        prompt, computed = self._prompts.get(seq.seq_id), seq.num_computed
+        if self.host is None or prompt is None or not 0 < computed <= seq.prompt_len + seq.num_settled:
+            return
+        if not self.strategy.at_rest(seq.seq_id, computed):  # this step was to compute more of it
+            return
+        key = self._new_key()
+        self.strategy.checkpoint(seq.seq_id, key)
+        point = self._publish(prompt, seq.tokens(0, computed), key, Place.GENERATION_END)
+        self._left[seq.seq_id] = point
+        self._release_wanted(prompt)
+        self._protect(point, prompt)
 
     def ending(self, seq: Any) -> None:
         """The request ends and is about to give its memory back: keep its states and KV."""
@@ -352,6 +440,7 @@ class PrefixCache:
             return
         self._release_wanted(prompt)
         self._stop_making(prompt)
+        prompt.waits = False
         handed = self._handed.pop(seq.seq_id, None)
         if handed is not None and handed[1] > seq.num_known:  # aborted while its last token was on its way
             self.strategy.drop(handed[0])
@@ -368,10 +457,11 @@ class PrefixCache:
         """What a request left that has ended will be used next at that time, and not again later as far as is known; for the
         bound that knows the future."""
         left = self._left.get(seq.seq_id)
-        points = [node.point for node in left.node.path() if _alive(node)] if left is not None else []
+        nodes = left.node.path() if left is not None else ()
+        points = [node.point for node in nodes if node.point is not None and (node.point.live or node.point.host)]
         for point in points:
             point.next_use_s = time_s
-            self._put(point)
+            self._put_anywhere(point)
         if points and time_s < math.inf:
             heapq.heappush(self._foretold, (time_s, seq.seq_id, points))
 
@@ -379,9 +469,15 @@ class PrefixCache:
         while self._foretold and self._foretold[0][0] <= self.now_s:
             time_s, _, points = heapq.heappop(self._foretold)
             for point in points:
-                if point.live and point.next_use_s == time_s:
+                if point.next_use_s == time_s:
                     point.next_use_s = math.inf
-                    self._put(point)
+                    self._put_anywhere(point)
+
+    def _put_anywhere(self, point: Point) -> None:
+        if point.live:
+            self._put(point)
+        if self.host is not None and point.host is not None:
+            self.host.store.touched(point.host, self.now_s)
 
     # -- checkpoints of a step -------------------------------------------------------------------------------------
 
@@ -434,7 +530,9 @@ class PrefixCache:
         """Drop the checkpoints of a step that failed, and what its requests left that have ended: they are void."""
         for plan in planned:
             point = self._points.get(plan.key)
-            if point is not None:
+            if self.host is not None:
+                point = self.host.void(plan.key) or point
+            if point is not None and point.live:
                 self._evict(point)
             elif plan.key in self.strategy.cached:
                 self.strategy.drop(plan.key)
@@ -443,21 +541,29 @@ class PrefixCache:
         for seq in seqs:
             self._drop_handed(seq.seq_id)
             left = self._left.pop(seq.seq_id, None)
+            if left is not None and self.host is not None and left.host is not None:
+                self.host.void(left.host.origin)
             if left is not None and left.live:
                 self._evict(left)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, urgent: bool, but: Point | None = None) -> bool:
-        """Evict one checkpoint. False where none may be.
+    def make_room(self, *, urgent: bool, but: Point | None = None, idle: bool = False) -> bool:
+        """Evict one checkpoint; with host memory behind the device, one whose copy is made. False where none may be.
 
         Args:
             urgent: for a running request, or where nobody could run otherwise: also those that waiting requests want, and
                 pinned ones.
             but: one to be left.
+            idle: nobody runs whom a copy to the host would hold up.
         """
         if not self._points and not self._handed:
-            return False
+            return urgent and self.host is not None and self.host.cancel()
+        victim = None if self.host is None else self.host.ready(urgent=urgent, but=but)
+        if victim is not None:
+            self._evict(victim)
+            self.evicted += 1
+            return True
         if but is not None:
             self._order.remove(but)
         victim = self._order.victim(self.now_s)
@@ -471,6 +577,8 @@ class PrefixCache:
             if victim is None:
                 victim = next((point for point in self._points.values() if point is not but), None)
         if victim is None:
+            return urgent and self.host is not None and self.host.cancel()
+        if self.host is not None and not self.host.may_evict(victim, urgent=urgent, idle=idle):
             return False
         self._evict(victim)
         self.evicted += 1
@@ -480,6 +588,9 @@ class PrefixCache:
         """Raise AssertionError where the books do not add up: index, live checkpoints, and what the strategy holds."""
         self.index.check()
         handed = [key for key, _ in self._handed.values()]
+        if self.host is not None:
+            self.host.check()
+            handed += [recall.key for recall in self.host.recalls.values()]
         assert sorted([*self._points, *handed]) == sorted(self.strategy.cached), (
             "a checkpoint has no blocks, or nobody's"
         )
@@ -489,7 +600,10 @@ class PrefixCache:
             assert self.strategy.cached_tokens(key) == point.position
             assert point.wanted == sum(prompt.wanted is point for prompt in self._prompts.values())
             assert (point in self._protected) == (point.wanted > 0)
-            assert (point.slot >= 0) == (not point.wanted and not point.pinned), "a checkpoint is lost to eviction"
+            condemned = self.host is not None and point in self.host.condemned
+            assert (point.slot >= 0) == (not point.wanted and not point.pinned and not condemned), (
+                "a checkpoint is lost to eviction"
+            )
         making = {node for prompt in self._prompts.values() for node in prompt.making}
         assert all(node.maker is not None for node in making)
 
@@ -500,13 +614,19 @@ class PrefixCache:
         return self._next_key - 1
 
     def _put(self, point: Point) -> None:
-        if not point.wanted and not point.pinned:
+        if not point.wanted and not point.pinned and (self.host is None or point not in self.host.condemned):
             self._order.put(point, self.now_s)
+
+    def _reused_copy(self, point: Point) -> None:
+        if self.host is not None and point.host is not None:
+            self.host.reused(point, self.now_s)
 
     def _protect(self, point: Point, prompt: _Prompt) -> None:
         prompt.wanted = point
         point.wanted += 1
         self._order.remove(point)
+        if self.host is not None:
+            self.host.spare(point)
         self._protected[point] = None
 
     def _release_wanted(self, prompt: _Prompt) -> None:
@@ -566,19 +686,31 @@ class PrefixCache:
         self._retain(point)
         return point
 
+    def _revive(self, point: Point, key: int) -> None:
+        """An evicted checkpoint has come back; the strategy holds it under ``key``."""
+        point.key, point.live, point.pinned = key, True, self._pins.hold(point)
+        self._points[key] = point
+        if point.wanted:
+            self._protected[point] = None
+        self.index.see(point.node)
+        self._put(point)
+        before = point.live_before()
+        if before is not None:
+            self._put(before)
+
     def _retain(self, point: Point) -> None:
         """Drop checkpoints that the policy does not keep now that there is this one."""
         if self.policy.retention == "last_k":
             kept = 1
             for node in list(point.node.path())[1:]:
                 other = node.point
-                if other is None or not other.live or other.pinned or other.wanted:
+                if other is None or not (other.live or other.host) or other.pinned or other.wanted:
                     continue
                 if other.place in (Place.BRANCH, Place.EXPLICIT, Place.FORK) or len(node.children) > 1:
                     continue
                 kept += 1
                 if kept > self.policy.last_k:
-                    self._evict(other)
+                    self._forsake(other)
         elif self.policy.retention == "budget_share":
             each = self.strategy.cut.states_per_request * self.strategy.cut.state.num_bytes
             while len(self._points) * each > self._share and self.make_room(urgent=False, but=point):
@@ -587,8 +719,15 @@ class PrefixCache:
     def _keep_semantic(self, point: Point) -> None:
         for node in list(point.node.path()):
             other = node.point
-            if other is not None and other.live and other.place is Place.INSIDE and not other.wanted:
-                self._evict(other)
+            if other is not None and other.place is Place.INSIDE and not other.wanted:
+                self._forsake(other)
+
+    def _forsake(self, point: Point) -> None:
+        """Drop a checkpoint that the policy does not keep, wherever it is."""
+        if self.host is not None:
+            self.host.forget(point)
+        if point.live:
+            self._evict(point)
 
     def _evict(self, point: Point, dropped: bool = False) -> None:
         """Drop a live checkpoint. Its node stays as long as its tokens are remembered."""
@@ -597,6 +736,8 @@ class PrefixCache:
             self.strategy.drop(point.key)
         del self._points[point.key]
         self._protected.pop(point, None)
+        if self.host is not None:
+            self.host.evicting(point)
         point.live = False
         self._order.remove(point)
         self._version += 1
@@ -609,7 +750,8 @@ class PrefixCache:
             self._put(before)
         for other in after:
             self._put(other)
-        if point.standing is Standing.SUPERSEDED and after and len(node.children) == 1 and node.maker is None:
+        alone = len(node.children) == 1 and node.maker is None and point.host is None
+        if point.standing is Standing.SUPERSEDED and after and alone:
             node.point = None
             self.index.join(node)
         else:

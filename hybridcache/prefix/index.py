@@ -21,7 +21,7 @@ HISTORY_TOKENS = 1 << 24
 class Node:
     """The end of an edge: the tokens from the root to here are the node's prefix."""
 
-    __slots__ = ("children", "edge", "end", "maker", "owner", "parent", "point")
+    __slots__ = ("children", "edge", "end", "hosted", "maker", "owner", "parent", "point")
 
     def __init__(self, parent: "Node | None", tokens: np.ndarray, end: int) -> None:
         self.parent = parent
@@ -37,6 +37,8 @@ class Node:
         """The request that came through here last."""
         self.maker: int | None = None
         """A running request that is about to keep a checkpoint here."""
+        self.hosted = 0
+        """Checkpoints here and behind here that have a copy in host memory."""
 
     @property
     def tokens(self) -> np.ndarray:
@@ -76,6 +78,8 @@ class RadixIndex:
 
     def __init__(self, history_tokens: int = HISTORY_TOKENS) -> None:
         self.history_tokens = whole("history_tokens", history_tokens, 0)
+        self._scratch = bytearray()
+        """Tokens of the last walk, to be compared as bytes; memory of its own would cost more than the walk."""
         self.clear()
 
     def clear(self) -> None:
@@ -89,14 +93,16 @@ class RadixIndex:
     def walk(self, tokens: np.ndarray) -> Walk:
         """Follow a sequence (int32) as far as it has been seen."""
         node, at, count = self.root, 0, len(tokens)
-        first = memoryview(np.ascontiguousarray(tokens))
-        data = first.cast("B")
+        if len(self._scratch) < count * 4:
+            self._scratch = bytearray(count * 8)
+        np.frombuffer(self._scratch, dtype=np.int32)[:count] = tokens
+        first, begins = memoryview(self._scratch).cast("i"), self._scratch.startswith
         while at < count:
             child = node.children.get(first[at])
             if child is None:
                 break
             end = child.end
-            if end > count or not child.edge.startswith(data[at * 4 : end * 4]):  # equal, as they are equally long
+            if end > count or not begins(child.edge, at * 4):
                 return Walk(node, at + _common(child.tokens, tokens[at:end]), child)
             node, at = child, end
         return Walk(node, at, None)
@@ -127,7 +133,7 @@ class RadixIndex:
         if node.children or node is self.root:
             return
         self._unsee(node)
-        if node.point is not None and node.point.live:
+        if node.hosted or (node.point is not None and node.point.live):
             return
         self._seen[node] = _length(node)
         self._seen_tokens += _length(node)
@@ -151,7 +157,9 @@ class RadixIndex:
             assert node.end == node.parent.end + _length(node) > node.parent.end
             assert node.parent.children[int(node.tokens[0])] is node
             live = node.point is not None and node.point.live
-            assert (node in self._seen) == (not node.children and not live), "a leaf is lost, or remembered for nothing"
+            assert (node in self._seen) == (not node.children and not live and not node.hosted), (
+                "a leaf is lost, or remembered for nothing"
+            )
         assert self._seen_tokens == sum(_length(node) for node in self._seen)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -162,7 +170,7 @@ class RadixIndex:
         assert parent is not None
         inside = end - parent.end
         head = Node(parent, child.tokens[:inside], end)
-        head.owner = child.owner
+        head.owner, head.hosted = child.owner, child.hosted
         parent.children[int(head.tokens[0])] = head
         child.parent, child.edge = head, child.edge[inside * 4 :]
         head.children[int(child.tokens[0])] = child
@@ -187,7 +195,7 @@ class RadixIndex:
         if parent is self.root:
             return
         if not parent.children:
-            if parent.point is None or not parent.point.live:
+            if not parent.hosted and (parent.point is None or not parent.point.live):
                 self._seen[parent] = _length(parent)
                 self._seen.move_to_end(parent, last=False)
                 self._seen_tokens += _length(parent)

@@ -2,6 +2,7 @@
 
 import math
 from enum import Enum, IntEnum
+from typing import Any
 
 from hybridcache.prefix.index import Node
 
@@ -64,7 +65,7 @@ class Point:
         """Whether it is never evicted for another checkpoint (LLM.pin)."""
         self.next_use_s = math.inf
         """When a request will resume from it, where the future is told (:meth:`PrefixCache.foretell`)."""
-        self.host: object | None = None
+        self.host: Any = None
         """Its copy in host memory."""
         self.serial = 0
         """Version of its place in an eviction order."""

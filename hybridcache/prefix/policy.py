@@ -36,7 +36,12 @@ class PrefixPolicy:
         last_k: how many.
         share: of the budget, above 0 up to 1.
         eviction: an order of :data:`~hybridcache.prefix.eviction.ORDERS`.
+        wanted_share: of running requests and checkpoints kept for waiting ones together, most that may be the latter where they
+            keep another request from being admitted: beyond it those of the last in the queue are evicted, and computed again.
         history_tokens: tokens remembered without a checkpoint.
+        host_bytes: pinned host memory for checkpoints that are evicted; 0 for none.
+        host_state_share: part of it for states, the rest for KV; None where they share it.
+        host_eviction: the order in which copies leave the host.
     """
 
     placement: tuple[str, ...] = ("generation_end", "branch_points", "every_n")
@@ -46,7 +51,11 @@ class PrefixPolicy:
     last_k: int = 2
     share: float = 0.5
     eviction: str = "reuse_density"
+    wanted_share: float = 0.25
     history_tokens: int = 1 << 24
+    host_bytes: int = 0
+    host_state_share: float | None = None
+    host_eviction: str = "lru"
 
     def __post_init__(self) -> None:
         given = self.placement
@@ -64,9 +73,16 @@ class PrefixPolicy:
         whole("prefix.last_k", self.last_k)
         if not 0 < number("prefix.share", self.share) <= 1:
             raise bad("prefix.share", self.share, "give a share of the budget, above 0 up to 1")
+        if not 0 <= number("prefix.wanted_share", self.wanted_share) <= 1:
+            raise bad("prefix.wanted_share", self.wanted_share, "give a share, from 0 to 1")
         if self.eviction not in ORDERS:
             raise bad("prefix.eviction", self.eviction, f"choose one of {', '.join(ORDERS)}")
         whole("prefix.history_tokens", self.history_tokens, 0)
+        whole("prefix.host_bytes", self.host_bytes, 0)
+        if self.host_state_share is not None and not 0 < number("prefix.host_state_share", self.host_state_share) < 1:
+            raise bad("prefix.host_state_share", self.host_state_share, "give a share between 0 and 1, or null")
+        if self.host_eviction not in ORDERS:
+            raise bad("prefix.host_eviction", self.host_eviction, f"choose one of {', '.join(ORDERS)}")
 
     @classmethod
     def read(cls, given: Any) -> "PrefixPolicy | None":

@@ -190,6 +190,21 @@ class CostModel:
             self._decode_fixed[rows] = fixed = sum(terms.values())
         return fixed + context * self._rates.kv_token
 
+    def prefill_s(self, start: int, end: int) -> float:
+        """Seconds by which a prefill of tokens ``start .. end - 1`` of one request prolongs a step that reads the weights
+        anyway."""
+        tokens = end - start
+        work = StepWork(
+            tokens=tokens, prefill_tokens=tokens, prefill_context=end, prefill_pairs=tokens * (start + end + 1) // 2,
+            states_read=start > 0, states_written=1,
+        )  # fmt: skip
+        weights = self._terms(StepWork(), 0)
+        return sum(self._terms(work, 0).values()) - sum(weights.values())
+
+    def host_s(self, num_bytes: float) -> float:
+        """Seconds of a copy of ``num_bytes`` of each rank between device and host, beside the steps."""
+        return num_bytes / self.device.host_bandwidth
+
     @cached_property
     def _decode_fixed(self) -> dict[int, float]:
         """By the number of rows: seconds of all that does not depend on their contexts."""

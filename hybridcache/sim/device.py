@@ -43,6 +43,8 @@ class DeviceSpec:
     step_overhead_s: float = 1.9e-3
     """Host, sampling and launch time of a step that the device does not hide: vLLM 0.25.1 at batch 1, 2.56 ms a token on
     Qwen3-Next cut to 8 layers, less the other terms."""
+    host_bandwidth: float = 50e9
+    """Bytes per second and direction between the device and pinned host memory: a PCIe 5 x16 slot reaches 50 to 55 GB/s."""
     link_bandwidth: float = 450e9
     """Bytes per second and direction between devices: NVLink 4's data sheet. Not measured."""
     collective_latency_s: float = 10e-6

@@ -125,14 +125,14 @@ class Replay:
             raise RuntimeError(f"{self.strategy.name}: no request can be admitted ({self.strategy.usage()})")
 
     def _admit(self, seq: SimulatedSequence) -> bool:
-        found = self.prefix.find(seq)
+        before, found = self.prefix.host_hit_tokens, self.prefix.find(seq)
         start = 0 if found is None else found.position
         end = start + (self.prefix.cut(seq, start, seq.prompt_len - start) or seq.prompt_len - start)
         admitted = self.prefix.admit(
             seq, found, end, seq.max_stored_tokens if seq.max_tokens > 1 else None, urgent=not self._running
         )
         if not admitted and found is not None and not self._running:
-            self.prefix.make_room(urgent=True)
+            self.prefix.make_room(urgent=True, idle=True)
             return self._admit(seq)
         if not admitted:
             return False
@@ -154,6 +154,7 @@ class Replay:
         self._sums["requests"] += 1
         self._sums["prompt_tokens"] += seq.prompt_len
         self._sums["hit_tokens"] += start
+        self._sums["host_hit_tokens"] += self.prefix.host_hit_tokens - before
         self._running += 1
         assert seq.request is not None
         took = seq.request.service_s if self._service is None else self._service(seq)

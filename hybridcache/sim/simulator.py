@@ -14,6 +14,7 @@ from hybridcache.engine.step import Step
 from hybridcache.errors import bad
 from hybridcache.observe.metrics import Recorder
 from hybridcache.prefix.cache import PrefixCache
+from hybridcache.prefix.host_store import HostCopy
 from hybridcache.sim.cost_model import CostModel
 from hybridcache.strategies.base import Strategy
 from hybridcache.workloads.base import Request, Stream, UniqueIds
@@ -95,6 +96,7 @@ def simulate(
         RuntimeError: no request can advance although none is too long (a defect of the strategy).
     """
     scheduler = Scheduler(strategy, scheduler_config, prefix=prefix)
+    link = _Link(scheduler.prefix, cost_model)
     arrivals = _Arrivals(workload.fresh(), strategy.request_limit())
     now, steps, moved = -math.inf, 0, strategy.bytes_moved
     while scheduler.has_work or arrivals.next_s < math.inf:
@@ -107,6 +109,9 @@ def simulate(
                 continue
         scheduler.prefix.now_s = now
         step = scheduler.schedule()
+        if not step:  # all wait for checkpoints from the host
+            now = min(link.next_s, max(arrivals.next_s, now))
+            continue
         # The moves themselves have no data to act on; their bytes are charged.
         strategy.drain_moves()
         duration_s = cost_model.step_s(step, strategy.bytes_moved - moved)
@@ -119,7 +124,7 @@ def simulate(
         if finished:
             arrivals.ended(finished, now)
         elif recorder is None and scheduler.runs_again(step):
-            now, skipped = _skip(scheduler, step, cost_model, now, arrivals.next_s)
+            now, skipped = _skip(scheduler, step, cost_model, now, min(arrivals.next_s, link.next_s))
             steps += skipped
     accepted = arrivals.accepted
     return SimulationResult(accepted, now - accepted[0].arrival_s if accepted else 0.0, steps, tuple(arrivals.refused))
@@ -154,6 +159,49 @@ def _skip(scheduler: Scheduler, step: Step, cost_model: CostModel, now_s: float,
     cohort.skip(steps)
     np.maximum(cohort.room, cohort.totals, out=cohort.room)
     return float(times[steps]), steps
+
+
+class _Link:
+    """Copies between host and device as time: those to the host are hidden behind the steps, those back come one after the
+    other, and a request waits for its own."""
+
+    at_once = True
+
+    class Copy:
+        """A copy that ends at ``end_s``."""
+
+        def __init__(self, prefix: PrefixCache, end_s: float) -> None:
+            self._prefix, self.end_s = prefix, end_s
+
+        def done(self) -> bool:
+            return self._prefix.now_s >= self.end_s
+
+        def synchronize(self) -> None:
+            """Time passes elsewhere."""
+
+    def __init__(self, prefix: PrefixCache, cost_model: CostModel) -> None:
+        self._prefix, self._cost_model, self._free_s = prefix, cost_model, -math.inf
+        if prefix.host is not None:
+            prefix.host.mover, prefix.host.recompute_s = self, cost_model.prefill_s
+            prefix.host.bytes_per_s = cost_model.device.host_bandwidth
+
+    def out(self, key: int, copy: HostCopy) -> None:
+        """To the host."""
+
+    def back(self, key: int, copy: HostCopy, start: int, num_bytes: int) -> "_Link.Copy":
+        """To the device."""
+        self._free_s = max(self._free_s, self._prefix.now_s) + self._cost_model.host_s(num_bytes)
+        return self.Copy(self._prefix, self._free_s)
+
+    def reused(self, transfer: object) -> None:
+        """A copy that is given up."""
+
+    @property
+    def next_s(self) -> float:
+        """When the next copy under way ends; infinite where none is."""
+        host = self._prefix.host
+        copies = [] if host is None else [recall.transfer for recall in host.recalls.values()]
+        return min((copy.end_s for copy in copies if isinstance(copy, _Link.Copy)), default=math.inf)
 
 
 class _Arrivals:

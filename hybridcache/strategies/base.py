@@ -246,6 +246,36 @@ class Strategy(Accounts):
             entries, node = entries + len(node.entries), node.parent  # type: ignore[assignment]
         return states + entries * cut.kv.num_bytes
 
+    def recall(self, key: int, num_tokens: int, base: int | None = None) -> bool:
+        """Let ``key`` own states of its own, and the KV of ``num_tokens`` tokens, whose bytes the caller brings from elsewhere;
+        whole entries of the key ``base`` (a shorter prefix) are shared. False, and no change, where memory is short."""
+        self._check_new_key(key)
+        seq_id, shared, prefix = min(self._tokens, default=0) - 1, 0, None
+        self._check_admission(seq_id, num_tokens, None)
+        if base is not None:
+            shared = self.cached_tokens(base) // self._entry_tokens * self._entry_units
+        if not self._admits(self._entries(num_tokens) - shared):
+            return False
+        one = Resident(self._take_state_set())
+        if shared and base is not None:
+            prefix = self._shared.ending(self._checkpoints[base].kv, shared)
+            self._shared.enter(prefix)
+            one.prefix, one.shared = prefix, shared
+            for node in reversed([*prefix.path()]):
+                one.kv.extend(node.entries)
+        self._join(seq_id, one, num_tokens)
+        self.checkpoint(seq_id, key)
+        self.release(seq_id)
+        return True
+
+    def cached_units(self, key: int) -> tuple[Sequence[int], array]:
+        """Units of a cached owner's states, and of its KV in order of position."""
+        self.cached_tokens(key)
+        point, kv = self._checkpoints[key], array("i")
+        for node in reversed([*point.kv.path()]):
+            kv.extend(node.entries)
+        return point.states.units, kv
+
     def at_rest(self, seq_id: int, num_tokens: int) -> bool:
         """Whether the last launched step left the resident's states after exactly these tokens, so that :meth:`checkpoint` may
         be called: no further step has been prepared for it."""
@@ -310,6 +340,17 @@ class Strategy(Accounts):
         """Copies decided since the last drain, to be executed in order before any kernel reads the tables."""
         moves, self._moves = self._moves, []
         return moves
+
+    def sample_moves(self) -> list[Move]:
+        """Copies as restoring makes them, between entries that nobody holds; so that an engine compiles the kernel before its
+        first request. Only while nobody holds anything."""
+        assert not self._residents
+        assert not self._checkpoints
+        before, self.bytes_copied = self.bytes_copied, 0
+        if self.request_limit() > self._entry_tokens:
+            self._copy_tail(0, 1, 1)
+        self.bytes_copied = before
+        return self.drain_moves()
 
     # -- helpers ---------------------------------------------------------------------------------------------
 

@@ -72,26 +72,29 @@ def num_requests(conversations: list[Conversation]) -> int:
 
 
 def expected_outputs(engine, conversations: list[Conversation]) -> list[list[list[list[int]]]]:
-    """One request at a time; the ``i``-th of several outputs by a request for one, with the key that is the ``i``-th's."""
+    """One prompt at a time; the ``i``-th of several outputs by a request for one, with the key that is the ``i``-th's."""
     for conversation in conversations:
         while not conversation.done:
-            prompt, params, outputs = conversation.next_prompt(), conversation.params, []
-            for child in range(params.n):
-                seq = engine.add_request(prompt, replace(params, n=1))
+            prompt, params = conversation.next_prompt(), conversation.params
+            seqs = [engine.add_request(prompt, replace(params, n=1)) for _ in range(params.n)]
+            for child, seq in enumerate(seqs):
                 seq.key = (params.seed, child << CHILD_BITS)
-                engine.run()
-                outputs.append(seq.output_ids)
+            engine.run()
+            conversation.outputs.append([seq.output_ids for seq in seqs])
+            for seq in seqs:
                 engine.forget(seq.seq_id)
-            conversation.outputs.append(outputs)
     return [conversation.outputs for conversation in conversations]
 
 
-def converse(engine, conversations: list[Conversation], seed: int, check, aborts: float = 0.0) -> list:
-    """All at once: turns begin as others end, and some are aborted and asked again. ``check`` is called after every step."""
+def converse(
+    engine, conversations, seed: int, check, aborts: float = 0.0, aborted: list | None = None, arrivals: float = 0.3
+) -> list:
+    """All at once: turns begin as others end, and some are aborted (named in ``aborted``) and asked again. ``check`` is called
+    after every step; before each, a turn begins with probability ``arrivals``, then another one, and so on."""
     rng = random.Random(seed)
     idle, running = list(conversations), {}
     while idle or running:
-        while idle and (rng.random() < 0.3 or not running):
+        while idle and (rng.random() < arrivals or not running):
             conversation = idle.pop(rng.randrange(len(idle)))
             before = conversation.prompt
             seq = engine.add_request(conversation.next_prompt(), conversation.params)
@@ -102,6 +105,8 @@ def converse(engine, conversations: list[Conversation], seed: int, check, aborts
             reasons = {one.finish_reason for one in group(seq)}
             if None in reasons and rng.random() < aborts:
                 engine.abort(seq_id)
+                if aborted is not None:
+                    aborted += [one.seq_id for one in group(seq)]
                 assert None not in {one.finish_reason for one in group(seq)}
                 conversation.prompt = before
                 idle.append(conversation)

@@ -18,7 +18,7 @@ from experiments.lib.settings import container
 from experiments.lib.strategy_choices import AUTO
 from hybridcache.engine.engine import Engine
 from hybridcache.engine.garbage import settle_heap
-from hybridcache.engine.request import Request
+from hybridcache.engine.request import Request as EngineRequest
 from hybridcache.engine.sampling import SamplingParams
 from hybridcache.errors import bad, whole
 from hybridcache.observe.metrics import EventSink, _percentiles, tokens_sha256
@@ -143,7 +143,7 @@ class ReusePhase(ModelPhase):
         for seq in engine.sequences:
             engine.forget(seq.seq_id)
 
-    def _rounds(self, engine: Engine, cell: Cell, seed: int) -> Iterator[tuple[float, list[Request]]]:
+    def _rounds(self, engine: Engine, cell: Cell, seed: int) -> Iterator[tuple[float, list[EngineRequest]]]:
         """Seconds and requests of each round."""
         stream = cell.stream(seed)
         requests = stream.begin()
@@ -152,7 +152,6 @@ class ReusePhase(ModelPhase):
             params = [SamplingParams(max_tokens=request.output_tokens, ignore_eos=True) for request in requests]
             started, seqs = time.perf_counter(), []
             for request, one in zip(requests, params):
-                assert request.prompt_ids is not None
                 seqs.append(engine.add_request(np.asarray(request.prompt_ids), one))
             while any(seq.finish_reason is None for seq in seqs):
                 engine.step()

@@ -13,7 +13,6 @@ from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib.future_uses import FutureUses
@@ -31,7 +30,7 @@ from hybridcache.sim.simulator import SimulatedSequence, simulate
 from hybridcache.workloads import Request, Stream
 
 DRIVERS = ("auto", "replay", "scheduler")
-MOST_PROCESSES = 8
+GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ class _List:
 
 @lru_cache(maxsize=1)
 def _streams(text: str, repetitions: int) -> list[tuple[int, Stream]]:
-    return seeded_streams(OmegaConf.create(yaml.safe_load(text)), repetitions, "simulation.repetitions")
+    cfg: Any = OmegaConf.create(text)
+    return seeded_streams(cfg, repetitions, "simulation.repetitions")
 
 
 def streams_of(cfg: DictConfig, repetitions: int) -> list[tuple[int, Stream]]:
@@ -100,7 +100,7 @@ def rows_of(
     cfg: DictConfig, cases: Sequence[Case], repetitions: int, processes: int, events: EventSink
 ) -> Iterator[dict[str, Any]]:
     """A row a case, in their order."""
-    plain = container(cfg)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     jobs = [(plain, case, repetitions) for case in cases]
     if processes > 1 and len(jobs) > 1:
         with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:

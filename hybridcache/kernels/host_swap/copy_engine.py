@@ -8,12 +8,15 @@ directions at once.
 On a CPU the same calls copy at once; nothing there is asynchronous.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hybridcache.errors import bad
+
+Range = tuple[int, int, int]
+"""``(from, to, bytes)``."""
 
 
 class HostPool:
@@ -83,8 +86,9 @@ class HostSwap:
         Raises:
             UserError: a block or slot does not exist, comes twice, or their numbers differ.
         """
-        runs = self._runs(blocks, host, slots)
-        return self._start(runs, self.buffer, host.buffer, host, slots, self._out_stream)
+        size = host.block_bytes
+        ranges = [(block * size, slot * size, count * size) for block, slot, count in self._runs(blocks, host, slots)]
+        return self._swapped(host, slots, lambda after: self.copy_out(ranges, host.buffer, after))
 
     def swap_in(self, host: HostPool, slots: Sequence[int], blocks: Sequence[int]) -> Transfer:
         """Copy host slots to blocks of the buffer, pair by pair. The blocks may be read after ``wait``; the slots hold
@@ -93,8 +97,26 @@ class HostSwap:
         Raises:
             UserError: a block or slot does not exist, comes twice, or their numbers differ.
         """
-        runs = [(slot, block, count) for block, slot, count in self._runs(blocks, host, slots)]
-        return self._start(runs, host.buffer, self.buffer, host, slots, self._in_stream)
+        size = host.block_bytes
+        ranges = [(slot * size, block * size, count * size) for block, slot, count in self._runs(blocks, host, slots)]
+        return self._swapped(host, slots, lambda after: self.copy_in(host.buffer, ranges, after))
+
+    def copy_out(self, ranges: Iterable[Range], host: Tensor, after: Iterable[torch.cuda.Event] = ()) -> Transfer:
+        """Copy ``(from, to, bytes)`` ranges of the buffer to a flat pinned uint8 tensor, once the events have happened."""
+        return self._start(ranges, self.buffer, host, self._out_stream, after)
+
+    def copy_in(self, host: Tensor, ranges: Iterable[Range], after: Iterable[torch.cuda.Event] = ()) -> Transfer:
+        """Copy ``(from, to, bytes)`` ranges of a flat pinned uint8 tensor to the buffer, once the events have happened."""
+        return self._start(ranges, host, self.buffer, self._in_stream, after)
+
+    def _swapped(
+        self, host: HostPool, slots: Sequence[int], start: Callable[[Iterable[torch.cuda.Event]], Transfer]
+    ) -> Transfer:
+        """A transfer after those that use the same slots."""
+        transfer = start(host.events(slots))
+        if transfer.event is not None:
+            host.occupy(slots, transfer.event)
+        return transfer
 
     def _runs(self, blocks: Sequence[int], host: HostPool, slots: Sequence[int]) -> list[tuple[int, int, int]]:
         """``(block, slot, count)`` of neighbours that stay neighbours: one transfer moves them."""
@@ -113,25 +135,24 @@ class HostSwap:
         return runs
 
     def _start(
-        self, runs: Sequence[tuple[int, int, int]], source: Tensor, target: Tensor, host: HostPool,
-        slots: Sequence[int], stream: torch.cuda.Stream | None,
+        self, ranges: Iterable[Range], source: Tensor, target: Tensor, stream: torch.cuda.Stream | None,
+        after: Iterable[torch.cuda.Event],
     ) -> Transfer:  # fmt: skip
-        size = host.block_bytes
+        ranges = list(ranges)
+        num_bytes = sum(count for _, _, count in ranges)
 
         def copy() -> None:
-            for src, dst, count in runs:
-                block = source[src * size : (src + count) * size]
-                target[dst * size : (dst + count) * size].copy_(block, non_blocking=True)
+            for src, dst, count in ranges:
+                target[dst : dst + count].copy_(source[src : src + count], non_blocking=True)
 
         if stream is None:
             copy()
-            return Transfer(len(slots) * size, None)
+            return Transfer(num_bytes, None)
         stream.wait_stream(torch.cuda.current_stream(self.buffer.device))
-        for event in host.events(slots):
+        for event in after:
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             copy()
             end = torch.cuda.Event()
             end.record(stream)
-        host.occupy(slots, end)
-        return Transfer(len(slots) * size, end)
+        return Transfer(num_bytes, end)

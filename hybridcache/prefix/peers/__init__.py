@@ -14,6 +14,8 @@ from hybridcache.prefix.policy import PrefixPolicy
 from hybridcache.strategies.base import Strategy
 
 RULES = ("own", "common")
+CHECKPOINT_PAGE = 64
+"""Tokens of SGLang's KV pages with the extra buffer."""
 
 __all__ = ["OWN", "RULES", "VARIANTS", "make_prefix"]
 
@@ -30,8 +32,8 @@ def make_prefix(
     """What the requests of a simulation resume from.
 
     Args:
-        strategy: empty. **Simulate with the result's** ``strategy``: some rules need a form of it with the same budget that
-            accounts more finely, or that cuts it as the peer does with prefix caching on.
+        strategy: empty. **Simulate with the result's** ``strategy``: some rules need a form of it with the same budget
+            that accounts more finely, or that cuts it as the peer does with prefix caching on.
         rules: ``own`` for the peer's, ``common`` for ``policy``.
         policy: of the common rules; the default policy where None.
         next_use: see :class:`~hybridcache.prefix.cache.PrefixCache`.
@@ -66,8 +68,9 @@ def _split(made: Any, variant: str | None, work: Any, common: dict[str, Any]) ->
         asked = {"q": 1, "extra_buffer": False}
     elif made._q == 1:  # its rule without a prefix cache
         asked = {"q": 5, "extra_buffer": True}
+    page_size = CHECKPOINT_PAGE if asked["extra_buffer"] and made.page_size == 1 else made.page_size
     split = RadixSplit(
-        made.spec, made.budget_bytes, ratio=made.ratio, slots=made._asked_slots, page_size=made.page_size,
+        made.spec, made.budget_bytes, ratio=made.ratio, slots=made._asked_slots, page_size=page_size,
         max_running=made._max_running, **asked, **common,
     )  # fmt: skip
     return ChunkEndPrefix(split) if variant == "lmdeploy_0.18" else RadixPrefix(split, variant)

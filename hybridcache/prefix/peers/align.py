@@ -2,18 +2,20 @@
 
 vLLM 0.25.1 (variant None), with blocks of ``A`` tokens (:mod:`~hybridcache.prefix.peers.blocks`):
 
-* A hit is the longest multiple of ``A``, at most all tokens but one, whose KV blocks are all cached and whose states are cached
-  in every linear group.
-* States are kept at the ends of prefill chunks that are multiples of ``A``, one block for each linear group. A chunk that would cross the
-  last multiple of ``A`` in its prompt stops there, one that ends earlier is cut to a multiple. Where more KV than states is found, the
-  next chunk stops where the KV ends (0.25's admission at shared prefixes, pull request 37898). After the prompt, states
-  are kept at every multiple of ``A``.
-* States that a running request has moved on from enter the queue at once; KV enters when its request ends, its last block first.
-* Blocks are named when a step is scheduled. States named in the same step cannot be read in it: the request waits for the next.
+* A hit is the longest multiple of ``A``, at most all tokens but one, whose KV blocks are all cached and whose states
+  are cached in every linear group.
+* States are kept at the ends of prefill chunks that are multiples of ``A``, one block for each linear group. A chunk
+  that would cross the last multiple of ``A`` in its prompt stops there, one that ends earlier is cut to a multiple.
+  Where more KV than states is found, the next chunk stops where the KV ends (0.25's admission at shared prefixes, pull
+  request 37898). After the prompt, states are kept at every multiple of ``A``.
+* States that a running request has moved on from enter the queue at once; KV enters when its request ends, its last
+  block first.
+* Blocks are named when a step is scheduled. States named in the same step cannot be read in it: the request waits for
+  the next.
 
-Variant ``vllm_0.31``: blocks are found at multiples of 64 tokens (``--prefix-match-unit 64``; a partial KV block is copied), and states are
-kept only at the end of prompts, cut to 64 (retention interval 0), at shared prefixes seen a second time, and at the last multiple of
-``A`` that an answer has reached, when it ends (pull request 50551).
+Variant ``vllm_0.31``: blocks are found at multiples of 64 tokens (``--prefix-match-unit 64``; a partial KV block is
+copied), and states are kept only at the end of prompts, cut to 64 (retention interval 0), at shared prefixes seen a
+second time, and at the last multiple of ``A`` that an answer has reached, when it ends (pull request 50551).
 """
 
 from collections.abc import Iterable
@@ -25,6 +27,7 @@ import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.prefix.peers.blocks import AlignPages
+from hybridcache.prefix.peers.without_host import WithoutHost
 
 MATCH_UNIT = 64
 VARIANTS = (None, "vllm_0.31")
@@ -53,7 +56,7 @@ class _Known:
         """Tokens before the states that are kept until it ends."""
 
 
-class AlignPrefix:
+class AlignPrefix(WithoutHost):
     """See the module.
 
     Args:
@@ -63,7 +66,6 @@ class AlignPrefix:
     """
 
     points: tuple[Any, ...] = ()
-    host_bytes = 0
 
     def __init__(self, strategy: AlignPages, variant: str | None = None, chunk_tokens: int = 8192) -> None:
         if variant not in VARIANTS:
@@ -118,7 +120,7 @@ class AlignPrefix:
         return digests
 
     def _bytes(self, known: _Known, start: int, end: int) -> memoryview:
-        return memoryview(np.ascontiguousarray(known.seq.tokens(start, end), dtype=np.int32)).cast("B")
+        return memoryview(known.seq.tokens(start, end).astype(np.int32).tobytes())
 
     def _digest_at(self, known: _Known, position: int) -> bytes:
         whole, tail = divmod(position, self.block)
@@ -150,7 +152,8 @@ class AlignPrefix:
         return None
 
     def _part(self, known: _Known, whole: int, most: int) -> int:
-        """Tokens (a multiple of the unit, at most ``most``) that some block behind the first ``whole`` ones shares with it."""
+        """Tokens (a multiple of the unit, at most ``most``) that some block behind the first ``whole`` ones shares with
+        it."""
         pool, best = self.strategy.pool, 0
         contents = self._contents.get(known.digests[whole - 1] if whole else b"", {})
         ids = known.seq.tokens(whole * self.block, whole * self.block + min(most, self.block))
@@ -232,7 +235,7 @@ class AlignPrefix:
     def foretell(self, seq: Any, time_s: float) -> None:
         """Nothing is done with it."""
 
-    def make_room(self, *, urgent: bool, but: Any = None) -> bool:
+    def make_room(self, *, urgent: bool, but: Any = None, idle: bool = False) -> bool:
         """False: cached blocks are free blocks already."""
         return False
 

@@ -1,8 +1,8 @@
 """BlockPool and AlignPages: padded_page's blocks where each is cached by itself, as vLLM 0.25.1 keeps them.
 
-All blocks that nobody holds stand in one queue, whatever they store. A block that was *named* (the tokens before its end are
-known) can still be found there, and loses its names when it comes to the queue's head and is handed out. Blocks that return go to the
-tail where they are named, to the head where they are not.
+All blocks that nobody holds stand in one queue, whatever they store. A block that was *named* (the tokens before its
+end are known) can still be found there, and loses its names when it comes to the queue's head and is handed out. Blocks
+that return go to the tail where they are named, to the head where they are not.
 """
 
 from array import array
@@ -22,7 +22,8 @@ Name = tuple[int, bytes]
 
 
 class BlockPool:
-    """Blocks ``first .. first + count - 1``: who holds them, what they are named, and the order in which they are taken."""
+    """Blocks ``first .. first + count - 1``: who holds them, what they are named, and the order in which they are
+    taken."""
 
     def __init__(self, first: int, count: int) -> None:
         self.queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(first, first + count))
@@ -112,8 +113,8 @@ class Table:
 class AlignPages(PaddedPage):
     """padded_page with cached blocks; accounting only. Made by :func:`~hybridcache.prefix.peers.make_prefix`.
 
-    A request takes new blocks for its states whenever its KV reaches a new block or the old ones were named, reads the old ones in that step and gives
-    them back after it; :attr:`watch` is told before, so that they are named.
+    A request takes new blocks for its states whenever its KV reaches a new block or the old ones were named, reads the
+    old ones in that step and gives them back after it; :attr:`watch` is told before, so that they are named.
     """
 
     supports_physical: ClassVar[bool] = False
@@ -146,8 +147,8 @@ class AlignPages(PaddedPage):
     def admit_found(
         self, seq_id: int, num_tokens: int, prompt_tokens: int | None, kv: Sequence[int], states: Sequence[int]
     ) -> bool:
-        """As :meth:`admit`, of a request that begins with the tokens of the blocks ``kv`` and whose next step reads ``states``.
-        What it finds in the queue counts as taken."""
+        """As :meth:`admit`, of a request that begins with the tokens of the blocks ``kv`` and whose next step reads
+        ``states``. What it finds in the queue counts as taken."""
         self._check_admission(seq_id, num_tokens, prompt_tokens)
         pool = self.pool
         idle = sum(not pool.holders[block] for block in {*kv, *states})

@@ -1,7 +1,9 @@
-"""ChunkEndPrefix: lmdeploy's prefix caching of hybrid models, over large_block, or over static_split as ``lmdeploy_0.18``.
+"""ChunkEndPrefix: lmdeploy's prefix caching of hybrid models, over large_block, or over static_split as
+``lmdeploy_0.18``.
 
-States are kept at the end of every prefill chunk, and nowhere else: neither where prompts part nor where a request ends. KV is kept
-up to them. Where blocks are short, the leaf of the tree goes that was used longest ago; a match refreshes its path.
+States are kept at the end of every prefill chunk, and nowhere else: neither where prompts part nor where a request
+ends. KV is kept up to them. Where blocks are short, the leaf of the tree goes that was used longest ago; a match
+refreshes its path.
 
 lmdeploy matches whole blocks. Here the chunk's end may lie inside a block, whose part is copied: that favours the peer.
 """

@@ -1,10 +1,11 @@
 """MarconiPrefix: Marconi's prefix caching (Pan et al., MLSys 2025, arXiv 2411.19379), over byte_exact.
 
-* Admission: about two checkpoints a request, where its prompt parts from an earlier one (from the second sight on, at a multiple of
-  64 here), and where it ends.
-* Eviction: of the nodes with at most one child, the one of least ``recency + alpha * efficiency``. Recency is the time of its last use,
-  efficiency the FLOPs that it saves beyond the checkpoint before it over the bytes that its eviction releases; both are scaled to 0 .. 1 over
-  the candidates. A node with one child gives its states back, and its KV goes on with the child's.
+* Admission: about two checkpoints a request, where its prompt parts from an earlier one (from the second sight on, at a
+  multiple of 64 here), and where it ends.
+* Eviction: of the nodes with at most one child, the one of least ``recency + alpha * efficiency``. Recency is the time
+  of its last use, efficiency the FLOPs that it saves beyond the checkpoint before it over the bytes that its eviction
+  releases; both are scaled to 0 .. 1 over the candidates. A node with one child gives its states back, and its KV goes
+  on with the child's.
 * ``alpha`` is fixed, 1 by default. Marconi tunes it on its first requests after the first eviction; that is left out.
 
 Nobody waits for another request's checkpoint, and none is protected for a request that waits.

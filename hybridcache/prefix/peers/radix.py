@@ -2,15 +2,18 @@
 
 SGLang 0.5.15 (variant None):
 
-* A tree over token ids; a node may hold states beside the KV up to it, and every leaf does. A hit ends at the deepest node that holds
-  states, at most all tokens but one.
-* Two orders of use. Where slots are short, the states used longest ago go, of whichever node; a leaf goes whole, and an inner node keeps its
-  KV. Where KV is short, the leaf used longest ago goes, with the nodes before it that have neither states nor another child. A match
-  refreshes its whole path in both orders.
-* States are kept once in every prefill chunk: at its end, with the extra buffer at the last multiple of 64 in it, or instead at the place
-  (a multiple of 64) up to which KV was found beyond the states, where that lies in the chunk.
-* A request that ends hands its states over; with the extra buffer those at the last multiple of 256 that its decode reached.
-* A running request keeps the node that it resumed from, or made last, from being evicted. A preempted one leaves its nodes.
+* A tree over token ids; a node may hold states beside the KV up to it, and every leaf does. A hit ends at the deepest
+  node that holds states, at most all tokens but one.
+* Two orders of use. Where slots are short, the states used longest ago go, of whichever node; a leaf goes whole, and an
+  inner node keeps its KV. Where KV is short, the leaf used longest ago goes, with the nodes before it that have neither
+  states nor another child. A match refreshes its whole path in both orders.
+* States are kept once in every prefill chunk: at its end, with the extra buffer at the last multiple of 64 in it, or
+  instead at the place (a multiple of 64) up to which KV was found beyond the states, where that lies in the chunk.
+* A request that ends hands its states over; with the extra buffer those at the last multiple of 256 that its decode
+  reached.
+* A running request keeps the node that it resumed from, or made last, from being evicted. A preempted one leaves its
+  nodes. (Where states and KV share their bytes, such states go at last before anybody is preempted: a serial replay
+  cannot preempt, and the request has read them.)
 * ``q`` slots a request (:mod:`~hybridcache.strategies.static_split`): 3, and 5 with the extra buffer.
 
 Variant ``sglang_0.5.18``: of the states, only those that a request resumes from are refreshed.
@@ -18,13 +21,14 @@ Variant ``sglang_0.5.18``: of the states, only those that a request resumes from
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from hybridcache.errors import bad
 from hybridcache.memory.owners import StateSet
 from hybridcache.prefix.index import RadixIndex
+from hybridcache.prefix.peers.without_host import WithoutHost
 from hybridcache.prefix.placement import floor_position
 from hybridcache.prefix.planned import Planned
 from hybridcache.prefix.points import Place, Point
@@ -90,17 +94,17 @@ class RadixBlocks(_Short, LargeBlock):
 class _Run:
     """What is known of a request that waits or runs."""
 
-    __slots__ = ("branch", "locked", "seq", "tokens")
+    __slots__ = ("branch", "locked", "reach", "seq", "tokens")
 
     def __init__(self, seq: Any) -> None:
         self.seq = seq
         self.tokens = np.empty(0, dtype=np.int32)
-        self.branch = 0
-        """Up to here KV was found beyond the states."""
+        self.reach = self.branch = 0
+        """Up to here KV was found; and the last multiple of 64 in it, where states may be missing."""
         self.locked: Point | None = None
 
 
-class RadixPrefix:
+class RadixPrefix(WithoutHost):
     """See the module.
 
     Args:
@@ -109,12 +113,11 @@ class RadixPrefix:
         chunk_tokens: of a prefill chunk.
     """
 
-    host_bytes = 0
-    donates = True
+    donates: ClassVar[bool] = True
     """Whether a request that ends hands its states over."""
-    branches = True
+    branches: ClassVar[bool] = True
     """Whether states are kept where KV was found beyond them, also without the extra buffer."""
-    one_order: str | None = None
+    one_order: ClassVar[str | None] = None
     """The order by which everything is evicted (``states`` or ``kv``), where there is one."""
 
     def __init__(self, strategy: Any, variant: str | None = None, chunk_tokens: int = 8192) -> None:
@@ -122,6 +125,7 @@ class RadixPrefix:
             raise bad("variant", variant, f"choose one of {VARIANTS}")
         self.strategy, self.variant, self.chunk_tokens = strategy, variant, chunk_tokens
         self.refreshes_path = variant is None
+        self.shares_bytes = not isinstance(strategy, StaticSplit)
         self.buffered = bool(getattr(strategy, "extra_buffer", False))
         self.on = True
         self.now_s = 0.0
@@ -159,7 +163,7 @@ class RadixPrefix:
         if len(run.tokens) != seq.num_known:
             run.tokens = seq.tokens(0, seq.num_known)
         walk = self.index.walk(run.tokens[:-1])
-        run.branch = floor_position(walk.length)
+        run.reach, run.branch = walk.length, floor_position(walk.length)
         return next((node.point for node in walk.node.path() if node.point is not None), None)
 
     def cut(self, seq: Any, start: int, tokens: int) -> int:
@@ -250,7 +254,7 @@ class RadixPrefix:
             position = floor_position(end) if self.buffered else end
             if self.branches and start < run.branch < end:
                 position = run.branch
-            if position <= start or self._node_at(run, seq, position) is not None:
+            if position <= start or (position <= run.reach and self._node_at(run, seq, position) is not None):
                 continue
             key, inside = self._new_key(), position < end
             while inside and not self.strategy.reserve_checkpoint(seq.seq_id, key, position):
@@ -305,23 +309,33 @@ class RadixPrefix:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
-    def make_room(self, *, urgent: bool, but: Point | None = None) -> bool:
+    def make_room(self, *, urgent: bool, but: Point | None = None, idle: bool = False) -> bool:
         """Evict one node for what the strategy lacked last. False where none may be."""
         lacks = self.strategy.lacks and (self.one_order or self.strategy.lacks)
         if lacks is None:
             return False
         order = self._states if lacks == "states" else self._leaves
-        for point in order:
-            if point.wanted or point is but or (lacks == "kv" and point.node.children):
-                continue
-            self._evict(point)
-            self.evicted += 1
-            return True
-        return False
+
+        def first(inner: bool, locked: bool) -> Point | None:
+            fits = (p for p in order if p is not but and (locked or not p.wanted) and (inner or not p.node.children))
+            return next(fits, None)
+
+        victim = first(lacks == "states", False)
+        if victim is None and self.shares_bytes:  # states of inner nodes are bytes for KV as well
+            victim = first(True, False) or (first(True, True) if urgent else None)
+        if victim is None:
+            return False
+        self._evict(victim)
+        self.evicted += 1
+        return True
 
     def _evict(self, point: Point) -> None:
         self.strategy.drop(point.key)
         del self._points[point.key], self._states[point], self._leaves[point]
+        if point.wanted:
+            for run in self._runs.values():
+                if run.locked is point:
+                    self._lock(run, None)
         point.live, node = False, point.node
         node.point = None
         self.index.see(node)
