@@ -13,7 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.lib import settings
 from experiments.lib.harness import CONSOLE, Rows, collect
-from experiments.lib.phases.reuse_simulation import Case, driver_of, refusals, rows_of, streams_of, with_ids
+from experiments.lib.phases.reuse_simulation import (
+    MOST_PROCESSES,
+    Case,
+    driver_of,
+    refusals,
+    rows_of,
+    streams_of,
+    with_ids,
+)
 from experiments.lib.policy_sets import Eviction, Placement, PolicySet, Retention, configured_policy, policy_sets
 from experiments.lib.printed_tables import print_reuse
 from experiments.lib.settings import max_request_tokens, model_chosen, resolve_model, scheduler_config, spec_of
@@ -24,7 +32,6 @@ from hybridcache.workloads import Stream, Workload
 PHASES = ("simulation", "inference")
 MODEL = "qwen3_next_80b_a3b"
 MAX_TOKENS_PER_STEP = 8192
-MOST_PROCESSES = 8
 
 
 @dataclass

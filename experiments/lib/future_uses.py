@@ -12,6 +12,9 @@ from hybridcache.prefix.index import Node, RadixIndex
 from hybridcache.prefix.points import Point
 from hybridcache.workloads.base import Request, Stream
 
+MOST_WAYS, MOST_LOOKED = 4, 32
+"""Where so many ways go on behind a checkpoint, the next request is taken to use it; of more arrivals than that, the last."""
+
 
 class FutureUses:
     """Looks up the arrivals of all requests whose prompt goes on behind a checkpoint. It holds every distinct token of the
@@ -42,11 +45,15 @@ class FutureUses:
         """When the first request after a time arrives that will resume from the checkpoint: its prompt goes on behind it, and
         behind no later one that is alive. Infinity where there is none."""
         times = self._times(point)
-        deeper = [self._times(later) for later in point.live_after()]
-        for at in range(bisect_right(times, now_s), len(times)):
-            if not any(_holds(others, times[at]) for others in deeper):
-                return times[at]
-        return inf
+        first = bisect_right(times, now_s)
+        if first == len(times):
+            return inf
+        after = point.live_after()
+        if len(after) > MOST_WAYS:
+            return times[first]
+        deeper = [self._times(later) for later in after]
+        uses = (at for at in times[first : first + MOST_LOOKED] if not any(_holds(others, at) for others in deeper))
+        return next(uses, times[first + MOST_LOOKED] if first + MOST_LOOKED < len(times) else inf)
 
     def _times(self, point: Point) -> list[float]:
         """Arrivals of all requests whose prompt goes on behind a checkpoint."""

@@ -150,7 +150,9 @@ def policy_sets(
 def own_sets(choice: StrategyChoice) -> list[PolicySet]:
     """The strategy under each version of its own rules that is known; none for one that is no peer's."""
     name = strategy_class(choice.target).name
-    versions = (None, *VARIANTS.get(name, ())) if name in OWN else ()
+    # A variant that the strategy is built as is its own.
+    more = [each for each in VARIANTS.get(name, ()) if each not in choice.options.values()]
+    versions = (None, *more) if name in OWN else ()
     return [PolicySet(choice, each or "own", None, each) for each in versions]
 
 

@@ -206,3 +206,30 @@ def print_reuse(console: Console, results: pd.DataFrame) -> None:
             shown = [str(name) if isinstance(name, str) else f"{name:.0f}" for name in names]
             table.add_row(*shown, _share(rate), *("-" if pd.isna(value) else text(value) for value in line))
         console.print(table)
+
+
+def print_league(console: Console, league: pd.DataFrame, claims: pd.DataFrame) -> None:
+    """Differences of hit rates to the default, in points with their bands, by stream; then the claims."""
+    _title(console, "hit rate less that of the default, in points (95 % band, paired); default: the rate itself")
+    table = _table()
+    streams = list(dict.fromkeys(league["workload"]))
+    for name in streams:
+        table.add_column(name, justify="right")
+    for policy, rows in league.groupby("policy", sort=False):
+        by_stream = rows.set_index("workload")
+        table.add_row(
+            str(policy),
+            *(_gain(by_stream.loc[name], str(policy)) if name in by_stream.index else "-" for name in streams),
+        )
+    console.print(table)
+    for claim, rows in claims.groupby("claim", sort=False):
+        console.print(f"\n{claim}", markup=False)
+        for row in rows.itertuples():
+            points = "" if pd.isna(row.difference) else f"{100 * row.difference:+.1f} points: "
+            console.print(f"  {f'{row.workload}: ' if row.workload else ''}{points}{row.verdict}", markup=False)
+
+
+def _gain(row: pd.Series, policy: str) -> str:
+    if policy == "default":
+        return _share(row["hit_rate"])
+    return f"{100 * row['difference']:+.1f} ({100 * row['difference_low']:+.1f} {100 * row['difference_high']:+.1f})"

@@ -22,7 +22,7 @@ from hybridcache.prefix.eviction import NextUse, Values, make_eviction
 from hybridcache.prefix.host_tier import HostTier
 from hybridcache.prefix.index import Node, RadixIndex
 from hybridcache.prefix.pins import Pin, Pins
-from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal
+from hybridcache.prefix.placement import PartingDepths, every_n, floor_position, log_spaced, optimal, uniform
 from hybridcache.prefix.planned import Planned, Scheduled
 from hybridcache.prefix.points import Place, Point, Standing
 from hybridcache.prefix.policy import OFF, PrefixPolicy
@@ -381,6 +381,8 @@ class PrefixCache:
             inside += every_n(start, end - 1, policy.every)
         if "log_spaced" in self._places:
             inside += log_spaced(start, end, policy.every // 16)
+        if "uniform" in self._places:
+            inside += uniform(start, end, policy.num_optimal)
         if "optimal" in self._places:
             inside += optimal(start, end, policy.num_optimal, self.depths, self.values.work)
         if policy.retention == "last_k":  # earlier ones would be dropped as soon as the later ones are made

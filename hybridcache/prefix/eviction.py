@@ -6,6 +6,7 @@ change); one that does looks at a bounded sample.
 
 =================  ===================================================================================================
 ``lru``            used longest ago. Only the checkpoint that a request resumes from is refreshed, not those before it.
+``lru_path``       used longest ago, where a use refreshes all checkpoints on its path.
 ``flop_aware``     least FLOPs saved per byte really released, with recency (GreedyDual-Size, Cao and Irani 1997; Marconi,
                    MLSys 2025, weighs the same two).
 ``segment_aware``  used longest ago, each token that would be computed again counting as recency.
@@ -128,6 +129,22 @@ class Lru(_Ordered):
 
     def priority(self, point: Point, now_s: float) -> float:
         return point.touched_s
+
+
+class LruPath(Lru):
+    """Used longest ago; a use counts for all checkpoints before it, too."""
+
+    name = "lru_path"
+
+    def put(self, point: Point, now_s: float) -> None:
+        super().put(point, now_s)
+        if point.touched_s < now_s or not point.live:
+            return
+        for node in point.node.path():
+            other = node.point
+            if other is not None and other.slot >= 0 and other.touched_s < now_s:
+                other.touched_s = now_s
+                super().put(other, now_s)
 
 
 class SegmentAware(_Ordered):
@@ -256,7 +273,7 @@ class ReuseDensity(Eviction):
             self.times.moved(before, point)
 
 
-ORDERS: dict[str, type[Eviction]] = {kind.name: kind for kind in (Lru, FlopAware, SegmentAware, ReuseDensity, Farthest)}
+ORDERS: dict[str, type[Eviction]] = {kind.name: kind for kind in (Lru, LruPath, FlopAware, SegmentAware, ReuseDensity, Farthest)}
 """Eviction orders by name."""
 
 

@@ -29,6 +29,12 @@ def log_spaced(start: int, end: int, first: int) -> list[int]:
     return found[::-1]
 
 
+def uniform(start: int, end: int, count: int) -> list[int]:
+    """``count`` positions at even distances between ``start`` and ``end``; fewer where they coincide."""
+    found = {floor_position(start + (end - start) * k // (count + 1)) for k in range(1, count + 1)}
+    return sorted(position for position in found if position > start)
+
+
 class PartingDepths:
     """Where later prompts part from earlier ones, as learnt: tokens from the earlier one's end, in buckets that double."""
 

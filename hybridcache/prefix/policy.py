@@ -7,7 +7,7 @@ from typing import Any
 from hybridcache.errors import bad, number, whole
 from hybridcache.prefix.eviction import ORDERS
 
-PLACEMENTS = ("prompt_end", "generation_end", "branch_points", "every_n", "log_spaced", "optimal")
+PLACEMENTS = ("prompt_end", "generation_end", "branch_points", "every_n", "log_spaced", "uniform", "optimal")
 RETENTIONS = ("all", "last_k", "semantic", "budget_share")
 
 
@@ -25,10 +25,11 @@ class PrefixPolicy:
             * ``branch_points``: where prompts part, from the second one on (its position cut to a multiple of 64);
             * ``every_n``: at multiples of ``every`` tokens;
             * ``log_spaced``: before a prompt's end at distances that double, from ``every / 16``;
+            * ``uniform``: ``num_optimal`` positions at even distances;
             * ``optimal``: ``num_optimal`` positions that leave the least expected work, by dynamic programming over where
               earlier prompts parted (Sparse Prefix Caching, arXiv 2605.05219).
         every: tokens; a multiple of 64.
-        num_optimal: positions of ``optimal``.
+        num_optimal: positions of ``optimal`` and ``uniform``.
         retention: which checkpoints of a sequence stay when it goes on: ``all``; the ``last_k``; ``semantic``, those at the
             ends of prompts and turns; ``budget_share``, as many as keep checkpoints' states within ``share`` of the budget.
             Branch points and pinned prefixes stay under each.

@@ -17,6 +17,7 @@ _READERS = {
     "burstgpt": "hybridcache.workloads.burstgpt",
     "agent_sessions": "hybridcache.workloads.agent_sessions",
     "conversations": "hybridcache.workloads.conversations",
+    "random_sessions": "hybridcache.workloads.random_sessions",
     "shared_prompt": "hybridcache.workloads.shared_prompt",
 }
 WORKLOADS = tuple(_READERS)

@@ -125,7 +125,7 @@ class AgentSessions:
         self._next_request = 0
 
     def fresh(self) -> "AgentSessions":
-        return AgentSessions(self.source, self._starts, *self._options)
+        return type(self)(self.source, self._starts, *self._options)
 
     def begin(self) -> list[Request]:
         """The first request of each of the first ``live_sessions`` sessions."""

@@ -24,7 +24,7 @@ EVERY_EXPERIMENT = [
     "state_dtype",
 ]  # fmt: skip
 SERVED = ["shared_pool", "shared_pool_carve", "large_block", "padded_page", "static_split", "two_ended"]
-READ_CLOSELY = {"serve_throughput", "shared_pool"}
+READ_CLOSELY = {"serve_throughput", "shared_pool", "prefix_reuse", "checkpoint_policies"}
 """Those whose files have tests of their own."""
 PHYSICAL = [*SERVED[:5], "static_split_tuned", *SERVED[5:]]
 

@@ -30,7 +30,7 @@ from hybridcache.sim.simulator import SimulatedSequence, simulate
 from hybridcache.workloads import Request, Stream
 
 DRIVERS = ("auto", "replay", "scheduler")
-GB = 1e9
+MOST_PROCESSES = 8
 
 
 @dataclass(frozen=True)
