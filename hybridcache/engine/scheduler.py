@@ -231,9 +231,8 @@ class Scheduler:
                 if found is not None and not self.running and not chosen:
                     if self.prefix.holds_back(seq):  # its checkpoint is on its way from the host
                         continue
-                    self.prefix.make_room(
-                        urgent=True, idle=True
-                    )  # a hit that does not fit an empty pool becomes a miss
+                    # A hit that does not fit an empty pool becomes a miss.
+                    self.prefix.make_room(urgent=True, idle=True)
                     continue
                 break
             own = seq.admissions > 0 or 0 < seq.fork_at == start

@@ -273,7 +273,9 @@ class ReuseDensity(Eviction):
             self.times.moved(before, point)
 
 
-ORDERS: dict[str, type[Eviction]] = {kind.name: kind for kind in (Lru, LruPath, FlopAware, SegmentAware, ReuseDensity, Farthest)}
+ORDERS: dict[str, type[Eviction]] = {
+    kind.name: kind for kind in (Lru, LruPath, FlopAware, SegmentAware, ReuseDensity, Farthest)
+}
 """Eviction orders by name."""
 
 

@@ -63,7 +63,12 @@ def random_sessions(
         return median * math.exp(rng.gauss(0.0, spread))
 
     def session() -> Session:
-        calls, length, end_id, blocks = list[Call](), system * BLOCK_TOKENS + max(int(drawn(first_tokens, sigma)), 1), 0, 0
+        calls, length, end_id, blocks = (
+            list[Call](),
+            system * BLOCK_TOKENS + max(int(drawn(first_tokens, sigma)), 1),
+            0,
+            0,
+        )
         while True:
             shared, output = blocks, max(int(drawn(output_tokens, sigma)), 1)
             if calls and rng.random() < revised:

@@ -297,7 +297,8 @@ def test_more_running_requests_than_rows_are_impossible():
 
 
 def test_the_largest_steps_run_on_padding_before_the_first_request():
-    """One row, and as many as there can be, of all the tokens of a step; neither counts as launched."""
+    """One row, and as many as there can be, of all the tokens of a step, once more with room for checkpoints; none counts as
+    launched."""
     engine = with_graphs(make_engine())
     runner, seen = engine.runner, []
     forward = runner._forward
@@ -306,7 +307,9 @@ def test_the_largest_steps_run_on_padding_before_the_first_request():
     engine.backend.launches["kept[torch]"] = 3
     runner.prepare()
     largest = [batch for batch in seen if batch.num_tokens == runner.max_tokens]
-    assert sorted(batch.num_rows for batch in largest) == [1, runner.max_rows]
+    rows = [batch.num_rows for batch in largest]
+    assert sorted(rows[:2]) == [1, runner.max_rows]
+    assert [batch.checkpoint_interval for batch in largest] == [0, 64, 64]  # the last two are one batch
     for batch in largest:
         assert batch.num_tokens == runner.max_tokens == int(batch.prefill_cu_seqlens[-1])
         assert int(batch.context_len_B.sum()) == batch.num_tokens

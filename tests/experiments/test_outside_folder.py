@@ -119,12 +119,16 @@ def code(page: str) -> str:
 
 def test_the_page_on_serving_resumes_a_prompt(capsys):
     names: dict[str, Any] = {}
-    exec(code("docs/serving.md"), names)
-    assert capsys.readouterr().out == "256\n"
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec("\n".join(blocks), names)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["107", "[100, 64]"]
+    assert [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
+    assert lines[5:] == ["True"]
     fresh = LLM("tiny", cache_bytes=8 << 20)
-    prompts = [[*names["system"], 30, 31], [*names["system"], 40]]
+    prompts = [[*names["system"], 30, 31], [*names["system"][:99], 1, 2]]
     outputs = fresh.generate(prompts, SamplingParams(max_tokens=8), progress=False)
-    assert [output.token_ids for output in names["again"]] == [output.token_ids for output in outputs]
+    assert [output.token_ids for output in names["outputs"]] == [output.token_ids for output in outputs]
     assert names["llm"].strategy.usage().cached > 0
     names["llm"].strategy.check_integrity()
 
