@@ -24,7 +24,7 @@ from hybridcache.engine.step_output import StepOutput
 from hybridcache.errors import UserError, bad, whole
 from hybridcache.kernels.backend import make_backend
 from hybridcache.outputs import CompletionOutput, RequestOutput, StreamedToken, TokenStream, interrupts_held
-from hybridcache.prefix.cache import Pin
+from hybridcache.prefix.pins import Pin
 from hybridcache.prefix.policy import PrefixPolicy
 from hybridcache.prompts import EncodedPrompt, Prompt, encode, read_params, read_prompts
 from hybridcache.spec import CacheSpec

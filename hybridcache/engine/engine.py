@@ -73,22 +73,11 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: Model,
-        strategy: Strategy,
-        scheduler_config: SchedulerConfig | None,
-        backend: Backend,
-        *,
-        prefix: PrefixPolicy | None = None,
-        recorder: Recorder | None = None,
-        seed: int = 0,
-        eos_token_ids: Iterable[int] = (),
-        cuda_graphs: str | bool = "auto",
-        overlap: str | bool = "auto",
-        poison: bool = False,
-        max_retries: int = 1,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+        self, model: Model, strategy: Strategy, scheduler_config: SchedulerConfig | None, backend: Backend, *,
+        prefix: PrefixPolicy | None = None, recorder: Recorder | None = None, seed: int = 0,
+        eos_token_ids: Iterable[int] = (), cuda_graphs: str | bool = "auto", overlap: str | bool = "auto",
+        poison: bool = False, max_retries: int = 1, clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
         if not 0 <= seed < 2**63:
             raise bad("seed", seed, "give a whole number from 0 to below 2**63")
         if str(overlap).lower() not in CHOICES:

@@ -16,7 +16,7 @@ from hybridcache.prefix.index import Node
 from hybridcache.prefix.points import Point
 
 if TYPE_CHECKING:
-    from hybridcache.prefix.cache import PrefixCache
+    from hybridcache.prefix.live import LiveCheckpoints
 
 HOST_BANDWIDTH = 50e9
 """Bytes per second from pinned memory: PCIe 5 x16, as measured on an H100."""
@@ -80,7 +80,7 @@ class HostTier:
         seed: of what is random in the order of eviction.
     """
 
-    def __init__(self, cache: "PrefixCache", *, addressed: bool = False, seed: int = 0) -> None:
+    def __init__(self, cache: "LiveCheckpoints", *, addressed: bool = False, seed: int = 0) -> None:
         self.cache = cache
         self.store = HostStore(
             cache.strategy.cut, cache.policy, cache.values.work, self._dropped, addressed=addressed, seed=seed

@@ -303,3 +303,21 @@ class Accounts(ABC):
     def _return_kv(self, units: array) -> None:
         self._kv_units -= len(units)
         self._give_kv(units)
+
+    def _copy_tail(self, src: int, dst: int, tokens: int) -> None:
+        """Copy the first kernel blocks of an entry, as many as hold ``tokens`` tokens."""
+        kernel_tokens = self.cut.kernel_tokens or self._entry_tokens
+        blocks = -(-tokens // kernel_tokens)
+        self.bytes_copied += blocks * kernel_tokens * self.spec.kv_bytes_per_token
+        if self.physical:
+            at = self.layout.attention  # type: ignore[attr-defined]  # of Strategy
+            size = kernel_tokens * self.spec.kv_bytes_per_token_per_layer
+            starts = sorted(base + k * at.kernel_stride for base in at.base for k in range(blocks))
+            joined: list[list[int]] = []
+            for start in starts:
+                if joined and joined[-1][0] + joined[-1][1] == start:
+                    joined[-1][1] += size
+                else:
+                    joined.append([start, size])
+            stride = at.manager_stride
+            self._moves += [Move(start + src * stride, start + dst * stride, count) for start, count in joined]
