@@ -164,7 +164,7 @@ def test_the_console_script_is_the_command(site, elsewhere):
         command, cwd=elsewhere, env=environment(site), capture_output=True, text=True, timeout=SUBPROCESS_S
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: experiment='geometri': did you mean geometry? choose one of geometry, ")
+    assert done.stderr.startswith("error: experiment='geometri': did you mean geometry? choose one of ")
     assert done.stderr.count("\n") == 1
 
 

@@ -43,6 +43,8 @@ def gluon_kernel(desc, out_ptr):
 
 @pytest.fixture(scope="module")
 def device():
+    for kernel in (mixed_kernel, described_kernel, gluon_kernel):
+        kernel.device_caches.clear()  # a worker may come back to this module: what was compiled knows the device before
     with no_device() as pretended:
         yield pretended
 

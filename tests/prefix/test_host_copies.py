@@ -81,7 +81,7 @@ def test_late_copies_change_no_token(label, overlap, some_conversations):
         budget = int(rng.choice([1.3, 2.0]) * smallest_budget(lambda b: make_strategy(label, b), longest))
         engine = make_engine(label, budget, CHUNKED, overlap=overlap, poison=True, prefix=policy)
         host = engine.prefix.host
-        host.mover.at_once, host.mover.swap = False, LateSwap(engine.runner.pool.buffer, rng)
+        host.mover.swap = LateSwap(engine.runner.pool.buffer, rng)
         host.recompute_s = lambda start, end: 1.0
 
         def check(engine=engine):
