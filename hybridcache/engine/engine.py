@@ -66,6 +66,7 @@ class Engine:
         overlap: ``true``, ``false``, or ``auto``, which overlaps on CUDA.
         poison: fill the pool, and memory before its release, with NaN patterns (tests).
         max_retries: how often a request that failed alone is tried again.
+        unproven_host_tier: allow ``prefix.host_bytes``, with which rare runs gave other tokens (docs/LOG.md).
         clock: seconds, monotonic.
 
     Raises:
@@ -74,14 +75,16 @@ class Engine:
 
     def __init__(
         self, model: Model, strategy: Strategy, scheduler_config: SchedulerConfig | None, backend: Backend, *,
-        prefix: PrefixPolicy | None = None, recorder: Recorder | None = None, seed: int = 0,
-        eos_token_ids: Iterable[int] = (), cuda_graphs: str | bool = "auto", overlap: str | bool = "auto",
-        poison: bool = False, max_retries: int = 1, clock: Callable[[], float] = time.perf_counter,
+        prefix: PrefixPolicy | None = None, recorder: Recorder | None = None, seed: int = 0, eos_token_ids: Iterable[int] = (),
+        cuda_graphs: str | bool = "auto", overlap: str | bool = "auto", poison: bool = False, max_retries: int = 1,
+        unproven_host_tier: bool = False, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         if not 0 <= seed < 2**63:
             raise bad("seed", seed, "give a whole number from 0 to below 2**63")
         if str(overlap).lower() not in CHOICES:
             raise bad("overlap", overlap, f"choose {', '.join(CHOICES)}")
+        if prefix is not None and prefix.host_bytes and not unproven_host_tier:
+            raise bad("prefix.host_bytes", prefix.host_bytes, "host memory is for simulation: in inference give 0")
         self._failures = Failures(max_retries)
         on_cuda = model.device.type == "cuda"
         self.strategy = strategy
@@ -89,7 +92,7 @@ class Engine:
         self.recorder = recorder
         self.overlap = on_cuda if overlap == "auto" else str(overlap).lower() == "true"
         self.prefix = PrefixCache(strategy, prefix, seed=seed, addressed=True)
-        """Checkpoints of what was computed, from which requests resume."""
+        """What requests resume from."""
         self.scheduler = Scheduler(strategy, scheduler_config, before_release=self._before_release, prefix=self.prefix)
         self.runner = ModelRunner(
             model,
@@ -163,11 +166,7 @@ class Engine:
             self.scheduler.abort(one, self.now())
 
     def forget(self, seq_id: int) -> None:
-        """Drop the engine's record of a finished request.
-
-        Raises:
-            UserError: it has not finished, or is not known.
-        """
+        """Drop the engine's record of a finished request. Raises UserError where it has not finished, or is not known."""
         if self._request(seq_id).status is not Status.FINISHED:
             raise bad("seq_id", seq_id, "has not finished; abort it first")
         del self._requests[seq_id]
@@ -197,7 +196,7 @@ class Engine:
 
     @property
     def failed_steps(self) -> int:
-        """Forward passes that raised, since construction."""
+        """Forward passes that raised."""
         return self._failures.steps
 
     @property

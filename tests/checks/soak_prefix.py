@@ -43,13 +43,13 @@ CONVERSATIONS = 16
 
 
 def any_policy(rng: random.Random, **given: Any) -> PrefixPolicy:
-    """A policy at random; every placement, retention and order comes up, with a host tier and without."""
+    """A policy at random; every placement, retention and order comes up."""
     orders = [name for name in ORDERS if name != "farthest"]
     drawn: dict[str, Any] = {
         "placement": tuple(name for name in PLACEMENTS if rng.random() < 0.6) or ("generation_end",),
         "every": rng.choice([64, 128, 256]), "retention": rng.choice(RETENTIONS), "last_k": rng.choice([1, 2, 3]),
         "share": rng.choice([0.1, 0.5]), "eviction": rng.choice(orders), "wanted_share": rng.choice([0.0, 0.25, 1.0]),
-        "history_tokens": rng.choice([0, 500, 1 << 20]), "host_bytes": rng.choice([0, 1 << 18, 1 << 20, 1 << 22]),
+        "history_tokens": rng.choice([0, 500, 1 << 20]), "host_bytes": 0,
         "host_state_share": rng.choice([None, 0.4]), "host_eviction": rng.choice(orders),
     }  # fmt: skip
     return PrefixPolicy(**{**drawn, **given})

@@ -299,7 +299,9 @@ def test_more_running_requests_than_rows_are_impossible():
 def test_the_largest_steps_run_on_padding_before_the_first_request():
     """One row, and as many as there can be, of all the tokens of a step, once more with room for checkpoints; none counts as
     launched."""
-    engine = with_graphs(make_engine(poison=True))  # all bytes are alike, so that a copy between free blocks changes none
+    engine = with_graphs(
+        make_engine(poison=True)
+    )  # all bytes are alike, so that a copy between free blocks changes none
     runner, seen = engine.runner, []
     forward = runner._forward
     runner._forward = lambda batch: seen.append(batch) or forward(batch)

