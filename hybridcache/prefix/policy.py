@@ -81,8 +81,9 @@ class PrefixPolicy:
         whole("prefix.host_bytes", self.host_bytes, 0)
         if self.host_state_share is not None and not 0 < number("prefix.host_state_share", self.host_state_share) < 1:
             raise bad("prefix.host_state_share", self.host_state_share, "give a share between 0 and 1, or null")
-        if self.host_eviction not in ORDERS:
-            raise bad("prefix.host_eviction", self.host_eviction, f"choose one of {', '.join(ORDERS)}")
+        of_host = [name for name in ORDERS if name != "lru_path"]  # a copy has no path of its own
+        if self.host_eviction not in of_host:
+            raise bad("prefix.host_eviction", self.host_eviction, f"choose one of {', '.join(of_host)}")
 
     @classmethod
     def read(cls, given: Any) -> "PrefixPolicy | None":
