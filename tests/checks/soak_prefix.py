@@ -50,7 +50,8 @@ def any_policy(rng: random.Random, **given: Any) -> PrefixPolicy:
         "every": rng.choice([64, 128, 256]), "retention": rng.choice(RETENTIONS), "last_k": rng.choice([1, 2, 3]),
         "share": rng.choice([0.1, 0.5]), "eviction": rng.choice(orders), "wanted_share": rng.choice([0.0, 0.25, 1.0]),
         "history_tokens": rng.choice([0, 500, 1 << 20]), "host_bytes": 0,
-        "host_state_share": rng.choice([None, 0.4]), "host_eviction": rng.choice([name for name in orders if name != "lru_path"]),
+        "host_state_share": rng.choice([None, 0.4]),
+        "host_eviction": rng.choice([name for name in orders if name != "lru_path"]),
     }  # fmt: skip
     return PrefixPolicy(**{**drawn, **given})
 

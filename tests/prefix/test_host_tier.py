@@ -29,7 +29,8 @@ def policy(rng: random.Random, **given) -> PrefixPolicy:
     drawn = {
         "placement": tuple(name for name in PLACEMENTS if rng.random() < 0.6) or ("generation_end",),
         "every": 64, "retention": rng.choice(RETENTIONS), "eviction": rng.choice(orders),
-        "history_tokens": rng.choice([0, 500, 1 << 20]), "host_eviction": rng.choice([name for name in orders if name != "lru_path"]),
+        "history_tokens": rng.choice([0, 500, 1 << 20]),
+        "host_eviction": rng.choice([name for name in orders if name != "lru_path"]),
         "host_state_share": rng.choice([None, 0.5]), "host_bytes": rng.choice([1 << 17, 1 << 18, 1 << 22]),
     }  # fmt: skip
     return PrefixPolicy(**{**drawn, **given})
